@@ -1,0 +1,159 @@
+"""The loop that joins scheduler, model runner and rows, and the engine's public face."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
+
+import torch
+
+from vdiff_kserve.engine.request import (
+    EngineError,
+    EngineStoppedError,
+    EventSink,
+    GenerationEvent,
+    GenerationRequest,
+    GenerationResult,
+)
+from vdiff_kserve.engine.row import Row
+from vdiff_kserve.engine.runner import ModelRunner
+from vdiff_kserve.engine.scheduler import Scheduler
+from vdiff_kserve.engine.stream import GenerationStream
+from vdiff_kserve.models import Decoder, ModelSpec
+
+logger = logging.getLogger("kserve.vdiff.engine")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of an engine.
+
+    Attributes:
+        max_num_seqs: most rows in one forward pass.
+        max_queue: most rows waiting for a slot; beyond it, `submit` raises `QueueFullError`.
+    """
+
+    max_num_seqs: int = 8
+    max_queue: int = 256
+
+
+class Engine:
+    """Denoises many requests at once, a step at a time, on a thread of its own.
+
+    Rows join and leave between steps; each is at its own block and step with its own parameters, and
+    none waits for another.
+    """
+
+    def __init__(self, decoder: Decoder, spec: ModelSpec, config: EngineConfig) -> None:
+        self.spec = spec
+        self.config = config
+        self.failure: BaseException | None = None
+        self._runner = ModelRunner(decoder, spec)
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_queue)
+        self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread.is_alive() and self.failure is None
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    def start(self) -> None:
+        """Start the loop. An engine is started once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after the step in flight; unfinished requests get `EngineStoppedError`."""
+        self._close(EngineStoppedError("The engine was stopped."))
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationStream]:
+        """Queue requests, all or none; their events come on the running asyncio loop.
+
+        Raises:
+            QueueFullError: they do not all fit in the queue.
+            EngineStoppedError: the engine is not running.
+        """
+        streams = [GenerationStream() for _ in requests]
+        rows = self._queue(requests, [stream.put for stream in streams])
+        for stream, row in zip(streams, rows, strict=True):
+            stream.on_abort(lambda row=row: self._scheduler.abort(row))
+        return streams
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Answer requests and wait for all of them; for programs without an asyncio loop.
+
+        Raises:
+            EngineError: one of them could not be queued or failed.
+        """
+        inboxes: list[SimpleQueue[GenerationEvent | EngineError]] = [SimpleQueue() for _ in requests]
+        self._queue(requests, [inbox.put for inbox in inboxes])
+        return [_collect(inbox) for inbox in inboxes]
+
+    def _queue(self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]) -> list[Row]:
+        if not self.alive:
+            raise EngineStoppedError("The engine is not running.")
+        mask = self.spec.mask_token_id
+        rows = [Row(request, sink, mask) for request, sink in zip(requests, sinks, strict=True)]
+        self._scheduler.submit(rows)
+        return rows
+
+    def _run(self) -> None:
+        try:
+            while True:
+                rows = self._scheduler.next_round()
+                self._step(rows)
+                self._scheduler.release([row for row in rows if row.finish_reason is not None])
+        except EngineStoppedError:
+            return
+        except BaseException as error:
+            self.failure = error
+            logger.critical("The engine's loop died.", exc_info=error)
+            self._close(EngineStoppedError("The engine failed."))
+            raise
+
+    def _step(self, rows: Sequence[Row]) -> None:
+        """One denoising step of `rows`. One that fails is tried again with half of them, so that a
+        row which fails alone is failed alone."""
+        try:
+            commits = self._runner.step(rows)
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            if len(rows) > 1:
+                middle = len(rows) // 2
+                self._step(rows[:middle])
+                self._step(rows[middle:])
+                return
+            logger.exception("Request %s failed.", rows[0].request.request_id)
+            self._scheduler.release(rows)
+            rows[0].sink(EngineError("The model failed on this request."))
+            return
+        for row, (positions, tokens) in zip(rows, commits, strict=True):
+            row.commit(positions, tokens)
+
+    def _close(self, reason: EngineError) -> None:
+        for row in self._scheduler.close(reason):
+            row.sink(reason)
+
+
+def _collect(inbox: SimpleQueue[GenerationEvent | EngineError]) -> GenerationResult:
+    token_ids: tuple[int, ...] = ()
+    while True:
+        event = inbox.get()
+        if isinstance(event, EngineError):
+            raise event
+        token_ids += event.token_ids
+        if event.finish_reason is not None:
+            return GenerationResult(token_ids, event.finish_reason, event.stats)

@@ -1,0 +1,93 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from vdiff_kserve.sampler.params import DecodingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineError(Exception):
+    """A request that the engine could not finish."""
+
+
+class QueueFullError(EngineError):
+    """The waiting queue has no place; try again later."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine is not running, or stopped before the request was done."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One answer to generate.
+
+    Attributes:
+        prompt_ids: token ids of the whole prompt; at least one.
+        max_tokens: masked positions after the prompt.
+        decoding: how to fill them.
+        end_token_ids: tokens that end the answer; empty to fill the whole canvas.
+        request_id: for logs.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    decoding: DecodingParams
+    end_token_ids: tuple[int, ...] = ()
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What an answer cost.
+
+    Attributes:
+        nfe: model forward passes the request took part in.
+        steps: denoising steps that committed tokens.
+        completion_tokens: generated tokens up to and including the end token.
+    """
+
+    nfe: int
+    steps: int
+    completion_tokens: int
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.completion_tokens / self.nfe if self.nfe else 0.0
+
+
+@dataclass(frozen=True)
+class GenerationEvent:
+    """Tokens that became final, left to right.
+
+    Attributes:
+        token_ids: newly committed tokens left of the frontier, the end token excluded; never empty
+            but on the last event.
+        finish_reason: set on the last event only: `stop` when an end token was committed, else
+            `length`.
+        end_token_id: the end token, on a last event whose reason is `stop`.
+        stats: what the answer has cost so far.
+    """
+
+    token_ids: tuple[int, ...]
+    stats: GenerationStats
+    finish_reason: FinishReason | None = None
+    end_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A whole answer, without its end token."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: GenerationStats
+
+
+EventSink = Callable[[GenerationEvent | EngineError], None]
+"""Receives a request's events on the engine's thread; must not block or raise."""

@@ -1,0 +1,95 @@
+"""Who runs in a round: the waiting queue, the running rows, and what leaves them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from threading import Condition
+
+from vdiff_kserve.engine.request import EngineError, EngineStoppedError, QueueFullError
+from vdiff_kserve.engine.row import Row
+
+
+class Scheduler:
+    """First come, first served admission of rows to a bounded number of slots.
+
+    `submit` and `abort` may be called from any thread; the rest belongs to the engine's thread.
+    """
+
+    def __init__(self, max_num_seqs: int, max_queue: int) -> None:
+        self._max_num_seqs = max_num_seqs
+        self._max_queue = max_queue
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []
+        self._changed = Condition()
+        self._closed: EngineError | None = None
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue rows, all or none of them. Places are counted beyond what free slots take at once.
+
+        Raises:
+            QueueFullError: they do not all fit.
+            EngineStoppedError: the engine no longer takes requests.
+        """
+        with self._changed:
+            if self._closed is not None:
+                raise self._closed
+            free_slots = self._max_num_seqs - len(self._running)
+            if len(self._waiting) + len(rows) > free_slots + self._max_queue:
+                raise QueueFullError(
+                    f"The server is at its limit of {self._max_num_seqs} running and "
+                    f"{self._max_queue} waiting requests. Try again later."
+                )
+            self._waiting.extend(rows)
+            self._changed.notify()
+
+    def abort(self, row: Row) -> None:
+        """Take a row out before the next round; nothing happens when it is already gone."""
+        with self._changed:
+            row.aborted = True
+            self._changed.notify()
+
+    def close(self, reason: EngineError) -> list[Row]:
+        """Take no more rows; returns those that were waiting or running, now forgotten."""
+        with self._changed:
+            self._closed = reason
+            dropped = [row for row in (*self._running, *self._waiting) if not row.aborted]
+            self._running = []
+            self._waiting.clear()
+            self._changed.notify()
+        return dropped
+
+    def next_round(self) -> list[Row]:
+        """The rows of the next round, longest first; waits until there are some.
+
+        Raises:
+            EngineStoppedError: the scheduler was closed.
+        """
+        with self._changed:
+            while True:
+                if self._closed is not None:
+                    raise EngineStoppedError(str(self._closed))
+                self._admit()
+                if self._running:
+                    return sorted(self._running, key=len, reverse=True)
+                self._changed.wait()
+
+    def release(self, rows: Sequence[Row]) -> None:
+        """Forget rows that finished or failed; their slots are free for the next round."""
+        with self._changed:
+            self._running = [row for row in self._running if row not in rows]
+
+    def _admit(self) -> None:
+        self._running = [row for row in self._running if not row.aborted]
+        alive = [row for row in self._waiting if not row.aborted]
+        free_slots = self._max_num_seqs - len(self._running)
+        self._running.extend(alive[:free_slots])
+        self._waiting = deque(alive[free_slots:])

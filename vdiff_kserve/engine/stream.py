@@ -1,0 +1,48 @@
+"""A request's events on an asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from vdiff_kserve.engine.request import EngineError, GenerationEvent
+
+
+class GenerationStream:
+    """Async iterator over one request's events; ends after the one with a finish reason.
+
+    Created on a running loop. Leaving early needs `abort`, or the row runs to its end.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[GenerationEvent | EngineError] = asyncio.Queue()
+        self._abort: Callable[[], None] | None = None
+
+    def on_abort(self, abort: Callable[[], None]) -> None:
+        """Set what `abort` does."""
+        self._abort = abort
+
+    def put(self, event: GenerationEvent | EngineError) -> None:
+        """The engine's side; called on its thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def abort(self) -> None:
+        """Stop the row before its next forward pass; from any thread, any number of times."""
+        if self._abort is not None:
+            self._abort()
+
+    async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
+        """The events in order.
+
+        Raises:
+            EngineError: the row failed.
+        """
+        while True:
+            event = await self._events.get()
+            if isinstance(event, EngineError):
+                raise event
+            yield event
+            if event.finish_reason is not None:
+                return

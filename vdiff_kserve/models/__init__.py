@@ -1,0 +1,21 @@
+"""The architectures, written natively in PyTorch, and the checkpoint loader."""
+
+from vdiff_kserve.models.batch import ForwardBatch
+from vdiff_kserve.models.checkpoint_config import CheckpointError
+from vdiff_kserve.models.decoder import Decoder, DecoderConfig
+from vdiff_kserve.models.loader import load_decoder
+from vdiff_kserve.models.precision import choose_device, choose_dtype
+from vdiff_kserve.models.spec import ModelSpec
+from vdiff_kserve.models.tokenizer import load_tokenizer
+
+__all__ = [
+    "CheckpointError",
+    "Decoder",
+    "DecoderConfig",
+    "ForwardBatch",
+    "ModelSpec",
+    "choose_device",
+    "choose_dtype",
+    "load_decoder",
+    "load_tokenizer",
+]

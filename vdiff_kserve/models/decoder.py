@@ -1,0 +1,134 @@
+"""The decoder behind every masked-diffusion family: one model, described by data.
+
+Llama-style pre-norm blocks without a causal mask. What differs between families (sizes, rotary
+precision, tied embeddings ...) is in `DecoderConfig`; how a published checkpoint names its fields
+and tensors is in the family's own file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vdiff_kserve.models.batch import ForwardBatch, RowGroup, group_rows
+from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that shapes a decoder; sizes in elements."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_in_float32: bool
+    tie_embeddings: bool
+
+
+class Attention(nn.Module):
+    """Multi-head (or grouped-query) attention over whole rows, with rotary positions."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries = config.num_heads * config.head_dim
+        keys = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        groups: list[RowGroup],
+        outputs: Tensor | None,
+    ) -> Tensor:
+        """`outputs` (indices of tokens) limits the queries; keys and values use every token."""
+        cos, sin = angles
+        key = self.k_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        value = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        key = rotate(key, cos, sin)
+        if outputs is not None:
+            hidden, cos, sin = hidden[outputs], cos[outputs], sin[outputs]
+        query = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(attend(rotate(query, cos, sin), key, value, groups))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        groups: list[RowGroup],
+        outputs: Tensor | None = None,
+    ) -> Tensor:
+        attended = self.attention(self.attention_norm(hidden), angles, groups, outputs)
+        hidden = (hidden if outputs is None else hidden[outputs]) + attended
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks, final norm and language-model head.
+
+    `forward` returns hidden states, not logits: a vocabulary of 126,464 makes logits for a whole
+    canvas cost hundreds of megabytes, so `logits` is called for the positions that need it only.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Run the rows of `batch`; the last block computes only the tokens asked for.
+
+        Returns:
+            hidden states after the final norm, [outputs, hidden_size], rows end to end.
+        """
+        hidden = self.embed_tokens(batch.input_ids)
+        config = self.config
+        cos, sin = rotary_angles(batch.positions, config.head_dim, config.rope_theta)
+        if not config.rope_in_float32:
+            cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
+        every_token = group_rows(batch.lengths, batch.lengths)
+        for layer in self.layers[:-1]:
+            hidden = layer(hidden, (cos, sin), every_token)
+        wanted = group_rows(batch.output_lengths, batch.lengths)
+        hidden = self.layers[-1](hidden, (cos, sin), wanted, batch.output_tokens)
+        return self.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the given hidden states: [positions, hidden_size] -> [positions, vocab]."""
+        return self.lm_head(hidden)

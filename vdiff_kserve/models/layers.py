@@ -1,0 +1,88 @@
+"""Layers that every decoder family shares."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdiff_kserve.models.batch import RowGroup
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32, cast back, then scaled by the weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, without biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's rotation.
+
+    Args:
+        positions: int64 [tokens].
+
+    Returns:
+        two float32 tensors [tokens, 1, head_dim / 2].
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    inverse_frequencies = 1.0 / theta ** (exponents / head_dim)
+    angles = positions.float()[:, None] * inverse_frequencies
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the "half" layout, in the dtype of `cos`, returned in the dtype of `x`.
+
+    Args:
+        x: [tokens, heads, head_dim].
+        cos: [tokens, 1, head_dim / 2], as `sin`.
+    """
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, groups: list[RowGroup]) -> Tensor:
+    """Full (bidirectional) attention inside each row; rows never see each other.
+
+    Args:
+        query: [query tokens, heads, head_dim], rows end to end.
+        key: [key tokens, kv heads, head_dim], the same rows in the same order; as `value`.
+        groups: the rows' shapes, in order; one kernel call each.
+
+    Returns:
+        [query tokens, heads * head_dim]
+    """
+    gqa = query.shape[1] != key.shape[1]
+    outputs, q_start, k_start = [], 0, 0
+    for group in groups:
+        q_end, k_end = q_start + group.rows * group.queries, k_start + group.rows * group.keys
+        q = query[q_start:q_end].unflatten(0, (group.rows, group.queries)).transpose(1, 2)
+        k, v = (
+            tensor[k_start:k_end].unflatten(0, (group.rows, group.keys)).transpose(1, 2)
+            for tensor in (key, value)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
+        q_start, k_start = q_end, k_end
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -1,0 +1,84 @@
+"""LLaDA-8B Base / Instruct and LLaDA-1.5: how their checkpoints describe and name themselves.
+
+Format: `GSAI-ML/LLaDA-8B-Instruct` on the Hugging Face Hub (OLMo-style field names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.decoder import DecoderConfig
+from vdiff_kserve.models.spec import ModelSpec
+
+MASK_TOKEN_ID = 126336
+EOT_TOKEN_ID = 126348
+BLOCK_LENGTH = 32
+
+TENSOR_NAMES = {
+    "model.transformer.wte.weight": "embed_tokens.weight",
+    "model.transformer.ln_f.weight": "norm.weight",
+    "model.transformer.ff_out.weight": "lm_head.weight",
+    "model.transformer.blocks.{}.attn_norm.weight": "layers.{}.attention_norm.weight",
+    "model.transformer.blocks.{}.q_proj.weight": "layers.{}.attention.q_proj.weight",
+    "model.transformer.blocks.{}.k_proj.weight": "layers.{}.attention.k_proj.weight",
+    "model.transformer.blocks.{}.v_proj.weight": "layers.{}.attention.v_proj.weight",
+    "model.transformer.blocks.{}.attn_out.weight": "layers.{}.attention.o_proj.weight",
+    "model.transformer.blocks.{}.ff_norm.weight": "layers.{}.mlp_norm.weight",
+    "model.transformer.blocks.{}.ff_proj.weight": "layers.{}.mlp.gate_proj.weight",
+    "model.transformer.blocks.{}.up_proj.weight": "layers.{}.mlp.up_proj.weight",
+    "model.transformer.blocks.{}.ff_out.weight": "layers.{}.mlp.down_proj.weight",
+}
+"""Published tensor name -> name in `Decoder`; `{}` stands for the layer's number."""
+
+FIXED_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "activation_type": ("silu",),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "block_type": ("llama",),
+    "include_bias": (False,),
+    "include_qkv_bias": (False,),
+    "input_emb_norm": (False,),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "scale_logits": (False,),
+}
+"""Variants that the published class knows and no published checkpoint uses: anything else here
+would change the arithmetic, so it is refused rather than served wrongly."""
+
+
+def read_spec(config: CheckpointConfig) -> ModelSpec:
+    """Translate LLaDA's `config.json`; every size must be stated, none has a default."""
+    for field, allowed in FIXED_FIELDS.items():
+        config.expect(field, allowed)
+    hidden_size = config.integer("d_model")
+    num_heads = config.integer("n_heads")
+    if hidden_size % num_heads:
+        raise config.error("d_model", f"{hidden_size} is not a multiple of n_heads = {num_heads}")
+    num_kv_heads = config.integer("n_kv_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        raise config.error("n_kv_heads", f"{num_kv_heads} does not divide n_heads = {num_heads}")
+    embedding_size = config.integer("embedding_size", default=config.integer("vocab_size"))
+    decoder = DecoderConfig(
+        vocab_size=embedding_size,
+        hidden_size=hidden_size,
+        intermediate_size=config.integer("mlp_hidden_size"),
+        num_layers=config.integer("n_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads,
+        rms_norm_eps=config.number("rms_norm_eps"),
+        rope_theta=config.number("rope_theta"),
+        rope_in_float32=config.boolean("rope_full_precision"),
+        tie_embeddings=config.boolean("weight_tying"),
+    )
+    return ModelSpec(
+        family="llada",
+        decoder=decoder,
+        mask_token_id=config.token_id("mask_token_id", embedding_size, default=MASK_TOKEN_ID),
+        eos_token_id=config.token_id("eos_token_id", embedding_size),
+        eot_token_id=EOT_TOKEN_ID if embedding_size > EOT_TOKEN_ID else None,
+        max_model_len=config.integer("max_sequence_length"),
+        block_length=BLOCK_LENGTH,
+    )

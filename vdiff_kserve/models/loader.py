@@ -1,0 +1,168 @@
+"""From a checkpoint folder to a decoder on its device.
+
+Weights are read from safetensors only, tensor by tensor, straight to the target device and dtype;
+nothing from a checkpoint is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
+from vdiff_kserve.models.decoder import Decoder
+from vdiff_kserve.models.registry import Family, find_family
+from vdiff_kserve.models.spec import ModelSpec
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MAX_NAMES_IN_ERROR = 8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies on disk."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def load_decoder(
+    folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Decoder, ModelSpec]:
+    """Read a checkpoint folder in a published format.
+
+    Host memory stays at the model (when `device` is the CPU) plus one tensor: a tensor is copied to
+    its place before the next one is read. Shows a progress bar in bytes.
+
+    Returns:
+        the decoder in eval mode without gradients, and what is known about the model.
+
+    Raises:
+        CheckpointError: anything wrong with the folder, in one message.
+    """
+    folder = Path(folder)
+    config = CheckpointConfig.read(folder)
+    family = find_family(config)
+    spec = family.read_spec(config)
+    with init_empty_weights(include_buffers=False):
+        decoder = Decoder(spec.decoder)
+    stored = list_tensors(folder)
+    assign = _match(decoder, family, stored, folder)
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    total = sum(decoder.get_parameter(name).numel() for name in assign.values()) * itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}") as progress:
+        for tensor_name, tensor in _read(stored, list(assign)):
+            parameter = assign[tensor_name]
+            set_module_tensor_to_device(decoder, parameter, device, value=tensor, dtype=dtype)
+            progress.update(tensor.numel() * itemsize)
+    if spec.decoder.tie_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight
+    return decoder.requires_grad_(False).eval(), spec
+
+
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Names and shapes of a folder's tensors, from the files' headers only.
+
+    Raises:
+        CheckpointError: no safetensors file, a shard of the index is missing, or a file is cut off.
+    """
+    index = folder / INDEX_FILE
+    if index.is_file():
+        files = _indexed_files(index)
+    elif (folder / SINGLE_FILE).is_file():
+        files = [folder / SINGLE_FILE]
+    elif any(path for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)):
+        raise CheckpointError(
+            f"{folder} holds its weights as Python pickles, which can run code when opened, so they "
+            "are not read. Convert them first: load the model with transformers and call "
+            "`model.save_pretrained(folder, safe_serialization=True)`."
+        )
+    else:
+        raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    stored = {}
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                stored[name] = StoredTensor(file, tuple(tensors.get_slice(name).get_shape()))
+    return stored
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{index} names files outside its folder: {_some(outside)}")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(f"{index} names shards that are not there: {_some(missing)}")
+    return [index.parent / name for name in names]
+
+
+def _match(
+    decoder: Decoder, family: Family, stored: dict[str, StoredTensor], folder: Path
+) -> dict[str, str]:
+    """Published name -> parameter for every parameter, or one error that names all mismatches."""
+    wanted = dict(decoder.named_parameters())
+    assign, unexpected, misshaped = {}, [], []
+    tied = decoder.config.tie_embeddings
+    for name, tensor in stored.items():
+        parameter = family.parameter_name(name)
+        if tied and parameter == "lm_head.weight":
+            continue
+        if parameter is None or parameter not in wanted:
+            unexpected.append(name)
+            continue
+        expected = tuple(wanted[parameter].shape)
+        if tensor.shape != expected:
+            misshaped.append(f"{name} is {list(tensor.shape)}, config.json says {list(expected)}")
+        assign[name] = parameter
+    missing = [family.published_name(name) for name in wanted.keys() - set(assign.values())]
+    problems = [
+        f"{len(names)} {kind}: {_some(names)}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of the wrong shape", misshaped),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{folder}: tensors do not fit config.json. " + ". ".join(problems))
+    return assign
+
+
+def _read(
+    stored: dict[str, StoredTensor], names: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors one at a time, file by file."""
+    for file in sorted({stored[name].file for name in names}):
+        with _open(file) as tensors:
+            for name in names:
+                if stored[name].file == file:
+                    yield name, tensors.get_tensor(name)
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged or cut off: {error}") from error
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:MAX_NAMES_IN_ERROR])
+    return shown if len(names) <= MAX_NAMES_IN_ERROR else f"{shown}, ..."

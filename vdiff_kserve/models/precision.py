@@ -1,0 +1,42 @@
+"""Which device and dtype a model runs in when the user says `auto`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "half": torch.float16,
+    "float": torch.float32,
+}
+"""Accepted names, as vLLM's `--dtype` has them."""
+
+BFLOAT16_CPU_FLAGS = {"amx_bf16", "avx512_bf16"}
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU when there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    native = device.type != "cpu" or bool(cpu_flags() & BFLOAT16_CPU_FLAGS)
+    return torch.bfloat16 if native else torch.float32
+
+
+def cpu_flags() -> set[str]:
+    """Instruction-set flags of this machine's processor (empty where the kernel has none)."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return set()
+    lines = info.read_text(encoding="utf-8").splitlines()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())

@@ -1,0 +1,35 @@
+"""What a server needs to know about a model beside its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vdiff_kserve.models.decoder import DecoderConfig
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A family's facts, read from its `config.json`.
+
+    Attributes:
+        family: short name of the family, for logs and the model list.
+        mask_token_id: the token that stands for "not yet written"; never sampled.
+        eos_token_id: ends a text and fills the canvas after it.
+        eot_token_id: ends a chat turn; None when the tokenizer has none.
+        max_model_len: most tokens of a canvas (prompt and answer).
+        block_length: default length of the blocks that are decoded left to right.
+    """
+
+    family: str
+    decoder: DecoderConfig
+    mask_token_id: int
+    eos_token_id: int
+    eot_token_id: int | None
+    max_model_len: int
+    block_length: int
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ids = (self.eos_token_id, self.eot_token_id)
+        return tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -1,0 +1,61 @@
+"""Random numbers that belong to a place, not to a moment.
+
+A number depends on (seed, stream, canvas position, token) only: never on the batch a row runs in, on
+the device, or on how many numbers were drawn before. So a seeded request gives the same answer alone
+or in a crowd. The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a hash.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Stream = Literal["token", "order"]
+
+_STREAM_KEYS: dict[Stream, int] = {"token": 0x243F6A88, "order": 0x13198A2E}
+_INCREMENT = 0x9E3779B97F4A7C15
+_FIRST_FACTOR = 0xBF58476D1CE4E5B9
+_SECOND_FACTOR = 0x94D049BB133111EB
+_WORD = 1 << 64
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits."""
+    value %= _WORD
+    return value - _WORD if value >= _WORD // 2 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift; torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(_FIRST_FACTOR)
+    x = (x ^ _shift_right(x, 27)) * _signed(_SECOND_FACTOR)
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(seeds: Tensor, positions: Tensor, stream: Stream, count: int = 1) -> Tensor:
+    """Uniform numbers in the open interval (0, 1).
+
+    Args:
+        seeds: int64 [n].
+        positions: int64 [n], canvas positions.
+        stream: what the numbers are for; streams are independent.
+        count: numbers per position.
+
+    Returns:
+        float64 [n, count].
+    """
+    key = _mix(_mix(seeds + _STREAM_KEYS[stream]) + positions * _signed(_INCREMENT))
+    lanes = torch.arange(1, count + 1, device=key.device) * _signed(_INCREMENT)
+    bits = _shift_right(_mix(key[:, None] + lanes), 11)
+    return (bits.double() + 0.5) * 2.0**-53
+
+
+def gumbel(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
+    """Standard Gumbel numbers, one per token: float64 [n, count]."""
+    return -torch.log(-torch.log(uniform(seeds, positions, "token", count)))
