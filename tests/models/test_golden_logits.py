@@ -3,29 +3,95 @@
 import pytest
 import torch
 
-from tests.golden import GoldenCase, golden_cases
-from vdiff_kserve.models import ForwardBatch, load_decoder
+from tests.golden import GOLDEN_DIR, GoldenCase, golden_cases
+from vdiff_kserve.models import (
+    ForwardBatch,
+    KeyValueStore,
+    RowSpan,
+    load_causal_decoder,
+    load_decoder,
+)
 
 DENSE = {"atol": 5e-4, "rtol": 1e-4}
 
 
-@pytest.mark.parametrize("case", golden_cases("llada", "logits"), ids=lambda case: case.name)
-@torch.inference_mode()
-def test_golden_llada_logits(case: GoldenCase) -> None:
-    decoder, _ = load_decoder(case.folder)
+def visible_rows(case: GoldenCase) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The rows without padding, and the mask of the tokens that are not padding."""
     input_ids = case.tensor("input_ids")
     mask = case.tensor("attention_mask").bool() if case.has("attention_mask") else input_ids >= 0
-    rows = [ids[visible] for ids, visible in zip(input_ids, mask, strict=True)]
+    return [ids[visible] for ids, visible in zip(input_ids, mask, strict=True)], mask
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*golden_cases("llada", "logits"), *golden_cases("dream", "logits")],
+    ids=lambda case: f"{case.family}-{case.name}",
+)
+@torch.inference_mode()
+def test_golden_logits(case: GoldenCase) -> None:
+    decoder, _ = load_decoder(case.folder)
+    rows, mask = visible_rows(case)
     logits = decoder.logits(decoder(ForwardBatch.pack(rows)))
     torch.testing.assert_close(logits, case.tensor("logits")[mask], **DENSE)
 
 
 @torch.inference_mode()
-def test_golden_llada_output_spans_select_the_same_rows() -> None:
+def test_golden_apd_auxiliary_logits() -> None:
+    case = golden_cases("apd", "logits", "ar_logits")[0]
+    decoder = load_causal_decoder(GOLDEN_DIR / "apd" / "ar")
+    logits = decoder.logits(decoder(ForwardBatch.dense(case.tensor("input_ids"))))
+    torch.testing.assert_close(logits, case.tensor("logits").flatten(0, 1), **DENSE)
+
+
+@torch.inference_mode()
+def test_golden_llada_wanted_outputs_equal_the_whole() -> None:
     case = golden_cases("llada", "logits")[0]
     decoder, _ = load_decoder(case.folder)
     row = case.tensor("input_ids")[0]
     whole = decoder(ForwardBatch.pack([row, row[:7]]))
-    some = decoder(ForwardBatch.pack([row, row[:7]], output_spans=[(2, 3), (0, 4)]))
+    spans = [RowSpan(0, len(row), len(row), 2, 3), RowSpan(0, 7, 7, 0, 4)]
+    some = decoder(ForwardBatch.pack([row, row[:7]], spans))
     expected = torch.cat([whole[2:5], whole[len(row) : len(row) + 4]])
     torch.testing.assert_close(some, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@torch.inference_mode()
+def test_golden_reuse_of_an_unchanged_canvas_equals_the_whole(family: str) -> None:
+    """Cached rows and uncached rows share a pass; a window of a canvas sees the rest in the cache."""
+    case = golden_cases(family, "logits")[0]
+    decoder, spec = load_decoder(case.folder)
+    row = case.tensor("input_ids")[0]
+    length, config = len(row), spec.decoder
+    shape = (config.num_layers, 2 * length + 3, config.num_kv_heads, config.head_dim)
+    store = KeyValueStore(torch.zeros(shape), torch.zeros(shape))
+    rows = [row, row[:5], row.flip(0)]
+    refresh = [
+        RowSpan(0, length, length, 0, length, cache_offset=0),
+        RowSpan.whole(5),
+        RowSpan(0, length, length, 0, length, cache_offset=length + 3),
+    ]
+    whole = decoder(ForwardBatch.pack(rows, refresh, store)).split([length, 5, length])
+    reuse = [
+        RowSpan(4, 6, length, 5, 3, cache_offset=0),
+        RowSpan.whole(5),
+        RowSpan(2, 8, length, 2, 8, cache_offset=length + 3),
+    ]
+    parts = decoder(ForwardBatch.pack(rows, reuse, store)).split([3, 5, 8])
+    torch.testing.assert_close(parts[0], whole[0][5:8], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts[1], whole[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts[2], whole[2][2:10], atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_golden_apd_causal_continuation_equals_the_whole() -> None:
+    case = golden_cases("apd", "logits", "ar_logits")[0]
+    decoder = load_causal_decoder(GOLDEN_DIR / "apd" / "ar")
+    row = case.tensor("input_ids")[0]
+    length, config = len(row), decoder.config
+    shape = (config.num_layers, length, config.num_kv_heads, config.head_dim)
+    store = KeyValueStore(torch.zeros(shape), torch.zeros(shape))
+    pieces = [RowSpan(0, 4, 4, 0, 4, 0), RowSpan(4, 3, 7, 4, 3, 0)]
+    pieces.append(RowSpan(7, length - 7, length, 7, length - 7, 0))
+    hidden = torch.cat([decoder(ForwardBatch.pack([row], [piece], store)) for piece in pieces])
+    torch.testing.assert_close(hidden, decoder(ForwardBatch.pack([row])), atol=1e-5, rtol=1e-5)

@@ -10,6 +10,7 @@ from threading import Thread
 
 import torch
 
+from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.request import (
     EngineError,
     EngineStoppedError,
@@ -34,10 +35,13 @@ class EngineConfig:
     Attributes:
         max_num_seqs: most rows in one forward pass.
         max_queue: most rows waiting for a slot; beyond it, `submit` raises `QueueFullError`.
+        kv_cache_tokens: canvas tokens that the key-value cache holds; None is room for
+            `max_num_seqs` canvases of the model's full length.
     """
 
     max_num_seqs: int = 8
     max_queue: int = 256
+    kv_cache_tokens: int | None = None
 
 
 class Engine:
@@ -47,12 +51,16 @@ class Engine:
     none waits for another.
     """
 
+    row_class: type[Row] = Row
+
     def __init__(self, decoder: Decoder, spec: ModelSpec, config: EngineConfig) -> None:
         self.spec = spec
         self.config = config
         self.failure: BaseException | None = None
-        self._runner = ModelRunner(decoder, spec)
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_queue)
+        capacity = config.kv_cache_tokens or config.max_num_seqs * spec.max_model_len
+        self._cache = KVCache(spec.decoder, capacity, decoder.device, decoder.dtype)
+        self._runner = ModelRunner(decoder, spec, self._cache)
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_queue, self._cache)
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
 
     @property
@@ -104,8 +112,16 @@ class Engine:
     def _queue(self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]) -> list[Row]:
         if not self.alive:
             raise EngineStoppedError("The engine is not running.")
-        mask = self.spec.mask_token_id
-        rows = [Row(request, sink, mask) for request, sink in zip(requests, sinks, strict=True)]
+        rows = [
+            self.row_class(request, sink, self.spec)
+            for request, sink in zip(requests, sinks, strict=True)
+        ]
+        for row in rows:
+            if row.cache_runs * len(row) > self._cache.capacity:
+                raise EngineError(
+                    f"The request needs cache for {row.cache_runs * len(row)} tokens; the server "
+                    f"has {self._cache.capacity}."
+                )
         self._scheduler.submit(rows)
         return rows
 
@@ -140,8 +156,8 @@ class Engine:
             self._scheduler.release(rows)
             rows[0].sink(EngineError("The model failed on this request."))
             return
-        for row, (positions, tokens) in zip(rows, commits, strict=True):
-            row.commit(positions, tokens)
+        for row, commit in zip(rows, commits, strict=True):
+            row.commit(commit.span, commit.positions, commit.tokens)
 
     def _close(self, reason: EngineError) -> None:
         for row in self._scheduler.close(reason):

@@ -47,14 +47,21 @@ class GenerationStats:
     """What an answer cost.
 
     Attributes:
-        nfe: model forward passes the request took part in.
+        refreshes: forward passes over the whole visible canvas.
+        reuses: forward passes over a part of it, the rest read from the cache.
         steps: denoising steps that committed tokens.
         completion_tokens: generated tokens up to and including the end token.
     """
 
-    nfe: int
+    refreshes: int
+    reuses: int
     steps: int
     completion_tokens: int
+
+    @property
+    def nfe(self) -> int:
+        """Forward passes of the diffusion model that the request took part in."""
+        return self.refreshes + self.reuses
 
     @property
     def tokens_per_forward(self) -> float:

@@ -12,6 +12,7 @@ from vdiff_kserve.engine.request import (
     GenerationRequest,
     GenerationStats,
 )
+from vdiff_kserve.models import ModelSpec, RowSpan
 from vdiff_kserve.sampler import DecodingParams, block_steps, quota
 
 
@@ -22,17 +23,20 @@ class Row:
     kept apart from the ids, since a prompt may hold the mask token's id.
     """
 
-    def __init__(self, request: GenerationRequest, sink: EventSink, mask_token_id: int) -> None:
+    def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
         self.request = request
         self.sink = sink
         self.prompt_length = len(request.prompt_ids)
-        self.canvas = torch.full((self.prompt_length + request.max_tokens,), mask_token_id)
+        self.canvas = torch.full((self.prompt_length + request.max_tokens,), spec.mask_token_id)
         self.canvas[: self.prompt_length] = torch.tensor(request.prompt_ids)
         self.masked = torch.arange(len(self.canvas)) >= self.prompt_length
         self.frontier = self.prompt_length
-        self.nfe = 0
-        self.steps = 0
         self.aborted = False
+        self.cache_offsets: tuple[int, ...] = ()
+        self.shift = int(spec.shifted_logits)
+        self._refreshes = 0
+        self._reuses = 0
+        self._steps = 0
         self._end_token_id: int | None = None
         self._enter_block(self.prompt_length)
 
@@ -45,9 +49,11 @@ class Row:
         return len(self.canvas)
 
     @property
-    def block_span(self) -> tuple[int, int]:
-        """The active block: (first position, length)."""
-        return self.block_start, self.block_end - self.block_start
+    def cache_runs(self) -> int:
+        """How many runs of cache the row needs: a guided row has a second one, without prompt."""
+        if self.params.cache == "none":
+            return 0
+        return 2 if self.params.cfg_scale > 0 else 1
 
     @property
     def quota(self) -> int:
@@ -63,38 +69,62 @@ class Row:
 
     @property
     def stats(self) -> GenerationStats:
-        return GenerationStats(self.nfe, self.steps, self.frontier - self.prompt_length)
+        written = self.frontier - self.prompt_length
+        return GenerationStats(self._refreshes, self._reuses, self._steps, written)
+
+    def next_span(self) -> RowSpan:
+        """The part of the canvas that the next step runs over."""
+        visible = len(self)
+        if self.params.max_lookahead is not None:
+            visible = min(visible, self.block_end + self.params.max_lookahead)
+        output_start = self.block_start - self.shift
+        outputs = self.block_end - self.block_start
+        start, end = 0, visible
+        if not self._refresh_is_due:
+            start = max(0, min(self.block_start - self.params.vicinity, output_start))
+            if self.params.cache == "dual":
+                end = min(visible, self.block_end + self.params.vicinity)
+        offset = self.cache_offsets[0] if self.cache_offsets else None
+        return RowSpan(start, end - start, visible, output_start, outputs, offset)
 
     def masked_in_block(self) -> Tensor:
         """Masked positions of the active block: int64 [n], absolute, ascending."""
         start, end = self.block_start, self.block_end
         return self.masked[start:end].nonzero().squeeze(-1) + start
 
-    def commit(self, positions: Tensor, tokens: Tensor) -> None:
-        """Apply one step: write `tokens` at `positions` (both int64 [n]) and send what is final."""
+    def commit(self, span: RowSpan, positions: Tensor, tokens: Tensor) -> None:
+        """Apply one step over `span`: write `tokens` at `positions` (int64 [n]); send what is final.
+        """
         self.canvas[positions] = tokens
         self.masked[positions] = False
-        self.nfe += 1
-        self.steps += len(positions) > 0
+        if span.queries == span.keys:
+            self._refreshes += 1
+        else:
+            self._reuses += 1
+        self._steps += len(positions) > 0
         self._block_step += 1
         self._advance_frontier()
         if self._block_done and self.finish_reason is None:
             self._enter_block(self.block_end)
 
+    @property
+    def _refresh_is_due(self) -> bool:
+        if self.params.cache == "none":
+            return True
+        interval = self.params.refresh_interval
+        return self._block_step % interval == 0 if interval else self._block_step == 0
+
+    @property
+    def _block_done(self) -> bool:
+        return not self.masked[self.block_start : self.block_end].any()
+
     def _enter_block(self, start: int) -> None:
         self.block_start = start
         self.block_end = min(start + self.params.block_length, len(self))
         self._block_masks = self.block_end - start
-        self._block_steps = block_steps(self.params, self.request.max_tokens, self._block_masks)
-        if not self.params.idle_steps:
-            self._block_steps = min(self._block_steps, self._block_masks)
+        steps = block_steps(self.params, self.request.max_tokens, self._block_masks)
+        self._block_steps = min(steps, self._block_masks)
         self._block_step = 0
-
-    @property
-    def _block_done(self) -> bool:
-        if self.params.idle_steps and self._block_step < self._block_steps:
-            return False
-        return not self.masked[self.block_start : self.block_end].any()
 
     def _advance_frontier(self) -> None:
         """Move the frontier to the first mask, or past the first end token; send what it passed."""

@@ -6,17 +6,19 @@ from collections import deque
 from collections.abc import Sequence
 from threading import Condition
 
+from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.request import EngineError, EngineStoppedError, QueueFullError
 from vdiff_kserve.engine.row import Row
 
 
 class Scheduler:
-    """First come, first served admission of rows to a bounded number of slots.
+    """First come, first served admission of rows to a bounded number of slots and cache places.
 
     `submit` and `abort` may be called from any thread; the rest belongs to the engine's thread.
     """
 
-    def __init__(self, max_num_seqs: int, max_queue: int) -> None:
+    def __init__(self, max_num_seqs: int, max_queue: int, cache: KVCache) -> None:
+        self._cache = cache
         self._max_num_seqs = max_num_seqs
         self._max_queue = max_queue
         self._waiting: deque[Row] = deque()
@@ -62,7 +64,7 @@ class Scheduler:
         with self._changed:
             self._closed = reason
             dropped = [row for row in (*self._running, *self._waiting) if not row.aborted]
-            self._running = []
+            self._leave(self._running)
             self._waiting.clear()
             self._changed.notify()
         return dropped
@@ -85,11 +87,31 @@ class Scheduler:
     def release(self, rows: Sequence[Row]) -> None:
         """Forget rows that finished or failed; their slots are free for the next round."""
         with self._changed:
-            self._running = [row for row in self._running if row not in rows]
+            self._leave(rows)
+
+    def _leave(self, rows: Sequence[Row]) -> None:
+        self._running = [row for row in self._running if row not in rows]
+        for row in rows:
+            for offset in row.cache_offsets:
+                self._cache.release(offset)
+            row.cache_offsets = ()
 
     def _admit(self) -> None:
-        self._running = [row for row in self._running if not row.aborted]
-        alive = [row for row in self._waiting if not row.aborted]
-        free_slots = self._max_num_seqs - len(self._running)
-        self._running.extend(alive[:free_slots])
-        self._waiting = deque(alive[free_slots:])
+        self._leave([row for row in self._running if row.aborted])
+        self._waiting = deque(row for row in self._waiting if not row.aborted)
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            if not self._reserve(self._waiting[0]):
+                return
+            self._running.append(self._waiting.popleft())
+
+    def _reserve(self, row: Row) -> bool:
+        """Reserve all the cache that `row` will ever need, or nothing."""
+        for _ in range(row.cache_runs):
+            offset = self._cache.reserve(len(row))
+            if offset is None:
+                for reserved in row.cache_offsets:
+                    self._cache.release(reserved)
+                row.cache_offsets = ()
+                return False
+            row.cache_offsets += (offset,)
+        return True

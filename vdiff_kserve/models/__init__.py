@@ -1,9 +1,9 @@
 """The architectures, written natively in PyTorch, and the checkpoint loader."""
 
-from vdiff_kserve.models.batch import ForwardBatch
+from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
-from vdiff_kserve.models.loader import load_decoder
+from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.precision import choose_device, choose_dtype
 from vdiff_kserve.models.spec import ModelSpec
 from vdiff_kserve.models.tokenizer import load_tokenizer
@@ -13,9 +13,12 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "ForwardBatch",
+    "KeyValueStore",
     "ModelSpec",
+    "RowSpan",
     "choose_device",
     "choose_dtype",
+    "load_causal_decoder",
     "load_decoder",
     "load_tokenizer",
 ]

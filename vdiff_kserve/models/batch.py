@@ -1,7 +1,8 @@
-"""What one forward pass computes: packed query tokens of many rows, and which of them are wanted."""
+"""What one forward pass computes: query tokens of many rows, what they see, what is wanted."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -11,71 +12,161 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class RowSpan:
+    """The part of one row's canvas that a forward pass runs over.
+
+    Attributes:
+        start: canvas position of the first query token.
+        queries: number of query tokens.
+        keys: canvas positions 0 .. keys - 1 are what the queries see. Those outside the queries
+            come from the cache.
+        output_start: canvas position of the first wanted hidden state.
+        outputs: number of wanted hidden states, all inside the query tokens.
+        cache_offset: where the row's keys and values begin in the cache; None for a row without.
+    """
+
+    start: int
+    queries: int
+    keys: int
+    output_start: int
+    outputs: int
+    cache_offset: int | None = None
+
+    @classmethod
+    def whole(cls, length: int) -> RowSpan:
+        """All of a canvas, without a cache, every hidden state wanted."""
+        return cls(0, length, length, 0, length)
+
+
+@dataclass(frozen=True)
+class KeyValueStore:
+    """Memory for keys and values: two tensors [layers, tokens, kv heads, head_dim].
+
+    Keys are stored rotated: a token's position in its canvas never changes.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Consecutive rows of one shape, computed by one attention call when nothing is cached.
+
+    Attributes:
+        rows: number of rows.
+        tokens: tokens that the forward pass computes of each.
+        queries: how many of them are queries (fewer than `tokens` in the last layer).
+        keys: key tokens that each row's queries see.
+        cache_offsets: where each row's keys begin in the cache; None when the keys are those of the
+            query tokens themselves.
+    """
+
+    rows: int
+    tokens: int
+    queries: int
+    keys: int
+    cache_offsets: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """Rows of different lengths laid end to end, without padding.
 
     Attributes:
-        input_ids: int64 [tokens], the rows' tokens one row after the other.
-        positions: int64 [tokens], each token's position in its own row (for rotary embedding).
-        lengths: tokens of each row; they sum to `tokens`.
-        output_spans: per row, (first token, count) relative to the row: the only tokens whose
-            final hidden states are returned. None returns all of them.
+        input_ids: int64 [tokens], the rows' query tokens one row after the other.
+        spans: one per row.
+        store: the cache that the spans' offsets point into; None when no span has one.
     """
 
     input_ids: Tensor
-    positions: Tensor
-    lengths: tuple[int, ...]
-    output_spans: tuple[tuple[int, int], ...] | None = None
+    spans: tuple[RowSpan, ...]
+    store: KeyValueStore | None = None
 
     @classmethod
     def pack(
         cls,
-        rows: list[Tensor],
-        output_spans: list[tuple[int, int]] | None = None,
+        rows: Sequence[Tensor],
+        spans: Sequence[RowSpan] | None = None,
+        store: KeyValueStore | None = None,
         device: torch.device | str = "cpu",
     ) -> ForwardBatch:
-        """Lay whole rows (int64 [length] each, positions from 0) end to end on `device`."""
-        lengths = tuple(len(row) for row in rows)
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        spans = None if output_spans is None else tuple(output_spans)
-        return cls(torch.cat(rows).to(device), positions.to(device), lengths, spans)
+        """Lay parts of canvases end to end on `device`.
+
+        Args:
+            rows: whole canvases, int64 [length] each.
+            spans: the part of each that is computed; None computes all of them.
+        """
+        if spans is None:
+            spans = [RowSpan.whole(len(row)) for row in rows]
+        queries = [
+            row[span.start : span.start + span.queries]
+            for row, span in zip(rows, spans, strict=True)
+        ]
+        return cls(torch.cat(queries).to(device), tuple(spans), store)
 
     @classmethod
     def dense(cls, input_ids: Tensor) -> ForwardBatch:
         """A batch of equally long rows, int64 [rows, length]; every hidden state is returned."""
         rows, length = input_ids.shape
-        positions = torch.arange(length, device=input_ids.device).repeat(rows)
-        return cls(input_ids.reshape(-1), positions, (length,) * rows)
+        return cls(input_ids.reshape(-1), (RowSpan.whole(length),) * rows)
 
     @cached_property
-    def output_lengths(self) -> tuple[int, ...]:
-        """Number of returned hidden states of each row."""
-        if self.output_spans is None:
-            return self.lengths
-        return tuple(count for _, count in self.output_spans)
+    def positions(self) -> Tensor:
+        """int64 [tokens], each query token's position in its own canvas."""
+        pieces = [torch.arange(span.start, span.start + span.queries) for span in self.spans]
+        return torch.cat(pieces).to(self.input_ids.device)
 
     @cached_property
     def output_tokens(self) -> Tensor | None:
-        """int64 [outputs], indices into the packed tokens; None when all are returned."""
-        if self.output_spans is None:
+        """int64 [outputs], indices into the query tokens; None when all of them are wanted."""
+        if all(span.outputs == span.queries for span in self.spans):
             return None
         pieces, row_start = [], 0
-        for length, (first, count) in zip(self.lengths, self.output_spans, strict=True):
-            pieces.append(torch.arange(row_start + first, row_start + first + count))
-            row_start += length
+        for span in self.spans:
+            first = row_start + span.output_start - span.start
+            pieces.append(torch.arange(first, first + span.outputs))
+            row_start += span.queries
         return torch.cat(pieces).to(self.input_ids.device)
 
+    @cached_property
+    def cached_tokens(self) -> tuple[Tensor, Tensor] | None:
+        """Two int64 [n]: query tokens whose keys and values are kept, and their cache places."""
+        tokens, places, row_start = [], [], 0
+        for span in self.spans:
+            if span.cache_offset is not None:
+                tokens.append(torch.arange(row_start, row_start + span.queries))
+                first = span.cache_offset + span.start
+                places.append(torch.arange(first, first + span.queries))
+            row_start += span.queries
+        if not tokens:
+            return None
+        device = self.input_ids.device
+        return torch.cat(tokens).to(device), torch.cat(places).to(device)
 
-@dataclass(frozen=True)
-class RowGroup:
-    """Consecutive rows of one shape: `rows` x `queries` query tokens over `keys` key tokens."""
+    @cached_property
+    def groups(self) -> list[AttentionGroup]:
+        """Attention calls when every query token is computed."""
+        return _group([(span.queries, span) for span in self.spans])
 
-    rows: int
-    queries: int
-    keys: int
+    @cached_property
+    def output_groups(self) -> list[AttentionGroup]:
+        """Attention calls when only the wanted hidden states are computed."""
+        return _group([(span.outputs, span) for span in self.spans])
 
 
-def group_rows(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> list[RowGroup]:
-    """Merge neighbouring rows of equal shape, so that each group is one attention call."""
-    shapes = zip(query_lengths, key_lengths, strict=True)
-    return [RowGroup(len(list(rows)), *shape) for shape, rows in groupby(shapes)]
+def _group(rows: Sequence[tuple[int, RowSpan]]) -> list[AttentionGroup]:
+    """Merge neighbouring rows of equal shape."""
+
+    def shape(row: tuple[int, RowSpan]) -> tuple[int, int, int]:
+        queries, span = row
+        return span.queries, queries, span.keys
+
+    groups = []
+    for (tokens, queries, keys), members in groupby(rows, shape):
+        spans = [span for _, span in members]
+        offsets = None
+        if tokens < keys:
+            offsets = tuple(span.cache_offset for span in spans if span.cache_offset is not None)
+        groups.append(AttentionGroup(len(spans), tokens, queries, keys, offsets))
+    return groups

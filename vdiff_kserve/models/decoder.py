@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vdiff_kserve.models.batch import ForwardBatch, RowGroup, group_rows
+from vdiff_kserve.models.batch import ForwardBatch
 from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
+
+Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,57 +33,75 @@ class DecoderConfig:
     rope_theta: float
     rope_in_float32: bool
     tie_embeddings: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    causal: bool = False
 
 
 class Attention(nn.Module):
-    """Multi-head (or grouped-query) attention over whole rows, with rotary positions."""
+    """Multi-head (or grouped-query) attention over rows, with rotary positions."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
+        self.causal = config.causal
         self.head_dim = config.head_dim
         queries = config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self,
-        hidden: Tensor,
-        angles: tuple[Tensor, Tensor],
-        groups: list[RowGroup],
-        outputs: Tensor | None,
+        self, hidden: Tensor, angles: Angles, batch: ForwardBatch, outputs: Tensor | None
     ) -> Tensor:
         """`outputs` (indices of tokens) limits the queries; keys and values use every token."""
         cos, sin = angles
-        key = self.k_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        value = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_dim)))
         key = rotate(key, cos, sin)
+        value = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        cached = self._keep(key, value, batch)
+        groups = batch.groups
         if outputs is not None:
-            hidden, cos, sin = hidden[outputs], cos[outputs], sin[outputs]
-        query = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(attend(rotate(query, cos, sin), key, value, groups))
+            hidden, groups = hidden[outputs], batch.output_groups
+            cos, sin = cos[outputs], sin[outputs]
+        query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim)))
+        query = rotate(query, cos, sin)
+        return self.o_proj(attend(query, key, value, groups, cached, self.causal))
+
+    def _keep(
+        self, key: Tensor, value: Tensor, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor] | None:
+        """Write the new keys and values to the cache; returns this layer's part of it."""
+        if batch.store is None or batch.cached_tokens is None:
+            return None
+        tokens, places = batch.cached_tokens
+        cached = batch.store.keys[self.layer], batch.store.values[self.layer]
+        for stored, fresh in zip(cached, (key, value), strict=True):
+            stored[places] = fresh[tokens]
+        return cached
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self,
-        hidden: Tensor,
-        angles: tuple[Tensor, Tensor],
-        groups: list[RowGroup],
-        outputs: Tensor | None = None,
+        self, hidden: Tensor, angles: Angles, batch: ForwardBatch, outputs: Tensor | None = None
     ) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden), angles, groups, outputs)
+        attended = self.attention(self.attention_norm(hidden), angles, batch, outputs)
         hidden = (hidden if outputs is None else hidden[outputs]) + attended
         return hidden + self.mlp(self.mlp_norm(hidden))
 
@@ -97,7 +117,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -122,12 +142,9 @@ class Decoder(nn.Module):
         cos, sin = rotary_angles(batch.positions, config.head_dim, config.rope_theta)
         if not config.rope_in_float32:
             cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
-        every_token = group_rows(batch.lengths, batch.lengths)
         for layer in self.layers[:-1]:
-            hidden = layer(hidden, (cos, sin), every_token)
-        wanted = group_rows(batch.output_lengths, batch.lengths)
-        hidden = self.layers[-1](hidden, (cos, sin), wanted, batch.output_tokens)
-        return self.norm(hidden)
+            hidden = layer(hidden, (cos, sin), batch)
+        return self.norm(self.layers[-1](hidden, (cos, sin), batch, batch.output_tokens))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the given hidden states: [positions, hidden_size] -> [positions, vocab]."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdiff_kserve.models.batch import RowGroup
+from vdiff_kserve.models.batch import AttentionGroup
 
 
 class RMSNorm(nn.Module):
@@ -62,27 +62,50 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(x.dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, groups: list[RowGroup]) -> Tensor:
-    """Full (bidirectional) attention inside each row; rows never see each other.
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: list[AttentionGroup],
+    cached: tuple[Tensor, Tensor] | None,
+    causal: bool,
+) -> Tensor:
+    """Attention inside each row; rows never see each other.
 
     Args:
         query: [query tokens, heads, head_dim], rows end to end.
-        key: [key tokens, kv heads, head_dim], the same rows in the same order; as `value`.
-        groups: the rows' shapes, in order; one kernel call each.
+        key: [tokens, kv heads, head_dim], of the forward pass itself; as `value`.
+        groups: the rows' shapes, in order.
+        cached: this layer's cached keys and values, [places, kv heads, head_dim] each.
+        causal: each query sees only keys at its own position and before; the queries are then the
+            last of the row's keys.
 
     Returns:
         [query tokens, heads * head_dim]
     """
-    gqa = query.shape[1] != key.shape[1]
     outputs, q_start, k_start = [], 0, 0
     for group in groups:
-        q_end, k_end = q_start + group.rows * group.queries, k_start + group.rows * group.keys
-        q = query[q_start:q_end].unflatten(0, (group.rows, group.queries)).transpose(1, 2)
-        k, v = (
-            tensor[k_start:k_end].unflatten(0, (group.rows, group.keys)).transpose(1, 2)
-            for tensor in (key, value)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
+        q_end = q_start + group.rows * group.queries
+        k_end = k_start + group.rows * group.tokens
+        q = query[q_start:q_end]
+        if group.cache_offsets is None:
+            k, v = key[k_start:k_end], value[k_start:k_end]
+            outputs.append(_attend_rows(q, k, v, group.rows, causal))
+        else:
+            assert cached is not None
+            for row, offset in zip(q.split(group.queries), group.cache_offsets, strict=True):
+                k, v = (stored[offset : offset + group.keys] for stored in cached)
+                outputs.append(_attend_rows(row, k, v, 1, causal))
         q_start, k_start = q_end, k_end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_rows(query: Tensor, key: Tensor, value: Tensor, rows: int, causal: bool) -> Tensor:
+    q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (query, key, value))
+    mask = None
+    if causal and q.shape[2] > 1:
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        mask = mask.tril(diagonal=k.shape[2] - q.shape[2])
+    gqa = q.shape[1] != k.shape[1]
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    return attended.transpose(1, 2).flatten(0, 1).flatten(1)

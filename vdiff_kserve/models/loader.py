@@ -19,8 +19,13 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
-from vdiff_kserve.models.decoder import Decoder
-from vdiff_kserve.models.registry import Family, find_family
+from vdiff_kserve.models.decoder import Decoder, DecoderConfig
+from vdiff_kserve.models.registry import (
+    CAUSAL_FORMATS,
+    FAMILIES,
+    TensorNames,
+    find_by_architecture,
+)
 from vdiff_kserve.models.spec import ModelSpec
 
 SINGLE_FILE = "model.safetensors"
@@ -40,10 +45,7 @@ class StoredTensor:
 def load_decoder(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Decoder, ModelSpec]:
-    """Read a checkpoint folder in a published format.
-
-    Host memory stays at the model (when `device` is the CPU) plus one tensor: a tensor is copied to
-    its place before the next one is read. Shows a progress bar in bytes.
+    """Read a diffusion model's checkpoint folder in its published format.
 
     Returns:
         the decoder in eval mode without gradients, and what is known about the model.
@@ -51,14 +53,42 @@ def load_decoder(
     Raises:
         CheckpointError: anything wrong with the folder, in one message.
     """
-    folder = Path(folder)
-    config = CheckpointConfig.read(folder)
-    family = find_family(config)
+    config = CheckpointConfig.read(Path(folder))
+    family = find_by_architecture(config, FAMILIES)
     spec = family.read_spec(config)
+    return _load(Path(folder), spec.decoder, family.tensor_names, device, dtype), spec
+
+
+def load_causal_decoder(
+    folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """Read a causal language model (the auxiliary model of APD), as `load_decoder` does.
+
+    Raises:
+        CheckpointError: anything wrong with the folder, in one message.
+    """
+    config = CheckpointConfig.read(Path(folder))
+    causal_format = find_by_architecture(config, CAUSAL_FORMATS)
+    decoder_config = causal_format.read_decoder(config)
+    return _load(Path(folder), decoder_config, causal_format.tensor_names, device, dtype)
+
+
+def _load(
+    folder: Path,
+    config: DecoderConfig,
+    tensor_names: TensorNames,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Decoder:
+    """Build a decoder without memory and fill it tensor by tensor, with a progress bar in bytes.
+
+    Host memory stays at the model (when `device` is the CPU) plus one tensor: each is copied to its
+    place before the next one is read.
+    """
     with init_empty_weights(include_buffers=False):
-        decoder = Decoder(spec.decoder)
+        decoder = Decoder(config)
     stored = list_tensors(folder)
-    assign = _match(decoder, family, stored, folder)
+    assign = _match(decoder, tensor_names, stored, folder)
     itemsize = torch.empty((), dtype=dtype).element_size()
     total = sum(decoder.get_parameter(name).numel() for name in assign.values()) * itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}") as progress:
@@ -66,9 +96,9 @@ def load_decoder(
             parameter = assign[tensor_name]
             set_module_tensor_to_device(decoder, parameter, device, value=tensor, dtype=dtype)
             progress.update(tensor.numel() * itemsize)
-    if spec.decoder.tie_embeddings:
+    if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
-    return decoder.requires_grad_(False).eval(), spec
+    return decoder.requires_grad_(False).eval()
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -84,8 +114,8 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
         files = [folder / SINGLE_FILE]
     elif any(path for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)):
         raise CheckpointError(
-            f"{folder} holds its weights as Python pickles, which can run code when opened, so they "
-            "are not read. Convert them first: load the model with transformers and call "
+            f"{folder} holds its weights as Python pickles, which can run code when opened, so "
+            "they are not read. Convert them first: load the model with transformers and call "
             "`model.save_pretrained(folder, safe_serialization=True)`."
         )
     else:
@@ -111,15 +141,16 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _match(
-    decoder: Decoder, family: Family, stored: dict[str, StoredTensor], folder: Path
+    decoder: Decoder, names: TensorNames, stored: dict[str, StoredTensor], folder: Path
 ) -> dict[str, str]:
     """Published name -> parameter for every parameter, or one error that names all mismatches."""
     wanted = dict(decoder.named_parameters())
+    if decoder.config.tie_embeddings:
+        wanted.pop("lm_head.weight", None)
     assign, unexpected, misshaped = {}, [], []
-    tied = decoder.config.tie_embeddings
     for name, tensor in stored.items():
-        parameter = family.parameter_name(name)
-        if tied and parameter == "lm_head.weight":
+        parameter = names.parameter_name(name)
+        if decoder.config.tie_embeddings and parameter == "lm_head.weight":
             continue
         if parameter is None or parameter not in wanted:
             unexpected.append(name)
@@ -128,15 +159,15 @@ def _match(
         if tensor.shape != expected:
             misshaped.append(f"{name} is {list(tensor.shape)}, config.json says {list(expected)}")
         assign[name] = parameter
-    missing = [family.published_name(name) for name in wanted.keys() - set(assign.values())]
+    missing = [names.published_name(name) for name in wanted.keys() - set(assign.values())]
     problems = [
-        f"{len(names)} {kind}: {_some(names)}"
-        for kind, names in (
+        f"{len(found)} {kind}: {_some(found)}"
+        for kind, found in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of the wrong shape", misshaped),
         )
-        if names
+        if found
     ]
     if problems:
         raise CheckpointError(f"{folder}: tensors do not fit config.json. " + ". ".join(problems))

@@ -4,60 +4,88 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-from vdiff_kserve.models import llada
+from vdiff_kserve.models import llada, qwen
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
+from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.spec import ModelSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Family:
-    """How one family's published checkpoints are read.
+class TensorNames:
+    """How a published format names a decoder's parameters.
 
     Attributes:
-        read_spec: `config.json` -> `ModelSpec`.
-        tensor_names: published tensor name -> name in `Decoder`, `{}` for the layer's number.
+        by_published: published tensor name -> name in `Decoder`, `{}` for the layer's number.
     """
 
-    read_spec: Callable[[CheckpointConfig], ModelSpec]
-    tensor_names: Mapping[str, str]
+    by_published: Mapping[str, str]
 
     def parameter_name(self, tensor_name: str) -> str | None:
         """The decoder's name of a published tensor; None when the family has no such tensor."""
         parts = tensor_name.split(".")
         layer = next((part for part in parts if part.isdigit()), None)
         if layer is None:
-            return self.tensor_names.get(tensor_name)
+            return self.by_published.get(tensor_name)
         pattern = ".".join("{}" if part == layer else part for part in parts)
-        name = self.tensor_names.get(pattern)
+        name = self.by_published.get(pattern)
         return None if name is None else name.format(layer)
 
     def published_name(self, parameter_name: str) -> str:
         """The checkpoint's name of a decoder parameter (the inverse of `parameter_name`)."""
-        by_parameter = {ours: theirs for theirs, ours in self.tensor_names.items()}
+        by_parameter = {ours: theirs for theirs, ours in self.by_published.items()}
         parts = parameter_name.split(".")
         layer = next((part for part in parts if part.isdigit()), None)
         pattern = ".".join("{}" if part == layer else part for part in parts)
         return by_parameter[pattern].format(layer)
 
 
+@dataclass(frozen=True)
+class Family:
+    """How the published checkpoints of a diffusion family are read."""
+
+    read_spec: Callable[[CheckpointConfig], ModelSpec]
+    tensor_names: TensorNames
+
+
+@dataclass(frozen=True)
+class CausalFormat:
+    """How the checkpoints of a causal language model (an auxiliary model for APD) are read."""
+
+    read_decoder: Callable[[CheckpointConfig], DecoderConfig]
+    tensor_names: TensorNames
+
+
+_LLADA_NAMES = TensorNames(llada.TENSOR_NAMES)
+_QWEN_NAMES = TensorNames(qwen.TENSOR_NAMES)
+
 FAMILIES: Mapping[str, Family] = {
-    "LLaDAModelLM": Family(llada.read_spec, llada.TENSOR_NAMES),
+    "LLaDAModelLM": Family(llada.read_spec, _LLADA_NAMES),
+    "DreamModel": Family(qwen.read_dream_spec, _QWEN_NAMES),
 }
-"""`architectures` in config.json -> family."""
+"""`architectures` in config.json -> diffusion family."""
+
+CAUSAL_FORMATS: Mapping[str, CausalFormat] = {
+    "Qwen2ForCausalLM": CausalFormat(qwen.read_qwen2_decoder, _QWEN_NAMES),
+    "Qwen3ForCausalLM": CausalFormat(qwen.read_qwen3_decoder, _QWEN_NAMES),
+    "LlamaForCausalLM": CausalFormat(qwen.read_llama_decoder, _QWEN_NAMES),
+}
+"""`architectures` in config.json -> causal format."""
 
 
-def find_family(config: CheckpointConfig) -> Family:
-    """The family of a checkpoint.
+def find_by_architecture(config: CheckpointConfig, known: Mapping[str, T]) -> T:
+    """The entry of `known` that a checkpoint's `architectures` names.
 
     Raises:
-        CheckpointError: no name in `architectures` is served; the message lists those that are.
+        CheckpointError: none of its names is known; the message lists those that are.
     """
     for architecture in config.architectures:
-        if architecture in FAMILIES:
-            return FAMILIES[architecture]
+        if architecture in known:
+            return known[architecture]
     named = ", ".join(config.architectures) or "nothing"
-    served = ", ".join(FAMILIES)
     raise CheckpointError(
-        f"{config.path}: field `architectures` names {named}; this server serves {served}"
+        f"{config.path}: field `architectures` names {named}; served are {', '.join(known)}"
     )

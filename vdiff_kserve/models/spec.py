@@ -18,6 +18,7 @@ class ModelSpec:
         eot_token_id: ends a chat turn; None when the tokenizer has none.
         max_model_len: most tokens of a canvas (prompt and answer).
         block_length: default length of the blocks that are decoded left to right.
+        shifted_logits: whether the logits at position i predict token i + 1, not token i.
     """
 
     family: str
@@ -27,6 +28,7 @@ class ModelSpec:
     eot_token_id: int | None
     max_model_len: int
     block_length: int
+    shifted_logits: bool = False
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:

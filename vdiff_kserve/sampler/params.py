@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Remasking = Literal["low_confidence", "random"]
+CacheMode = Literal["none", "prefix", "dual"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,13 @@ class DecodingParams:
         logits_eos_inf: never write the end-of-text token.
         confidence_eos_eot_inf: leave end tokens for last.
         seed: of the row's random numbers.
-        idle_steps: run the forwards of scheduled steps that commit nothing (more steps than tokens),
-            as LLaDA's published loop does; otherwise they are skipped.
+        cache: what a bidirectional model remembers between the steps of a block (Fast-dLLM's caches,
+            approximate): nothing, the keys and values left of the block, or also those right of it.
+        refresh_interval: recompute the whole canvas every so many steps inside a block; None only
+            when a block begins.
+        vicinity: positions on either side of the block that a cached step recomputes too.
+        max_lookahead: most masked positions right of the active block that the model sees; None is
+            the whole canvas, as the published loops have it.
     """
 
     steps: int | None = None
@@ -40,4 +46,7 @@ class DecodingParams:
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     seed: int = 0
-    idle_steps: bool = False
+    cache: CacheMode = "none"
+    refresh_interval: int | None = None
+    vicinity: int = 0
+    max_lookahead: int | None = None

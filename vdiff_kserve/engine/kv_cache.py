@@ -1,0 +1,61 @@
+"""Memory for keys and values, lent to rows for as long as they run."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from vdiff_kserve.models import DecoderConfig, KeyValueStore
+
+
+class KVCache:
+    """One piece of memory for `capacity` tokens; each row gets a run of places.
+
+    A request's canvas length is known when it arrives, so its memory is reserved once and never
+    grows. The memory itself is taken when the first row needs it.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.capacity = capacity
+        self._shape = (config.num_layers, capacity, config.num_kv_heads, config.head_dim)
+        self._device = device
+        self._dtype = dtype
+        self._free = [(0, capacity)]
+        self._lent: dict[int, int] = {}
+
+    @cached_property
+    def store(self) -> KeyValueStore:
+        """The memory itself."""
+        keys, values = (
+            torch.zeros(self._shape, device=self._device, dtype=self._dtype) for _ in range(2)
+        )
+        return KeyValueStore(keys, values)
+
+    @property
+    def used(self) -> int:
+        """Tokens that are lent out."""
+        return sum(self._lent.values())
+
+    def reserve(self, tokens: int) -> int | None:
+        """Lend the first run of `tokens` places; its offset, or None when none is long enough."""
+        for i, (start, size) in enumerate(self._free):
+            if size >= tokens:
+                self._free[i] = (start + tokens, size - tokens)
+                self._lent[start] = tokens
+                return start
+        return None
+
+    def release(self, offset: int) -> None:
+        """Take back the run that starts at `offset`."""
+        runs = sorted([*self._free, (offset, self._lent.pop(offset))])
+        merged = [runs[0]]
+        for start, size in runs[1:]:
+            last_start, last_size = merged[-1]
+            if last_start + last_size == start:
+                merged[-1] = (last_start, last_size + size)
+            else:
+                merged.append((start, size))
+        self._free = [run for run in merged if run[1]]

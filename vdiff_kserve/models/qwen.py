@@ -1,0 +1,112 @@
+"""Checkpoints in Qwen2 / Qwen3 / Llama layout: Dream's family, and the auxiliary models of APD.
+
+Dream-v0 7B, DiffuCoder and Dream-Coder are Qwen2.5 weights run without a causal mask; their logits
+at position i predict token i + 1. The same names describe causal language models.
+"""
+
+from __future__ import annotations
+
+from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.decoder import DecoderConfig
+from vdiff_kserve.models.spec import ModelSpec
+
+DREAM_MASK_TOKEN_ID = 151666
+DREAM_EOT_TOKEN_ID = 151645
+DREAM_BLOCK_LENGTH = 32
+
+TENSOR_NAMES = {
+    "model.embed_tokens.weight": "embed_tokens.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "model.layers.{}.input_layernorm.weight": "layers.{}.attention_norm.weight",
+    "model.layers.{}.self_attn.q_proj.weight": "layers.{}.attention.q_proj.weight",
+    "model.layers.{}.self_attn.q_proj.bias": "layers.{}.attention.q_proj.bias",
+    "model.layers.{}.self_attn.k_proj.weight": "layers.{}.attention.k_proj.weight",
+    "model.layers.{}.self_attn.k_proj.bias": "layers.{}.attention.k_proj.bias",
+    "model.layers.{}.self_attn.v_proj.weight": "layers.{}.attention.v_proj.weight",
+    "model.layers.{}.self_attn.v_proj.bias": "layers.{}.attention.v_proj.bias",
+    "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attention.o_proj.weight",
+    "model.layers.{}.self_attn.q_norm.weight": "layers.{}.attention.q_norm.weight",
+    "model.layers.{}.self_attn.k_norm.weight": "layers.{}.attention.k_norm.weight",
+    "model.layers.{}.post_attention_layernorm.weight": "layers.{}.mlp_norm.weight",
+    "model.layers.{}.mlp.gate_proj.weight": "layers.{}.mlp.gate_proj.weight",
+    "model.layers.{}.mlp.up_proj.weight": "layers.{}.mlp.up_proj.weight",
+    "model.layers.{}.mlp.down_proj.weight": "layers.{}.mlp.down_proj.weight",
+}
+"""Published tensor name -> name in `Decoder`; `{}` stands for the layer's number."""
+
+
+def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
+    """Translate the `config.json` of Dream and its relatives."""
+    decoder = _read_decoder(config, qkv_bias=True, qk_norm=False, causal=False)
+    vocab_size = decoder.vocab_size
+    end = config.token_id("eos_token_id", vocab_size, default=config.get("pad_token_id"))
+    return ModelSpec(
+        family="dream",
+        decoder=decoder,
+        mask_token_id=config.token_id("mask_token_id", vocab_size, default=DREAM_MASK_TOKEN_ID),
+        eos_token_id=end,
+        eot_token_id=DREAM_EOT_TOKEN_ID if vocab_size > DREAM_EOT_TOKEN_ID else None,
+        max_model_len=config.integer("max_position_embeddings"),
+        block_length=DREAM_BLOCK_LENGTH,
+        shifted_logits=True,
+    )
+
+
+def read_qwen2_decoder(config: CheckpointConfig) -> DecoderConfig:
+    """A causal `Qwen2ForCausalLM`."""
+    return _read_decoder(config, qkv_bias=True, qk_norm=False, causal=True)
+
+
+def read_qwen3_decoder(config: CheckpointConfig) -> DecoderConfig:
+    """A causal `Qwen3ForCausalLM`."""
+    config.expect("attention_bias", (False,))
+    return _read_decoder(config, qkv_bias=False, qk_norm=True, causal=True)
+
+
+def read_llama_decoder(config: CheckpointConfig) -> DecoderConfig:
+    """A causal `LlamaForCausalLM`."""
+    config.expect("attention_bias", (False,))
+    config.expect("mlp_bias", (False,))
+    return _read_decoder(config, qkv_bias=False, qk_norm=False, causal=True)
+
+
+def _read_decoder(
+    config: CheckpointConfig, *, qkv_bias: bool, qk_norm: bool, causal: bool
+) -> DecoderConfig:
+    config.expect("hidden_act", ("silu",))
+    config.expect("use_sliding_window", (False,))
+    hidden_size = config.integer("hidden_size")
+    num_heads = config.integer("num_attention_heads")
+    head_dim = config.integer("head_dim", default=hidden_size // num_heads)
+    num_kv_heads = config.integer("num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        problem = f"{num_kv_heads} does not divide num_attention_heads = {num_heads}"
+        raise config.error("num_key_value_heads", problem)
+    return DecoderConfig(
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=config.integer("intermediate_size"),
+        num_layers=config.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=config.number("rms_norm_eps"),
+        rope_theta=_rope_theta(config),
+        rope_in_float32=False,
+        tie_embeddings=bool(config.get("tie_word_embeddings")),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        causal=causal,
+    )
+
+
+def _rope_theta(config: CheckpointConfig) -> float:
+    """The rotary base: a field of its own, or in `rope_parameters` as transformers 5 writes it."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise config.error("rope_scaling", f"{kind!r} is not supported, only 'default'")
+    if config.get("rope_theta") is None and "rope_theta" in parameters:
+        return float(parameters["rope_theta"])
+    return config.number("rope_theta")
