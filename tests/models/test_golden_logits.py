@@ -58,7 +58,7 @@ def test_golden_llada_wanted_outputs_equal_the_whole() -> None:
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @torch.inference_mode()
 def test_golden_reuse_of_an_unchanged_canvas_equals_the_whole(family: str) -> None:
-    """Cached rows and uncached rows share a pass; a window of a canvas sees the rest in the cache."""
+    """Cached and uncached rows share a pass; a window of a canvas sees the rest in the cache."""
     case = golden_cases(family, "logits")[0]
     decoder, spec = load_decoder(case.folder)
     row = case.tensor("input_ids")[0]

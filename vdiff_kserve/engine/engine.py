@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 
@@ -19,11 +20,13 @@ from vdiff_kserve.engine.request import (
     GenerationRequest,
     GenerationResult,
 )
-from vdiff_kserve.engine.row import Row
+from vdiff_kserve.engine.row import Row, make_row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
 from vdiff_kserve.models import Decoder, ModelSpec
+
+Inbox = SimpleQueue[GenerationEvent | EngineError]
 
 logger = logging.getLogger("kserve.vdiff.engine")
 
@@ -47,20 +50,30 @@ class EngineConfig:
 class Engine:
     """Denoises many requests at once, a step at a time, on a thread of its own.
 
-    Rows join and leave between steps; each is at its own block and step with its own parameters, and
-    none waits for another.
+    Rows join and leave between steps; each is at its own block and step with its own parameters,
+    and none waits for another.
     """
 
-    row_class: type[Row] = Row
-
-    def __init__(self, decoder: Decoder, spec: ModelSpec, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        spec: ModelSpec,
+        config: EngineConfig,
+        auxiliary: Decoder | None = None,
+    ) -> None:
         self.spec = spec
         self.config = config
         self.failure: BaseException | None = None
+        self._has_auxiliary = auxiliary is not None
         capacity = config.kv_cache_tokens or config.max_num_seqs * spec.max_model_len
         self._cache = KVCache(spec.decoder, capacity, decoder.device, decoder.dtype)
-        self._runner = ModelRunner(decoder, spec, self._cache)
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_queue, self._cache)
+        auxiliary_cache = None
+        if auxiliary is not None:
+            auxiliary_cache = KVCache(auxiliary.config, capacity, auxiliary.device, auxiliary.dtype)
+        self._runner = ModelRunner(decoder, spec, self._cache, auxiliary, auxiliary_cache)
+        self._scheduler = Scheduler(
+            config.max_num_seqs, config.max_queue, self._cache, auxiliary_cache
+        )
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
 
     @property
@@ -96,7 +109,7 @@ class Engine:
         streams = [GenerationStream() for _ in requests]
         rows = self._queue(requests, [stream.put for stream in streams])
         for stream, row in zip(streams, rows, strict=True):
-            stream.on_abort(lambda row=row: self._scheduler.abort(row))
+            stream.on_abort(partial(self._scheduler.abort, row))
         return streams
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
@@ -105,17 +118,22 @@ class Engine:
         Raises:
             EngineError: one of them could not be queued or failed.
         """
-        inboxes: list[SimpleQueue[GenerationEvent | EngineError]] = [SimpleQueue() for _ in requests]
+        inboxes: list[SimpleQueue[GenerationEvent | EngineError]] = [
+            SimpleQueue() for _ in requests
+        ]
         self._queue(requests, [inbox.put for inbox in inboxes])
         return [_collect(inbox) for inbox in inboxes]
 
-    def _queue(self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]) -> list[Row]:
+    def make_row(self, request: GenerationRequest, sink: EventSink) -> Row:
+        """The row that will run `request`."""
+        return make_row(request, sink, self.spec, self._has_auxiliary)
+
+    def _queue(
+        self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]
+    ) -> list[Row]:
         if not self.alive:
             raise EngineStoppedError("The engine is not running.")
-        rows = [
-            self.row_class(request, sink, self.spec)
-            for request, sink in zip(requests, sinks, strict=True)
-        ]
+        rows = [self.make_row(request, sink) for request, sink in zip(requests, sinks, strict=True)]
         for row in rows:
             if row.cache_runs * len(row) > self._cache.capacity:
                 raise EngineError(
@@ -143,7 +161,7 @@ class Engine:
         """One denoising step of `rows`. One that fails is tried again with half of them, so that a
         row which fails alone is failed alone."""
         try:
-            commits = self._runner.step(rows)
+            decisions = self._runner.step(rows)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
@@ -156,15 +174,15 @@ class Engine:
             self._scheduler.release(rows)
             rows[0].sink(EngineError("The model failed on this request."))
             return
-        for row, commit in zip(rows, commits, strict=True):
-            row.commit(commit.span, commit.positions, commit.tokens)
+        for row, decision in zip(rows, decisions, strict=True):
+            row.apply(decision)
 
     def _close(self, reason: EngineError) -> None:
         for row in self._scheduler.close(reason):
             row.sink(reason)
 
 
-def _collect(inbox: SimpleQueue[GenerationEvent | EngineError]) -> GenerationResult:
+def _collect(inbox: Inbox) -> GenerationResult:
     token_ids: tuple[int, ...] = ()
     while True:
         event = inbox.get()

@@ -49,12 +49,14 @@ class GenerationStats:
     Attributes:
         refreshes: forward passes over the whole visible canvas.
         reuses: forward passes over a part of it, the rest read from the cache.
+        auxiliary: forward passes of the auxiliary model.
         steps: denoising steps that committed tokens.
         completion_tokens: generated tokens up to and including the end token.
     """
 
     refreshes: int
     reuses: int
+    auxiliary: int
     steps: int
     completion_tokens: int
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,33 @@ from vdiff_kserve.engine.request import (
     GenerationStats,
 )
 from vdiff_kserve.models import ModelSpec, RowSpan
-from vdiff_kserve.sampler import DecodingParams, block_steps, quota
+from vdiff_kserve.sampler import DecodingParams, Evidence, block_steps, quota
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one step decided for one row.
+
+    Attributes:
+        span: what the forward pass ran over.
+        positions: int64 [n], canvas positions to write.
+        tokens: int64 [n], what to write there.
+        evidence: of the active block, for the `credit` policy.
+        auxiliary: forward passes of the auxiliary model.
+    """
+
+    span: RowSpan
+    positions: Tensor
+    tokens: Tensor
+    evidence: Evidence | None = None
+    auxiliary: int = 0
 
 
 class Row:
-    """The state of one request while it is in the batch.
+    """The state of one request while it is in the batch, decoded block by block.
 
-    The canvas is the prompt followed by `max_tokens` masked positions. Which positions are masked is
-    kept apart from the ids, since a prompt may hold the mask token's id.
+    The canvas is the prompt followed by `max_tokens` masked positions. Which positions are masked
+    is kept apart from the ids, since a prompt may hold the mask token's id.
     """
 
     def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
@@ -33,9 +54,12 @@ class Row:
         self.frontier = self.prompt_length
         self.aborted = False
         self.cache_offsets: tuple[int, ...] = ()
+        self.auxiliary_offset: int | None = None
         self.shift = int(spec.shifted_logits)
+        self.evidence: Evidence | None = None
         self._refreshes = 0
         self._reuses = 0
+        self._auxiliary = 0
         self._steps = 0
         self._end_token_id: int | None = None
         self._enter_block(self.prompt_length)
@@ -56,9 +80,17 @@ class Row:
         return 2 if self.params.cfg_scale > 0 else 1
 
     @property
+    def uses_auxiliary(self) -> bool:
+        """Whether the auxiliary model checks the row's tokens."""
+        return False
+
+    @property
     def quota(self) -> int:
-        """Tokens that the next step commits if it goes by schedule."""
-        return quota(self._block_masks, self._block_steps, self._block_step)
+        """Tokens that the next step commits by schedule, or at most for APD by confidence."""
+        if self.params.policy == "apd":
+            return self.params.apd_max_parallel
+        left = int(self.masked[self.block_start : self.block_end].sum())
+        return quota(self.params, self._block_masks, left, self._block_steps, self._block_step)
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -69,8 +101,13 @@ class Row:
 
     @property
     def stats(self) -> GenerationStats:
-        written = self.frontier - self.prompt_length
-        return GenerationStats(self._refreshes, self._reuses, self._steps, written)
+        return GenerationStats(
+            refreshes=self._refreshes,
+            reuses=self._reuses,
+            auxiliary=self._auxiliary,
+            steps=self._steps,
+            completion_tokens=self.frontier - self.prompt_length,
+        )
 
     def next_span(self) -> RowSpan:
         """The part of the canvas that the next step runs over."""
@@ -87,25 +124,30 @@ class Row:
         offset = self.cache_offsets[0] if self.cache_offsets else None
         return RowSpan(start, end - start, visible, output_start, outputs, offset)
 
-    def masked_in_block(self) -> Tensor:
-        """Masked positions of the active block: int64 [n], absolute, ascending."""
+    def open_positions(self) -> Tensor:
+        """Positions that the next step may write: int64 [n], absolute, ascending."""
         start, end = self.block_start, self.block_end
         return self.masked[start:end].nonzero().squeeze(-1) + start
 
-    def commit(self, span: RowSpan, positions: Tensor, tokens: Tensor) -> None:
-        """Apply one step over `span`: write `tokens` at `positions` (int64 [n]); send what is final.
-        """
-        self.canvas[positions] = tokens
-        self.masked[positions] = False
-        if span.queries == span.keys:
+    def apply(self, decision: Decision) -> None:
+        """Take one step: write its tokens, send what became final, move to the next block."""
+        self.canvas[decision.positions] = decision.tokens
+        self.masked[decision.positions] = False
+        if decision.span.queries == decision.span.keys:
             self._refreshes += 1
         else:
             self._reuses += 1
-        self._steps += len(positions) > 0
+        self._auxiliary += decision.auxiliary
+        self._steps += len(decision.positions) > 0
         self._block_step += 1
+        self.evidence = decision.evidence
         self._advance_frontier()
-        if self._block_done and self.finish_reason is None:
+        if self.finish_reason is not None:
+            return
+        if self._block_done:
             self._enter_block(self.block_end)
+        else:
+            self._skip_idle_steps()
 
     @property
     def _refresh_is_due(self) -> bool:
@@ -121,10 +163,16 @@ class Row:
     def _enter_block(self, start: int) -> None:
         self.block_start = start
         self.block_end = min(start + self.params.block_length, len(self))
+        self.evidence = None
         self._block_masks = self.block_end - start
-        steps = block_steps(self.params, self.request.max_tokens, self._block_masks)
-        self._block_steps = min(steps, self._block_masks)
+        self._block_steps = block_steps(self.params, self.request.max_tokens, self._block_masks)
         self._block_step = 0
+        self._skip_idle_steps()
+
+    def _skip_idle_steps(self) -> None:
+        """Pass over steps that would commit nothing; they would cost a forward pass."""
+        while self.quota == 0 and self._block_step < self._block_steps:
+            self._block_step += 1
 
     def _advance_frontier(self) -> None:
         """Move the frontier to the first mask, or past the first end token; send what it passed."""
@@ -143,3 +191,115 @@ class Row:
                 tuple(fresh), self.stats, self.finish_reason, self._end_token_id
             )
             self.sink(event)
+
+
+class EditRow(Row):
+    """Decoding that may replace a written token while its block is open (LLaDA2.1).
+
+    Nothing of a block is final, and so nothing is sent, before the block is closed: when it has no
+    mask and a step changes nothing, or after `max_post_edits` such steps.
+    """
+
+    def _enter_block(self, start: int) -> None:
+        self._post_edits = 0
+        self._closed = False
+        super()._enter_block(start)
+
+    def open_positions(self) -> Tensor:
+        return torch.arange(self.block_start, self.block_end)
+
+    def apply(self, decision: Decision) -> None:
+        only_edits = not self.masked[self.block_start : self.block_end].any()
+        self._post_edits += only_edits
+        changed = len(decision.positions) > 0
+        limit = self.params.max_post_edits
+        self._closed = only_edits and (not changed or self._post_edits >= limit)
+        super().apply(decision)
+
+    @property
+    def _block_done(self) -> bool:
+        return self._closed
+
+    def _advance_frontier(self) -> None:
+        if self._closed:
+            super()._advance_frontier()
+
+
+class ApdRow(Row):
+    """Left-to-right decoding of a draft that the auxiliary model checks (arXiv 2506.00413).
+
+    There are no blocks: the window of positions that the model may write begins at the frontier and
+    moves with it, and nothing right of the window is seen.
+    """
+
+    def _enter_block(self, start: int) -> None:
+        self._block_step = 0
+        self._accepted = 0
+        self._set_window(start)
+
+    def _set_window(self, start: int) -> None:
+        self.block_start = start
+        lookahead = self.params.apd_lookahead
+        self.block_end = len(self) if lookahead is None else min(start + lookahead, len(self))
+
+    @property
+    def cache_runs(self) -> int:
+        if self.params.apd_window is None:
+            return 0
+        return 2 if self.params.cfg_scale > 0 else 1
+
+    @property
+    def uses_auxiliary(self) -> bool:
+        return True
+
+    @property
+    def quota(self) -> int:
+        return self.params.apd_max_parallel
+
+    @property
+    def draft_length(self) -> int:
+        """Tokens that the next step proposes."""
+        return min(self.block_end - self.block_start, self.quota)
+
+    def next_span(self) -> RowSpan:
+        left = 0
+        if self.cache_offsets and self._block_step > 0:
+            window = self.params.apd_window or 0
+            left = max(self.frontier - window - self._accepted + 1, 0)
+            left = min(left, self.frontier - self.shift)
+        offset = self.cache_offsets[0] if self.cache_offsets else None
+        right, first = self.block_end, self.frontier - self.shift
+        return RowSpan(left, right - left, right, first, self.draft_length, offset)
+
+    def auxiliary_span(self) -> RowSpan:
+        """The auxiliary model's pass over the draft: the last outputs predict its tokens."""
+        start = 0 if self._block_step == 0 else self.frontier - 1
+        end = self.frontier + self.draft_length - 1
+        offset = self.auxiliary_offset
+        return RowSpan(start, end - start, end, self.frontier - 1, self.draft_length, offset)
+
+    def open_positions(self) -> Tensor:
+        return torch.arange(self.frontier, self.frontier + self.draft_length)
+
+    def apply(self, decision: Decision) -> None:
+        self._accepted = len(decision.positions)
+        super().apply(decision)
+        self._set_window(self.frontier)
+
+    @property
+    def _block_done(self) -> bool:
+        return self.frontier == len(self)
+
+    def _skip_idle_steps(self) -> None:
+        """Every step commits."""
+
+
+def make_row(
+    request: GenerationRequest, sink: EventSink, spec: ModelSpec, has_auxiliary: bool
+) -> Row:
+    """The row of a request, of the kind that its policy needs."""
+    if request.decoding.policy == "apd" and has_auxiliary:
+        return ApdRow(request, sink, spec)
+    if request.decoding.policy == "edit":
+        return EditRow(request, sink, spec)
+    return Row(request, sink, spec)

@@ -1,75 +1,99 @@
-"""Running the model over the rows of a round and stepping the sampler on the result."""
+"""Running the models over the rows of a round and stepping the sampler on the result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vdiff_kserve.engine.kv_cache import KVCache
-from vdiff_kserve.engine.row import Row
+from vdiff_kserve.engine.row import ApdRow, Decision, Row
 from vdiff_kserve.models import Decoder, ForwardBatch, ModelSpec, RowSpan
-from vdiff_kserve.sampler import Proposal, SpecialTokens, StepRows, guide, propose, select
+from vdiff_kserve.sampler import (
+    Evidence,
+    Proposal,
+    SpecialTokens,
+    StepRows,
+    accumulate,
+    fuse,
+    guide,
+    propose,
+    select,
+    verify,
+)
 
 LOGITS_PER_CHUNK = 1 << 24
 """Most logits at a time: 64 MiB in float32, so a step's scratch stays under 256 MiB."""
-
-
-@dataclass(frozen=True)
-class Commit:
-    """What one row's step decided: the span it ran over and the tokens (int64 [n]) to write."""
-
-    span: RowSpan
-    positions: Tensor
-    tokens: Tensor
 
 
 class ModelRunner:
     """One denoising step for many rows at once.
 
     The rows' canvases (or the parts that a cached step needs) lie end to end in one forward pass.
-    Only the active blocks' hidden states are computed in the last layer, and only their masked
-    positions get logits, a chunk at a time.
+    Only the hidden states that predict open positions are computed in the last layer, and only they
+    get logits, a chunk at a time.
     """
 
-    def __init__(self, decoder: Decoder, spec: ModelSpec, cache: KVCache) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        spec: ModelSpec,
+        cache: KVCache,
+        auxiliary: Decoder | None = None,
+        auxiliary_cache: KVCache | None = None,
+    ) -> None:
         self._decoder = decoder
         self._cache = cache
+        self._auxiliary = auxiliary
+        self._auxiliary_cache = auxiliary_cache
+        self._device = decoder.device
         self._mask_token_id = spec.mask_token_id
         self._special = SpecialTokens(spec.mask_token_id, spec.eos_token_id, spec.eot_token_id)
         self._positions_per_chunk = max(1, LOGITS_PER_CHUNK // spec.decoder.vocab_size)
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Row]) -> list[Commit]:
-        """What each row commits next.
+    def step(self, rows: Sequence[Row]) -> list[Decision]:
+        """What each row's next step decides.
 
         The rows are not changed: a caller may run the same step again with fewer of them.
         """
         spans = [row.next_span() for row in rows]
-        masked = [row.masked_in_block() for row in rows]
-        counts = torch.tensor([len(positions) for positions in masked])
+        opened = [row.open_positions() for row in rows]
+        written = [
+            torch.where(row.masked[positions], -1, row.canvas[positions])
+            for row, positions in zip(rows, opened, strict=True)
+        ]
+        counts = [len(positions) for positions in opened]
         step_rows = StepRows(
-            row=torch.arange(len(rows)).repeat_interleave(counts).to(self._decoder.device),
-            position=torch.cat(masked).to(self._decoder.device),
+            row=torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(self._device),
+            position=torch.cat(opened).to(self._device),
+            written=torch.cat(written).to(self._device),
             params=[row.params for row in rows],
             quotas=[row.quota for row in rows],
             lengths=[len(row) for row in rows],
         )
-        hidden, unguided = self._hidden(rows, spans, masked)
-        proposal = self._propose(hidden, unguided, step_rows)
-        accepted = select(proposal, step_rows).cpu().split(counts.tolist())
-        tokens = proposal.token.cpu().split(counts.tolist())
+        hidden, unguided = self._hidden(rows, spans, opened)
+        evidence = self._evidence(rows, opened)
+        proposal, evidence = self._propose(hidden, unguided, step_rows, evidence)
+        accept = select(proposal, step_rows)
+        drafted = [i for i, row in enumerate(rows) if row.uses_auxiliary]
+        if drafted:
+            self._verify(accept, proposal, hidden, unguided, step_rows, rows)
+        accepted, tokens = accept.cpu().split(counts), proposal.token.cpu().split(counts)
+        kept = [None] * len(rows) if evidence is None else self._keep(rows, opened, evidence)
         return [
-            Commit(span, positions[accept], token[accept])
-            for span, positions, accept, token in zip(spans, masked, accepted, tokens, strict=True)
+            Decision(span, positions[yes], token[yes], credit, int(row.uses_auxiliary))
+            for row, span, positions, yes, token, credit in zip(
+                rows, spans, opened, accepted, tokens, kept, strict=True
+            )
         ]
 
     def _hidden(
-        self, rows: Sequence[Row], spans: list[RowSpan], masked: list[Tensor]
+        self, rows: Sequence[Row], spans: list[RowSpan], opened: list[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states that predict the masked positions, with the prompt and (for guidance)
+        """Hidden states that predict the open positions, with the prompt and (for guidance)
         without it. Rows without guidance have their own state in both."""
         canvases, passes = [row.canvas for row in rows], list(spans)
         guided = [i for i, row in enumerate(rows) if row.params.cfg_scale > 0]
@@ -81,29 +105,104 @@ class ModelRunner:
             passes.append(replace(spans[i], cache_offset=offset))
         cached = any(span.cache_offset is not None for span in passes)
         store = self._cache.store if cached else None
-        device = self._decoder.device
-        hidden = self._decoder(ForwardBatch.pack(canvases, passes, store, device))
+        hidden = self._decoder(ForwardBatch.pack(canvases, passes, store, self._device))
         starts = torch.tensor([0] + [span.outputs for span in passes]).cumsum(0).tolist()
         own = [
             positions - row.shift - span.output_start + start
-            for row, span, positions, start in zip(rows, spans, masked, starts, strict=False)
+            for row, span, positions, start in zip(rows, spans, opened, starts, strict=False)
         ]
-        with_prompt = hidden[torch.cat(own).to(device)]
+        with_prompt = hidden[torch.cat(own).to(self._device)]
         if not guided:
             return with_prompt, None
         for extra, i in enumerate(guided, start=len(rows)):
             own[i] = own[i] - starts[i] + starts[extra]
-        return with_prompt, hidden[torch.cat(own).to(device)]
+        return with_prompt, hidden[torch.cat(own).to(self._device)]
 
-    def _propose(self, hidden: Tensor, unguided: Tensor | None, rows: StepRows) -> Proposal:
-        parts = []
+    def _logits(self, hidden: Tensor, unguided: Tensor | None, rows: StepRows) -> Tensor:
+        logits = self._decoder.logits(hidden)
+        if unguided is None:
+            return logits
+        scale = rows.per_position([p.cfg_scale for p in rows.params])
+        return guide(logits, self._decoder.logits(unguided), scale)
+
+    def _propose(
+        self, hidden: Tensor, unguided: Tensor | None, rows: StepRows, evidence: Evidence | None
+    ) -> tuple[Proposal, Evidence | None]:
+        parts, evidence_parts = [], []
         for start in range(0, max(1, len(hidden)), self._positions_per_chunk):
-            end = min(start + self._positions_per_chunk, len(hidden))
-            chunk = rows.part(start, end)
-            logits = self._decoder.logits(hidden[start:end])
-            if unguided is not None:
-                without_prompt = self._decoder.logits(unguided[start:end])
-                scale = chunk.per_position([p.cfg_scale for p in rows.params])
-                logits = guide(logits, without_prompt, scale)
-            parts.append(propose(logits, chunk, self._special))
-        return Proposal.join(parts)
+            chunk = slice(start, min(start + self._positions_per_chunk, len(hidden)))
+            part = rows.part(chunk.start, chunk.stop)
+            without_prompt = None if unguided is None else unguided[chunk]
+            logits = self._logits(hidden[chunk], without_prompt, part)
+            if evidence is not None:
+                evidence_parts.append(accumulate(evidence.part(chunk), logits, part))
+                logits = fuse(logits, evidence_parts[-1], part)
+            parts.append(propose(logits, part, self._special))
+        return Proposal.join(parts), Evidence.join(evidence_parts) if evidence_parts else None
+
+    def _evidence(self, rows: Sequence[Row], opened: list[Tensor]) -> Evidence | None:
+        """What earlier steps of the rows' blocks left behind; None when no row keeps any."""
+        if all(row.params.policy != "credit" for row in rows):
+            return None
+        return Evidence.join(
+            [
+                Evidence.none(len(positions), self._device)
+                if row.evidence is None
+                else row.evidence.part((positions - row.block_start).to(self._device))
+                for row, positions in zip(rows, opened, strict=True)
+            ]
+        )
+
+    def _keep(
+        self, rows: Sequence[Row], opened: list[Tensor], evidence: Evidence
+    ) -> list[Evidence | None]:
+        """Each row's evidence, laid out over its whole block."""
+        kept: list[Evidence | None] = []
+        start = 0
+        for row, positions in zip(rows, opened, strict=True):
+            own = evidence.part(slice(start, start + len(positions)))
+            start += len(positions)
+            if row.params.policy != "credit":
+                kept.append(None)
+                continue
+            shape = (row.block_end - row.block_start, own.token.shape[1])
+            block = Evidence(own.token.new_zeros(shape), own.credit.new_zeros(shape))
+            places = (positions - row.block_start).to(self._device)
+            block.token[places], block.credit[places] = own.token, own.credit
+            kept.append(block)
+        return kept
+
+    def _verify(
+        self,
+        accept: Tensor,
+        proposal: Proposal,
+        hidden: Tensor,
+        unguided: Tensor | None,
+        step_rows: StepRows,
+        rows: Sequence[Row],
+    ) -> None:
+        """Overwrite `accept` where the auxiliary model checks a row's draft."""
+        assert self._auxiliary is not None
+        assert self._auxiliary_cache is not None
+        drafting = [row for row in rows if isinstance(row, ApdRow)]
+        checked = step_rows.per_position([row.uses_auxiliary for row in rows], torch.bool)
+        drafts = proposal.token[checked].cpu().split([row.draft_length for row in drafting])
+        canvases, spans = [], []
+        for row, draft in zip(drafting, drafts, strict=True):
+            canvas = row.canvas.clone()
+            canvas[row.frontier : row.frontier + len(draft)] = draft
+            canvases.append(canvas)
+            spans.append(row.auxiliary_span())
+        store = self._auxiliary_cache.store
+        batch = ForwardBatch.pack(canvases, spans, store, self._device)
+        auxiliary = self._auxiliary.logits(self._auxiliary(batch))
+        part = replace(
+            step_rows,
+            row=step_rows.row[checked],
+            position=step_rows.position[checked],
+            written=step_rows.written[checked],
+        )
+        without_prompt = None if unguided is None else unguided[checked]
+        diffusion = self._logits(hidden[checked], without_prompt, part)
+        diffusion[:, self._special.mask] = -torch.inf
+        accept[checked] = verify(proposal.token[checked], diffusion, auxiliary, part)

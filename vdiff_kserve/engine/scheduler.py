@@ -17,8 +17,15 @@ class Scheduler:
     `submit` and `abort` may be called from any thread; the rest belongs to the engine's thread.
     """
 
-    def __init__(self, max_num_seqs: int, max_queue: int, cache: KVCache) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_queue: int,
+        cache: KVCache,
+        auxiliary_cache: KVCache | None = None,
+    ) -> None:
         self._cache = cache
+        self._auxiliary_cache = auxiliary_cache
         self._max_num_seqs = max_num_seqs
         self._max_queue = max_queue
         self._waiting: deque[Row] = deque()
@@ -92,9 +99,7 @@ class Scheduler:
     def _leave(self, rows: Sequence[Row]) -> None:
         self._running = [row for row in self._running if row not in rows]
         for row in rows:
-            for offset in row.cache_offsets:
-                self._cache.release(offset)
-            row.cache_offsets = ()
+            self._give_back(row)
 
     def _admit(self) -> None:
         self._leave([row for row in self._running if row.aborted])
@@ -109,9 +114,20 @@ class Scheduler:
         for _ in range(row.cache_runs):
             offset = self._cache.reserve(len(row))
             if offset is None:
-                for reserved in row.cache_offsets:
-                    self._cache.release(reserved)
-                row.cache_offsets = ()
+                self._give_back(row)
                 return False
             row.cache_offsets += (offset,)
+        if row.uses_auxiliary and self._auxiliary_cache is not None:
+            row.auxiliary_offset = self._auxiliary_cache.reserve(len(row))
+            if row.auxiliary_offset is None:
+                self._give_back(row)
+                return False
         return True
+
+    def _give_back(self, row: Row) -> None:
+        for offset in row.cache_offsets:
+            self._cache.release(offset)
+        row.cache_offsets = ()
+        if row.auxiliary_offset is not None and self._auxiliary_cache is not None:
+            self._auxiliary_cache.release(row.auxiliary_offset)
+            row.auxiliary_offset = None

@@ -174,9 +174,7 @@ def _match(
     return assign
 
 
-def _read(
-    stored: dict[str, StoredTensor], names: list[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(stored: dict[str, StoredTensor], names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors one at a time, file by file."""
     for file in sorted({stored[name].file for name in names}):
         with _open(file) as tensors:

@@ -1,8 +1,8 @@
 """Random numbers that belong to a place, not to a moment.
 
-A number depends on (seed, stream, canvas position, token) only: never on the batch a row runs in, on
-the device, or on how many numbers were drawn before. So a seeded request gives the same answer alone
-or in a crowd. The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a hash.
+A number depends on (seed, stream, canvas position, token) only: never on the batch a row runs in,
+on the device, or on how many numbers were drawn before. So a seeded request gives the same answer
+alone or in a crowd. The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a hash.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ def uniform(seeds: Tensor, positions: Tensor, stream: Stream, count: int = 1) ->
     return (bits.double() + 0.5) * 2.0**-53
 
 
+def gumbel_of(uniforms: Tensor) -> Tensor:
+    """Standard Gumbel numbers of the same shape, by inversion."""
+    return -torch.log(-torch.log(uniforms))
+
+
 def gumbel(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
     """Standard Gumbel numbers, one per token: float64 [n, count]."""
-    return -torch.log(-torch.log(uniform(seeds, positions, "token", count)))
+    return gumbel_of(uniform(seeds, positions, "token", count))

@@ -5,8 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Remasking = Literal["low_confidence", "random"]
+Policy = Literal[
+    "low_confidence",
+    "random",
+    "maskgit_plus",
+    "topk_margin",
+    "entropy",
+    "threshold",
+    "factor",
+    "entropy_bound",
+    "local",
+    "credit",
+    "edit",
+    "apd",
+]
 CacheMode = Literal["none", "prefix", "dual"]
+
+DREAM_POLICIES: frozenset[Policy] = frozenset({"maskgit_plus", "topk_margin", "entropy"})
+"""Scheduled by Dream's time steps, with confidence after temperature and filters."""
+
+APD_CONFIDENCE = 0.9
+"""`apd_threshold` when there is no auxiliary model."""
+
+SCHEDULED_POLICIES: frozenset[Policy] = DREAM_POLICIES | {"low_confidence", "random"}
+"""Policies that commit a fixed number of tokens per step."""
 
 
 @dataclass(frozen=True)
@@ -14,21 +36,50 @@ class DecodingParams:
     """The parameters of one request's denoising; every row of a batch has its own.
 
     Attributes:
+        policy: which masked positions of the active block a step commits.
+            By schedule: `low_confidence` and `random` (LLaDA, arXiv 2502.09992), `maskgit_plus`,
+            `topk_margin` and `entropy` (Dream, arXiv 2508.15487).
+            By confidence, never fewer than one: `threshold` and `factor` (Fast-dLLM, arXiv
+            2505.22618), `entropy_bound` (EB-Sampler, arXiv 2505.24857), `local` (LocalLeap, arXiv
+            2510.07081), `credit` (CreditDecoding, arXiv 2510.06133), `edit` (LLaDA2.1: also
+            replaces written tokens).
+            Left to right, checked by an auxiliary causal model: `apd` (arXiv 2506.00413); without
+            one, by confidence: every position of the block that reaches `apd_threshold`, at most
+            `apd_max_parallel`.
         steps: denoising steps for the whole answer, shared out over its blocks; None commits one
-            token per step. Not used when `threshold` is set.
+            token per step. For scheduled policies.
         block_length: tokens decoded together; blocks are finished left to right.
         temperature: 0 takes the most likely token; above it, samples from softmax(logits / T).
         top_p: sample only from the smallest set of tokens whose probability reaches this.
-        remasking: which masked positions a scheduled step keeps masked: those of least confidence,
-            or random ones.
-        threshold: when set, a step commits every masked position of the block whose confidence
-            reaches it, and never fewer than one (Fast-dLLM, arXiv 2505.22618).
+        top_k: sample only from this many most likely tokens; 0 is all.
+        min_p: sample only tokens at least this likely, relative to the most likely one.
+        alg_temp: temperature of the choice of positions, for Dream's policies; 0 takes the best.
+        threshold: least confidence of a committed token; for `local` that of an anchor, for `edit`
+            that of a token in place of a mask.
+        factor: a step commits the most confident n positions while (n + 1) * (1 - confidence of the
+            n-th) < factor.
+        entropy_bound: most entropy, in nats, of the positions committed together, the largest one
+            not counted.
+        neighbour_threshold: least confidence of a committed neighbour of an anchor, for `local`.
+        radius: how many positions from an anchor its neighbours are, for `local`.
+        credit_weight: weight of the evidence of earlier steps, for `credit`; its decay per step is
+            `credit_decay`, and `credit_power` the power of the probability that is added.
+        edit_threshold: least confidence of a token that replaces a written one, for `edit`.
+        max_post_edits: most steps that only edit, once a block has no mask, for `edit`.
+        apd_mixture_weight: R of APD's target `p_diffusion^R * p_AR^(1 - R)`.
+        apd_window: W of APD: positions left of the frontier whose keys and values are recomputed;
+            None recomputes all and keeps no cache.
+        apd_lookahead: M of APD: masked positions that the diffusion model sees; None is all.
+        apd_max_parallel: most tokens that an APD step commits.
+        apd_threshold: least probability of a token that APD commits beside the first: under its
+            target with an auxiliary model (None asks for none), else its confidence (None is 0.9).
         cfg_scale: strength of classifier-free guidance; 0 is off, above it costs twice the compute.
         logits_eos_inf: never write the end-of-text token.
         confidence_eos_eot_inf: leave end tokens for last.
         seed: of the row's random numbers.
-        cache: what a bidirectional model remembers between the steps of a block (Fast-dLLM's caches,
-            approximate): nothing, the keys and values left of the block, or also those right of it.
+        cache: what a bidirectional model remembers between the steps of a block (Fast-dLLM's
+            caches, approximate): nothing, the keys and values left of the block, or also those
+            right of it.
         refresh_interval: recompute the whole canvas every so many steps inside a block; None only
             when a block begins.
         vicinity: positions on either side of the block that a cached step recomputes too.
@@ -36,12 +87,29 @@ class DecodingParams:
             the whole canvas, as the published loops have it.
     """
 
+    policy: Policy = "low_confidence"
     steps: int | None = None
     block_length: int = 32
     temperature: float = 0.0
     top_p: float = 1.0
-    remasking: Remasking = "low_confidence"
-    threshold: float | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    alg_temp: float = 0.0
+    threshold: float = 0.9
+    factor: float = 1.0
+    entropy_bound: float = 0.1
+    neighbour_threshold: float = 0.75
+    radius: int = 4
+    credit_weight: float = 0.7
+    credit_decay: float = 0.8
+    credit_power: float = 0.2
+    edit_threshold: float = 0.9
+    max_post_edits: int = 16
+    apd_mixture_weight: float = 0.7
+    apd_window: int | None = 16
+    apd_lookahead: int | None = 100
+    apd_max_parallel: int = 8
+    apd_threshold: float | None = None
     cfg_scale: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False

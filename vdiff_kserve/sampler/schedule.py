@@ -1,8 +1,13 @@
-"""How many tokens each step of a block commits."""
+"""How many tokens each step of a block commits, for policies that go by schedule."""
 
 from __future__ import annotations
 
-from vdiff_kserve.sampler.params import DecodingParams
+import torch
+
+from vdiff_kserve.sampler.params import DREAM_POLICIES, DecodingParams
+
+DREAM_LAST_TIME = 1e-3
+"""Time of Dream's last step (`eps` of its `diffusion_generate`)."""
 
 
 def block_steps(params: DecodingParams, answer_length: int, block_length: int) -> int:
@@ -16,11 +21,25 @@ def block_steps(params: DecodingParams, answer_length: int, block_length: int) -
     return max(1, round(params.steps * block_length / answer_length))
 
 
-def quota(masks: int, steps: int, step: int) -> int:
-    """Tokens that step number `step` (from 0) of a block commits: LLaDA's `get_num_transfer_tokens`.
+def quota(params: DecodingParams, masks: int, left: int, steps: int, step: int) -> int:
+    """Tokens that step number `step` (from 0) of a block commits.
 
     Args:
         masks: masked positions when the block began.
-        steps: steps of the block; the remainder of masks / steps goes to the first ones.
+        left: masked positions now.
+        steps: steps of the block.
     """
+    if params.policy in DREAM_POLICIES:
+        return _dream_quota(left, steps, step)
     return masks // steps + (step < masks % steps)
+
+
+def _dream_quota(left: int, steps: int, step: int) -> int:
+    """Dream's share: masks times the part of the remaining time that the step takes.
+
+    Computed in float32 and cut off as `diffusion_generate` does, since rounding decides counts.
+    """
+    if step >= steps - 1:
+        return left
+    times = torch.linspace(1, DREAM_LAST_TIME, steps + 1)
+    return int(torch.tensor(left) * (1 - times[step + 1] / times[step]))

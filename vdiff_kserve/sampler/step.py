@@ -1,19 +1,19 @@
-"""One denoising step over many rows: logits -> candidate tokens -> which of them are committed.
+"""One denoising step over many rows, first half: logits -> candidate tokens and how sure they are.
 
-Pure functions of tensors. All masked positions of all rows' active blocks lie in one dimension
+Pure functions of tensors. All open positions of all rows' active blocks lie in one dimension
 ("positions"); what differs between rows is gathered to it, so no row is ever looped over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vdiff_kserve.sampler.noise import gumbel, uniform
-from vdiff_kserve.sampler.params import DecodingParams
+from vdiff_kserve.sampler.noise import gumbel
+from vdiff_kserve.sampler.params import DREAM_POLICIES, DecodingParams, Policy
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of a step and where their masked positions are.
+    """The rows of a step and where their open positions are.
 
     Attributes:
         row: int64 [positions], the row of each position, ascending.
-        position: int64 [positions], place in the row's canvas.
+        position: int64 [positions], place in the row's canvas, ascending within a row.
+        written: int64 [positions], the token that stands there; -1 for a mask. Only rows whose
+            policy edits have written positions.
         params: one per row.
         quotas: tokens to commit per row in a scheduled step.
         lengths: tokens of each row's canvas.
@@ -39,38 +41,58 @@ class StepRows:
 
     row: Tensor
     position: Tensor
+    written: Tensor
     params: Sequence[DecodingParams]
     quotas: Sequence[int]
     lengths: Sequence[int]
 
     def part(self, start: int, end: int) -> StepRows:
         """The same rows, with only some of the positions."""
-        return replace(self, row=self.row[start:end], position=self.position[start:end])
+        return replace(
+            self,
+            row=self.row[start:end],
+            position=self.position[start:end],
+            written=self.written[start:end],
+        )
 
-    def per_position(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    def per_position(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
         """One value per row -> one per position."""
         return torch.tensor(values, dtype=dtype, device=self.row.device)[self.row]
+
+    def where(self, condition: Callable[[DecodingParams], bool]) -> Tensor | None:
+        """bool [positions]: those of rows that fulfil `condition`; None when no row does."""
+        fulfilled = [condition(p) for p in self.params]
+        return self.per_position(fulfilled, torch.bool) if any(fulfilled) else None
+
+    def with_policy(self, *policies: Policy) -> Tensor | None:
+        """bool [positions]: those of rows with one of `policies`; None when no row has."""
+        return self.where(lambda p: p.policy in policies)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What each masked position would become.
+    """What each open position would become.
 
     Attributes:
         token: int64 [positions].
-        confidence: float32 [positions], probability of `token`.
+        confidence: float64 [positions], probability of `token`.
+        score: float64 [positions], how sure the row's policy is of the position; higher is surer.
+            For `entropy` and `entropy_bound` the negative entropy, in nats.
     """
 
     token: Tensor
     confidence: Tensor
+    score: Tensor
 
     @classmethod
     def join(cls, parts: Sequence[Proposal]) -> Proposal:
+        """The parts' positions one after the other."""
         if len(parts) == 1:
             return parts[0]
         return cls(
             torch.cat([part.token for part in parts]),
             torch.cat([part.confidence for part in parts]),
+            torch.cat([part.score for part in parts]),
         )
 
 
@@ -82,122 +104,109 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
         unconditional: [positions, vocab], logits given a masked prompt.
         scale: float [positions].
     """
-    return unconditional + (scale[:, None] + 1) * (conditional - unconditional)
+    factor = (scale[:, None] + 1).to(conditional.dtype)
+    return unconditional + factor * (conditional - unconditional)
 
 
 def propose(logits: Tensor, rows: StepRows, special: SpecialTokens) -> Proposal:
-    """Candidate token and confidence of every position, as LLaDA's `generate` defines them.
+    """Candidate token and confidence of every position.
 
-    The candidate is the arg max of `logits + temperature * gumbel`, so a sample of
-    softmax(logits / temperature); its confidence is softmax(logits)[candidate], not tempered. The
-    mask token is never a candidate.
+    The candidate is the arg max of `logits / temperature + gumbel` after top-k, top-p and min-p, so
+    a sample of the filtered softmax; at temperature 0 the arg max of the logits. The mask token is
+    never a candidate. Its confidence is softmax(logits)[candidate] as in LLaDA's `generate`, or,
+    for Dream's policies, the probability after temperature and filters as in its
+    `diffusion_generate`.
 
     Args:
         logits: [positions, vocab]; overwritten.
     """
     logits = logits.float()
-    params = rows.params
-    if any(p.logits_eos_inf for p in params):
-        chosen = rows.per_position([p.logits_eos_inf for p in params], torch.bool)
-        logits[chosen, special.eos] = -torch.inf
-    candidates = logits
-    if any(p.temperature > 0 for p in params):
-        candidates = _perturbed(logits, rows)
-    masked_out = candidates[:, special.mask].clone()
-    candidates[:, special.mask] = -torch.inf
-    token = candidates.argmax(dim=-1)
-    candidates[:, special.mask] = masked_out
-    if any(p.confidence_eos_eot_inf for p in params):
-        chosen = rows.per_position([p.confidence_eos_eot_inf for p in params], torch.bool)
+    suppressed = rows.where(lambda p: p.logits_eos_inf)
+    if suppressed is not None:
+        logits[suppressed, special.eos] = -torch.inf
+    token = _without(logits, special.mask, lambda: logits.argmax(dim=-1))
+    sampled = rows.where(lambda p: p.temperature > 0)
+    if sampled is not None:
+        token, logits = _sample(logits, token, sampled, rows, special.mask)
+    last = rows.where(lambda p: p.confidence_eos_eot_inf)
+    if last is not None:
         for end_token in (special.eos, special.eot):
             if end_token is not None:
-                logits[chosen, end_token] = -torch.inf
-    score = logits.gather(-1, token[:, None]).squeeze(-1)
-    return Proposal(token, (score - logits.logsumexp(dim=-1)).exp())
+                logits[last, end_token] = -torch.inf
+    chosen = logits.gather(-1, token[:, None]).squeeze(-1)
+    confidence = (chosen - logits.logsumexp(dim=-1)).exp().double()
+    return Proposal(token, confidence, _score(logits, confidence, rows))
 
 
-def _perturbed(logits: Tensor, rows: StepRows) -> Tensor:
-    """Logits plus `temperature * gumbel` where the temperature is above 0, filtered by top-p."""
-    temperature = rows.per_position([p.temperature for p in rows.params], torch.float64)
-    sampled = temperature > 0
-    heat = temperature[sampled, None]
-    scores = logits[sampled].double()
-    top_p = rows.per_position([p.top_p for p in rows.params], torch.float64)[sampled]
-    if bool((top_p < 1).any()):
-        scores = keep_top_p(scores / heat, top_p) * heat
-    seeds = rows.per_position([p.seed for p in rows.params], torch.int64)[sampled]
-    noise = gumbel(seeds, rows.position[sampled], scores.shape[-1])
-    perturbed = logits.double()
-    perturbed[sampled] = scores + heat * noise
-    return perturbed
+def _without(logits: Tensor, token: int, compute: Callable[[], Tensor]) -> Tensor:
+    """`compute()` while the column of `token` is -inf."""
+    column = logits[:, token].clone()
+    logits[:, token] = -torch.inf
+    result = compute()
+    logits[:, token] = column
+    return result
 
 
-def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Set to -inf all but the smallest set of tokens whose probability reaches `top_p`.
-
-    Args:
-        logits: [positions, vocab].
-        top_p: [positions]; the token that crosses the bound is kept, so one always remains.
-    """
-    ranked, order = logits.sort(dim=-1, descending=True)
-    probability = ranked.softmax(dim=-1)
-    before = probability.cumsum(dim=-1) - probability
-    drop_ranked = before >= top_p[:, None]
-    drop_ranked[:, 0] = False
-    drop = torch.zeros_like(drop_ranked).scatter(-1, order, drop_ranked)
-    return logits.masked_fill(drop, -torch.inf)
-
-
-def select(proposal: Proposal, rows: StepRows) -> Tensor:
-    """Which positions are committed: bool [positions], at least one in every row that has a quota.
-
-    Scheduled rows commit their quota of most confident (or, with `random` remasking, random)
-    positions; rows with a threshold commit all that reach it and always their best one.
-    """
+def _sample(
+    logits: Tensor, greedy: Tensor, sampled: Tensor, rows: StepRows, mask_token: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens with those of `sampled` positions drawn, and the logits their confidence is of."""
+    drawn = replace(rows, row=rows.row[sampled], position=rows.position[sampled])
     params = rows.params
-    priority = proposal.confidence.double()
-    if any(p.remasking == "random" for p in params):
-        shuffled = rows.per_position([p.remasking == "random" for p in params], torch.bool)
-        seeds = rows.per_position([p.seed for p in params], torch.int64)
-        order = uniform(seeds, rows.position, "order").squeeze(-1)
-        priority = torch.where(shuffled, order, priority)
-    rank = rank_in_row(priority, rows.row)
-    scheduled = rank < rows.per_position(rows.quotas, torch.int64)
-    for i, p in enumerate(params):
-        if p.confidence_eos_eot_inf:
-            _break_ties_as_topk(scheduled, priority, rows, i)
-    if all(p.threshold is None for p in params):
-        return scheduled
-    thresholds = [torch.nan if p.threshold is None else p.threshold for p in params]
-    threshold = rows.per_position(thresholds, torch.float64)
-    confident = (proposal.confidence.double() >= threshold) | (rank == 0)
-    return torch.where(threshold.isnan(), scheduled, confident)
+    temperature = drawn.per_position([p.temperature for p in params])
+    scores = logits[sampled].double() / temperature[:, None]
+    scores[:, mask_token] = -torch.inf
+    scores = filter_tokens(
+        scores,
+        top_k=drawn.per_position([p.top_k for p in params], torch.int64),
+        top_p=drawn.per_position([p.top_p for p in params]),
+        min_p=drawn.per_position([p.min_p for p in params]),
+    )
+    seeds = drawn.per_position([p.seed for p in params], torch.int64)
+    noise = gumbel(seeds, drawn.position, scores.shape[-1])
+    token = greedy.clone()
+    token[sampled] = (scores + noise).argmax(dim=-1)
+    as_dream = drawn.with_policy(*DREAM_POLICIES)
+    if as_dream is not None:
+        places = sampled.nonzero().squeeze(-1)[as_dream]
+        logits[places] = scores[as_dream].float()
+    return token, logits
 
 
-def _break_ties_as_topk(scheduled: Tensor, priority: Tensor, rows: StepRows, i: int) -> None:
-    """Choose row `i`'s positions by `torch.topk` over its canvas, as LLaDA's loop does.
-
-    Positions whose candidate is a suppressed end token all have confidence 0; which of these equals
-    goes first is decided by topk's own order, so that is what gives the published results.
-    """
-    here = (rows.row == i).nonzero().squeeze(-1)
-    canvas = priority.new_full((rows.lengths[i],), -torch.inf)
-    canvas[rows.position[here]] = priority[here]
-    chosen = canvas.topk(min(rows.quotas[i], len(here))).indices
-    scheduled[here] = torch.isin(rows.position[here], chosen)
-
-
-def rank_in_row(priority: Tensor, row: Tensor) -> Tensor:
-    """Rank of each position among its row's, 0 for the highest priority; ties go to the left.
+def filter_tokens(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Set to -inf the tokens that must not be sampled; the most likely one always remains.
 
     Args:
-        priority: [positions].
-        row: int64 [positions], ascending.
+        logits: [positions, vocab], already divided by the temperature.
+        top_k: int64 [positions], 0 keeps all.
+        top_p: [positions]; the token that crosses the bound is kept. 1 keeps all.
+        min_p: [positions]; least probability relative to the highest one. 0 keeps all.
     """
-    by_priority = priority.argsort(descending=True, stable=True)
-    order = by_priority[row[by_priority].argsort(stable=True)]
-    places = torch.arange(len(row), device=row.device)
-    first_of_row = torch.searchsorted(row, row)
-    rank = torch.empty_like(places)
-    rank[order] = places - first_of_row[order]
-    return rank
+    if bool((min_p > 0).any()):
+        floor = logits.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if not bool(((top_p < 1) | (top_k > 0)).any()):
+        return logits
+    ranked, order = logits.sort(dim=-1, descending=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    most = torch.where(top_k > 0, top_k, logits.shape[-1])
+    drop = rank >= most[:, None]
+    probability = ranked.masked_fill(drop, -torch.inf).softmax(dim=-1)
+    drop |= probability.cumsum(dim=-1) - probability >= top_p[:, None]
+    drop[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+
+
+def _score(logits: Tensor, confidence: Tensor, rows: StepRows) -> Tensor:
+    """How sure each row's policy is of its positions."""
+    score = confidence
+    by_margin = rows.with_policy("topk_margin")
+    if by_margin is not None:
+        top = logits.softmax(dim=-1).topk(2, dim=-1).values.double()
+        score = torch.where(by_margin, top[:, 0] - top[:, 1], score)
+    by_entropy = rows.with_policy("entropy", "entropy_bound")
+    if by_entropy is not None:
+        probability = logits.softmax(dim=-1)
+        negative_entropy = (probability * (probability + 1e-10).log()).sum(dim=-1).double()
+        score = torch.where(by_entropy, negative_entropy, score)
+    return score
