@@ -18,7 +18,8 @@ from tests.engine.reference_rows import (
 )
 from tests.golden import GOLDEN_DIR, GoldenCase, golden_cases
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
-from vdiff_kserve.engine.row import ApdRow, Row
+from vdiff_kserve.engine.row import Row
+from vdiff_kserve.engine.row_kinds import ApdRow, BlockCausalRow
 from vdiff_kserve.models import load_causal_decoder, load_decoder
 from vdiff_kserve.sampler import DecodingParams
 
@@ -188,3 +189,32 @@ def test_golden_apd(case: GoldenCase) -> None:
     assert list(result.token_ids) == expected
     assert counts == case.tensor("acceptance_counts").tolist()
     assert result.stats.nfe == case.nfe
+
+
+@pytest.mark.parametrize("cache", ["none", "exact"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in golden_cases("sdar", "generate", "static")
+        if case.tensor("prompt_ids").shape[1] % case.params["block_length"] == 0
+    ],
+    ids=lambda case: case.name,
+)
+def test_golden_sdar_static(case: GoldenCase, cache: str) -> None:
+    """With the exact cache: one pass per step, the finished blocks' keys and values included."""
+    params = case.params
+    block, steps = params["block_length"], params["denoising_steps"]
+    decoder, spec = load_decoder(GOLDEN_DIR / "sdar")
+    for layer in decoder.layers:
+        layer.attention.attention_block = block
+    spec = replace(spec, decoder=replace(spec.decoder, attention_block=block), block_length=block)
+    length = len(case.answers()[0])
+    decoding = DecodingParams(steps=steps * length // block, block_length=block, cache=cache)
+    engine = engine_of(BlockCausalRow)(decoder, spec, EngineConfig(max_num_seqs=1))
+    engine.start()
+    (result,) = engine.generate([GenerationRequest(tuple(case.prompts()[0]), length, decoding)])
+    engine.stop()
+    assert list(result.token_ids) == case.answers()[0]
+    assert result.stats.nfe == steps * length // block
+    assert result.stats.commits == (length // block - 1 if cache == "exact" else 0)

@@ -24,7 +24,7 @@ def visible_rows(case: GoldenCase) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 @pytest.mark.parametrize(
     "case",
-    [*golden_cases("llada", "logits"), *golden_cases("dream", "logits")],
+    [case for family in ("llada", "dream", "sdar") for case in golden_cases(family, "logits")],
     ids=lambda case: f"{case.family}-{case.name}",
 )
 @torch.inference_mode()

@@ -20,7 +20,8 @@ from vdiff_kserve.engine.request import (
     GenerationRequest,
     GenerationResult,
 )
-from vdiff_kserve.engine.row import Row, make_row
+from vdiff_kserve.engine.row import Row
+from vdiff_kserve.engine.row_kinds import make_row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
@@ -135,10 +136,11 @@ class Engine:
             raise EngineStoppedError("The engine is not running.")
         rows = [self.make_row(request, sink) for request, sink in zip(requests, sinks, strict=True)]
         for row in rows:
-            if row.cache_runs * len(row) > self._cache.capacity:
+            needed = max(row.cache_runs, int(row.uses_auxiliary)) * len(row)
+            if needed > self._cache.capacity:
                 raise EngineError(
-                    f"The request needs cache for {row.cache_runs * len(row)} tokens; the server "
-                    f"has {self._cache.capacity}."
+                    f"The request needs cache for {needed} tokens; the server has "
+                    f"{self._cache.capacity}."
                 )
         self._scheduler.submit(rows)
         return rows

@@ -49,6 +49,7 @@ class GenerationStats:
     Attributes:
         refreshes: forward passes over the whole visible canvas.
         reuses: forward passes over a part of it, the rest read from the cache.
+        commits: forward passes that also keep the final keys and values of a finished block.
         auxiliary: forward passes of the auxiliary model.
         steps: denoising steps that committed tokens.
         completion_tokens: generated tokens up to and including the end token.
@@ -56,6 +57,7 @@ class GenerationStats:
 
     refreshes: int
     reuses: int
+    commits: int
     auxiliary: int
     steps: int
     completion_tokens: int
@@ -63,7 +65,7 @@ class GenerationStats:
     @property
     def nfe(self) -> int:
         """Forward passes of the diffusion model that the request took part in."""
-        return self.refreshes + self.reuses
+        return self.refreshes + self.reuses + self.commits
 
     @property
     def tokens_per_forward(self) -> float:

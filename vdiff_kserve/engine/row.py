@@ -48,7 +48,8 @@ class Row:
         self.request = request
         self.sink = sink
         self.prompt_length = len(request.prompt_ids)
-        self.canvas = torch.full((self.prompt_length + request.max_tokens,), spec.mask_token_id)
+        self.answer_end = self.prompt_length + request.max_tokens
+        self.canvas = torch.full((self._canvas_length(spec),), spec.mask_token_id)
         self.canvas[: self.prompt_length] = torch.tensor(request.prompt_ids)
         self.masked = torch.arange(len(self.canvas)) >= self.prompt_length
         self.frontier = self.prompt_length
@@ -59,6 +60,7 @@ class Row:
         self.evidence: Evidence | None = None
         self._refreshes = 0
         self._reuses = 0
+        self._commits = 0
         self._auxiliary = 0
         self._steps = 0
         self._end_token_id: int | None = None
@@ -97,13 +99,14 @@ class Row:
         """Why the row is done; None while it is not."""
         if self._end_token_id is not None:
             return "stop"
-        return "length" if self.frontier == len(self) and self._block_done else None
+        return "length" if self.frontier == self.answer_end and self._block_done else None
 
     @property
     def stats(self) -> GenerationStats:
         return GenerationStats(
             refreshes=self._refreshes,
             reuses=self._reuses,
+            commits=self._commits,
             auxiliary=self._auxiliary,
             steps=self._steps,
             completion_tokens=self.frontier - self.prompt_length,
@@ -133,13 +136,11 @@ class Row:
         """Take one step: write its tokens, send what became final, move to the next block."""
         self.canvas[decision.positions] = decision.tokens
         self.masked[decision.positions] = False
-        if decision.span.queries == decision.span.keys:
-            self._refreshes += 1
-        else:
-            self._reuses += 1
+        self._count_pass(decision.span)
         self._auxiliary += decision.auxiliary
         self._steps += len(decision.positions) > 0
         self._block_step += 1
+        self._block_passes += 1
         self.evidence = decision.evidence
         self._advance_frontier()
         if self.finish_reason is not None:
@@ -149,12 +150,21 @@ class Row:
         else:
             self._skip_idle_steps()
 
+    def _canvas_length(self, spec: ModelSpec) -> int:  # noqa: ARG002 - other kinds need it
+        return self.answer_end
+
+    def _count_pass(self, span: RowSpan) -> None:
+        if span.queries == span.keys:
+            self._refreshes += 1
+        else:
+            self._reuses += 1
+
     @property
     def _refresh_is_due(self) -> bool:
         if self.params.cache == "none":
             return True
         interval = self.params.refresh_interval
-        return self._block_step % interval == 0 if interval else self._block_step == 0
+        return self._block_passes % interval == 0 if interval else self._block_passes == 0
 
     @property
     def _block_done(self) -> bool:
@@ -167,6 +177,7 @@ class Row:
         self._block_masks = self.block_end - start
         self._block_steps = block_steps(self.params, self.request.max_tokens, self._block_masks)
         self._block_step = 0
+        self._block_passes = 0
         self._skip_idle_steps()
 
     def _skip_idle_steps(self) -> None:
@@ -178,6 +189,7 @@ class Row:
         """Move the frontier to the first mask, or past the first end token; send what it passed."""
         masks = self.masked[self.frontier :].nonzero()
         reached = self.frontier + int(masks[0]) if len(masks) else len(self)
+        reached = min(reached, self.answer_end)
         fresh = self.canvas[self.frontier : reached].tolist()
         ends = [i for i, token in enumerate(fresh) if token in self.request.end_token_ids]
         if ends:
@@ -191,115 +203,3 @@ class Row:
                 tuple(fresh), self.stats, self.finish_reason, self._end_token_id
             )
             self.sink(event)
-
-
-class EditRow(Row):
-    """Decoding that may replace a written token while its block is open (LLaDA2.1).
-
-    Nothing of a block is final, and so nothing is sent, before the block is closed: when it has no
-    mask and a step changes nothing, or after `max_post_edits` such steps.
-    """
-
-    def _enter_block(self, start: int) -> None:
-        self._post_edits = 0
-        self._closed = False
-        super()._enter_block(start)
-
-    def open_positions(self) -> Tensor:
-        return torch.arange(self.block_start, self.block_end)
-
-    def apply(self, decision: Decision) -> None:
-        only_edits = not self.masked[self.block_start : self.block_end].any()
-        self._post_edits += only_edits
-        changed = len(decision.positions) > 0
-        limit = self.params.max_post_edits
-        self._closed = only_edits and (not changed or self._post_edits >= limit)
-        super().apply(decision)
-
-    @property
-    def _block_done(self) -> bool:
-        return self._closed
-
-    def _advance_frontier(self) -> None:
-        if self._closed:
-            super()._advance_frontier()
-
-
-class ApdRow(Row):
-    """Left-to-right decoding of a draft that the auxiliary model checks (arXiv 2506.00413).
-
-    There are no blocks: the window of positions that the model may write begins at the frontier and
-    moves with it, and nothing right of the window is seen.
-    """
-
-    def _enter_block(self, start: int) -> None:
-        self._block_step = 0
-        self._accepted = 0
-        self._set_window(start)
-
-    def _set_window(self, start: int) -> None:
-        self.block_start = start
-        lookahead = self.params.apd_lookahead
-        self.block_end = len(self) if lookahead is None else min(start + lookahead, len(self))
-
-    @property
-    def cache_runs(self) -> int:
-        if self.params.apd_window is None:
-            return 0
-        return 2 if self.params.cfg_scale > 0 else 1
-
-    @property
-    def uses_auxiliary(self) -> bool:
-        return True
-
-    @property
-    def quota(self) -> int:
-        return self.params.apd_max_parallel
-
-    @property
-    def draft_length(self) -> int:
-        """Tokens that the next step proposes."""
-        return min(self.block_end - self.block_start, self.quota)
-
-    def next_span(self) -> RowSpan:
-        left = 0
-        if self.cache_offsets and self._block_step > 0:
-            window = self.params.apd_window or 0
-            left = max(self.frontier - window - self._accepted + 1, 0)
-            left = min(left, self.frontier - self.shift)
-        offset = self.cache_offsets[0] if self.cache_offsets else None
-        right, first = self.block_end, self.frontier - self.shift
-        return RowSpan(left, right - left, right, first, self.draft_length, offset)
-
-    def auxiliary_span(self) -> RowSpan:
-        """The auxiliary model's pass over the draft: the last outputs predict its tokens."""
-        start = 0 if self._block_step == 0 else self.frontier - 1
-        end = self.frontier + self.draft_length - 1
-        offset = self.auxiliary_offset
-        return RowSpan(start, end - start, end, self.frontier - 1, self.draft_length, offset)
-
-    def open_positions(self) -> Tensor:
-        return torch.arange(self.frontier, self.frontier + self.draft_length)
-
-    def apply(self, decision: Decision) -> None:
-        self._accepted = len(decision.positions)
-        super().apply(decision)
-        self._set_window(self.frontier)
-
-    @property
-    def _block_done(self) -> bool:
-        return self.frontier == len(self)
-
-    def _skip_idle_steps(self) -> None:
-        """Every step commits."""
-
-
-def make_row(
-    request: GenerationRequest, sink: EventSink, spec: ModelSpec, has_auxiliary: bool
-) -> Row:
-    """The row of a request, of the kind that its policy needs."""
-    if request.decoding.policy == "apd" and has_auxiliary:
-        return ApdRow(request, sink, spec)
-    if request.decoding.policy == "edit":
-        return EditRow(request, sink, spec)
-    return Row(request, sink, spec)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.engine.kv_cache import KVCache
-from vdiff_kserve.engine.row import ApdRow, Decision, Row
+from vdiff_kserve.engine.row import Decision, Row
+from vdiff_kserve.engine.row_kinds import ApdRow
 from vdiff_kserve.models import Decoder, ForwardBatch, ModelSpec, RowSpan
 from vdiff_kserve.sampler import (
     Evidence,

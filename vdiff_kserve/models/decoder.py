@@ -20,7 +20,13 @@ Angles = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that shapes a decoder; sizes in elements."""
+    """Everything that shapes a decoder; sizes in elements.
+
+    Attributes:
+        rope_in_float32: whether queries and keys are rotated in float32, whatever the dtype.
+        attention_block: None sees the whole row; n is block-causal attention, in which a token sees
+            all tokens of its own and earlier blocks of n; 1 is a causal language model.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -35,7 +41,7 @@ class DecoderConfig:
     tie_embeddings: bool
     qkv_bias: bool = False
     qk_norm: bool = False
-    causal: bool = False
+    attention_block: int | None = None
 
 
 class Attention(nn.Module):
@@ -44,7 +50,7 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.causal = config.causal
+        self.attention_block = config.attention_block
         self.head_dim = config.head_dim
         queries = config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
@@ -73,7 +79,7 @@ class Attention(nn.Module):
             cos, sin = cos[outputs], sin[outputs]
         query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim)))
         query = rotate(query, cos, sin)
-        return self.o_proj(attend(query, key, value, groups, cached, self.causal))
+        return self.o_proj(attend(query, key, value, groups, cached, self.attention_block))
 
     def _keep(
         self, key: Tensor, value: Tensor, batch: ForwardBatch

@@ -68,7 +68,7 @@ def attend(
     value: Tensor,
     groups: list[AttentionGroup],
     cached: tuple[Tensor, Tensor] | None,
-    causal: bool,
+    block: int | None,
 ) -> Tensor:
     """Attention inside each row; rows never see each other.
 
@@ -77,8 +77,8 @@ def attend(
         key: [tokens, kv heads, head_dim], of the forward pass itself; as `value`.
         groups: the rows' shapes, in order.
         cached: this layer's cached keys and values, [places, kv heads, head_dim] each.
-        causal: each query sees only keys at its own position and before; the queries are then the
-            last of the row's keys.
+        block: None lets each query see all keys; n only those of its own and earlier blocks of n
+            positions, counted from the row's first. The queries are then the last of the keys.
 
     Returns:
         [query tokens, heads * head_dim]
@@ -90,22 +90,27 @@ def attend(
         q = query[q_start:q_end]
         if group.cache_offsets is None:
             k, v = key[k_start:k_end], value[k_start:k_end]
-            outputs.append(_attend_rows(q, k, v, group.rows, causal))
+            outputs.append(_attend_rows(q, k, v, group.rows, block))
         else:
             assert cached is not None
             for row, offset in zip(q.split(group.queries), group.cache_offsets, strict=True):
                 k, v = (stored[offset : offset + group.keys] for stored in cached)
-                outputs.append(_attend_rows(row, k, v, 1, causal))
+                outputs.append(_attend_rows(row, k, v, 1, block))
         q_start, k_start = q_end, k_end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend_rows(query: Tensor, key: Tensor, value: Tensor, rows: int, causal: bool) -> Tensor:
+def _attend_rows(query: Tensor, key: Tensor, value: Tensor, rows: int, block: int | None) -> Tensor:
     q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (query, key, value))
-    mask = None
-    if causal and q.shape[2] > 1:
-        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool)
-        mask = mask.tril(diagonal=k.shape[2] - q.shape[2])
+    mask = None if block is None else block_causal_mask(q.shape[2], k.shape[2], block, q.device)
     gqa = q.shape[1] != k.shape[1]
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
     return attended.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def block_causal_mask(queries: int, keys: int, block: int, device: torch.device) -> Tensor | None:
+    """What the last `queries` of `keys` positions see: bool [queries, keys]; None is everything."""
+    if (keys - queries) // block == (keys - 1) // block:
+        return None
+    key_blocks = torch.arange(keys, device=device) // block
+    return key_blocks[keys - queries :, None] >= key_blocks

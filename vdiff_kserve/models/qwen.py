@@ -1,4 +1,4 @@
-"""Checkpoints in Qwen2 / Qwen3 / Llama layout: Dream's family, and the auxiliary models of APD.
+"""Checkpoints in Qwen2 / Qwen3 / Llama layout: Dream, SDAR, and the auxiliary models of APD.
 
 Dream-v0 7B, DiffuCoder and Dream-Coder are Qwen2.5 weights run without a causal mask; their logits
 at position i predict token i + 1. The same names describe causal language models.
@@ -13,6 +13,8 @@ from vdiff_kserve.models.spec import ModelSpec
 DREAM_MASK_TOKEN_ID = 151666
 DREAM_EOT_TOKEN_ID = 151645
 DREAM_BLOCK_LENGTH = 32
+SDAR_MASK_TOKEN_ID = 151669
+SDAR_BLOCK_LENGTH = 4
 
 TENSOR_NAMES = {
     "model.embed_tokens.weight": "embed_tokens.weight",
@@ -38,7 +40,7 @@ TENSOR_NAMES = {
 
 def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
     """Translate the `config.json` of Dream and its relatives."""
-    decoder = _read_decoder(config, qkv_bias=True, qk_norm=False, causal=False)
+    decoder = _read_decoder(config, qkv_bias=True, qk_norm=False, attention_block=None)
     vocab_size = decoder.vocab_size
     end = config.token_id("eos_token_id", vocab_size, default=config.get("pad_token_id"))
     return ModelSpec(
@@ -53,26 +55,43 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
     )
 
 
+def read_sdar_spec(config: CheckpointConfig) -> ModelSpec:
+    """Translate the `config.json` of SDAR: Qwen3 weights with block-causal attention."""
+    config.expect("attention_bias", (False,))
+    block = config.integer("block_size", default=SDAR_BLOCK_LENGTH)
+    decoder = _read_decoder(config, qkv_bias=False, qk_norm=True, attention_block=block)
+    vocab_size = decoder.vocab_size
+    return ModelSpec(
+        family="sdar",
+        decoder=decoder,
+        mask_token_id=config.token_id("mask_token_id", vocab_size, default=SDAR_MASK_TOKEN_ID),
+        eos_token_id=config.token_id("eos_token_id", vocab_size),
+        eot_token_id=DREAM_EOT_TOKEN_ID if vocab_size > DREAM_EOT_TOKEN_ID else None,
+        max_model_len=config.integer("max_position_embeddings"),
+        block_length=block,
+    )
+
+
 def read_qwen2_decoder(config: CheckpointConfig) -> DecoderConfig:
     """A causal `Qwen2ForCausalLM`."""
-    return _read_decoder(config, qkv_bias=True, qk_norm=False, causal=True)
+    return _read_decoder(config, qkv_bias=True, qk_norm=False, attention_block=1)
 
 
 def read_qwen3_decoder(config: CheckpointConfig) -> DecoderConfig:
     """A causal `Qwen3ForCausalLM`."""
     config.expect("attention_bias", (False,))
-    return _read_decoder(config, qkv_bias=False, qk_norm=True, causal=True)
+    return _read_decoder(config, qkv_bias=False, qk_norm=True, attention_block=1)
 
 
 def read_llama_decoder(config: CheckpointConfig) -> DecoderConfig:
     """A causal `LlamaForCausalLM`."""
     config.expect("attention_bias", (False,))
     config.expect("mlp_bias", (False,))
-    return _read_decoder(config, qkv_bias=False, qk_norm=False, causal=True)
+    return _read_decoder(config, qkv_bias=False, qk_norm=False, attention_block=1)
 
 
 def _read_decoder(
-    config: CheckpointConfig, *, qkv_bias: bool, qk_norm: bool, causal: bool
+    config: CheckpointConfig, *, qkv_bias: bool, qk_norm: bool, attention_block: int | None
 ) -> DecoderConfig:
     config.expect("hidden_act", ("silu",))
     config.expect("use_sliding_window", (False,))
@@ -97,7 +116,7 @@ def _read_decoder(
         tie_embeddings=bool(config.get("tie_word_embeddings")),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        causal=causal,
+        attention_block=attention_block,
     )
 
 

@@ -65,6 +65,7 @@ _QWEN_NAMES = TensorNames(qwen.TENSOR_NAMES)
 FAMILIES: Mapping[str, Family] = {
     "LLaDAModelLM": Family(llada.read_spec, _LLADA_NAMES),
     "DreamModel": Family(qwen.read_dream_spec, _QWEN_NAMES),
+    "SDARForCausalLM": Family(qwen.read_sdar_spec, _QWEN_NAMES),
 }
 """`architectures` in config.json -> diffusion family."""
 

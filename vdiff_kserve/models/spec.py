@@ -31,6 +31,11 @@ class ModelSpec:
     shifted_logits: bool = False
 
     @property
+    def block_causal(self) -> bool:
+        """Whether finished blocks never depend on later ones, so that caching them is exact."""
+        return self.decoder.attention_block is not None
+
+    @property
     def end_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
         ids = (self.eos_token_id, self.eot_token_id)

@@ -2,7 +2,7 @@
 
 A number depends on (seed, stream, canvas position, token) only: never on the batch a row runs in,
 on the device, or on how many numbers were drawn before. So a seeded request gives the same answer
-alone or in a crowd. The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) used as a hash.
+alone or in a crowd. The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), as a hash.
 """
 
 from __future__ import annotations

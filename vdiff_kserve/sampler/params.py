@@ -19,7 +19,7 @@ Policy = Literal[
     "edit",
     "apd",
 ]
-CacheMode = Literal["none", "prefix", "dual"]
+CacheMode = Literal["none", "prefix", "dual", "exact"]
 
 DREAM_POLICIES: frozenset[Policy] = frozenset({"maskgit_plus", "topk_margin", "entropy"})
 """Scheduled by Dream's time steps, with confidence after temperature and filters."""
@@ -77,9 +77,10 @@ class DecodingParams:
         logits_eos_inf: never write the end-of-text token.
         confidence_eos_eot_inf: leave end tokens for last.
         seed: of the row's random numbers.
-        cache: what a bidirectional model remembers between the steps of a block (Fast-dLLM's
-            caches, approximate): nothing, the keys and values left of the block, or also those
-            right of it.
+        cache: what is remembered between the steps of a block. For bidirectional models nothing,
+            the keys and values left of the block (`prefix`), or also those right of it (`dual`):
+            Fast-dLLM's caches, approximate. For block-causal models nothing or those of all
+            finished blocks (`exact`).
         refresh_interval: recompute the whole canvas every so many steps inside a block; None only
             when a block begins.
         vicinity: positions on either side of the block that a cached step recomputes too.

@@ -1,0 +1,183 @@
+"""The kinds of rows: decoding that edits, block-causal models, and adaptive parallel decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vdiff_kserve.engine.request import EventSink, GenerationRequest
+from vdiff_kserve.engine.row import Decision, Row
+from vdiff_kserve.models import ModelSpec, RowSpan
+from vdiff_kserve.sampler import block_steps
+
+
+class EditRow(Row):
+    """Decoding that may replace a written token while its block is open (LLaDA2.1).
+
+    Nothing of a block is final, and so nothing is sent, before the block is closed: when it has no
+    mask and a step changes nothing, or after `max_post_edits` such steps.
+    """
+
+    def _enter_block(self, start: int) -> None:
+        self._post_edits = 0
+        self._closed = False
+        super()._enter_block(start)
+
+    def open_positions(self) -> Tensor:
+        return torch.arange(max(self.block_start, self.prompt_length), self.block_end)
+
+    def apply(self, decision: Decision) -> None:
+        only_edits = not self.masked[self.block_start : self.block_end].any()
+        self._post_edits += only_edits
+        changed = len(decision.positions) > 0
+        limit = self.params.max_post_edits
+        self._closed = only_edits and (not changed or self._post_edits >= limit)
+        super().apply(decision)
+
+    @property
+    def _block_done(self) -> bool:
+        return self._closed
+
+    def _advance_frontier(self) -> None:
+        if self._closed:
+            super()._advance_frontier()
+
+
+class BlockCausalRow(Row):
+    """Decoding of a model whose blocks see themselves and what is left of them (SDAR).
+
+    Blocks are aligned to the canvas, so the first one may begin with the prompt's tail, and the
+    canvas is filled up to a whole block. With the `exact` cache a pass runs over the active block
+    only; the final keys and values of the block before it are computed in the same pass as its
+    first step.
+    """
+
+    def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
+        self._block_length = spec.block_length
+        super().__init__(request, sink, spec)
+
+    def _canvas_length(self, spec: ModelSpec) -> int:
+        return -(-self.answer_end // spec.block_length) * spec.block_length
+
+    def _enter_block(self, start: int) -> None:
+        self.block_start = start // self._block_length * self._block_length
+        self.block_end = self.block_start + self._block_length
+        self.evidence = None
+        self._block_masks = int(self.masked[self.block_start : self.block_end].sum())
+        canvas_masks = len(self) - self.prompt_length
+        self._block_steps = block_steps(self.params, canvas_masks, self._block_masks)
+        self._block_step = 0
+        self._block_passes = 0
+        self._skip_idle_steps()
+
+    def next_span(self) -> RowSpan:
+        end, length = self.block_end, self._block_length
+        start = self.block_start
+        if not self.cache_offsets or self._first_block:
+            start = 0
+        elif self._block_passes == 0:
+            start -= length
+        offset = self.cache_offsets[0] if self.cache_offsets else None
+        first = self.block_start - self.shift
+        return RowSpan(start, end - start, end, first, length, offset)
+
+    @property
+    def _first_block(self) -> bool:
+        """Whether nothing is cached yet."""
+        return self.block_start <= self.prompt_length and self._block_passes == 0
+
+    def _count_pass(self, span: RowSpan) -> None:
+        if span.start == 0:
+            self._refreshes += 1
+        elif span.start < self.block_start:
+            self._commits += 1
+        else:
+            self._reuses += 1
+
+
+class BlockCausalEditRow(EditRow, BlockCausalRow):
+    """LLaDA2.1's decoding: blocks that see what is left of them, edited before they are closed."""
+
+
+class ApdRow(Row):
+    """Left-to-right decoding of a draft that the auxiliary model checks (arXiv 2506.00413).
+
+    There are no blocks: the window of positions that the model may write begins at the frontier and
+    moves with it, and nothing right of the window is seen.
+    """
+
+    def _enter_block(self, start: int) -> None:
+        self._block_step = 0
+        self._block_passes = 0
+        self._accepted = 0
+        self._set_window(start)
+
+    def _set_window(self, start: int) -> None:
+        self.block_start = start
+        lookahead = self.params.apd_lookahead
+        self.block_end = len(self) if lookahead is None else min(start + lookahead, len(self))
+
+    @property
+    def cache_runs(self) -> int:
+        if self.params.apd_window is None:
+            return 0
+        return 2 if self.params.cfg_scale > 0 else 1
+
+    @property
+    def uses_auxiliary(self) -> bool:
+        return True
+
+    @property
+    def quota(self) -> int:
+        return self.params.apd_max_parallel
+
+    @property
+    def draft_length(self) -> int:
+        """Tokens that the next step proposes."""
+        return min(self.block_end - self.block_start, self.quota)
+
+    def next_span(self) -> RowSpan:
+        left = 0
+        if self.cache_offsets and self._block_passes > 0:
+            window = self.params.apd_window or 0
+            left = max(self.frontier - window - self._accepted + 1, 0)
+            left = min(left, self.frontier - self.shift)
+        offset = self.cache_offsets[0] if self.cache_offsets else None
+        right, first = self.block_end, self.frontier - self.shift
+        return RowSpan(left, right - left, right, first, self.draft_length, offset)
+
+    def auxiliary_span(self) -> RowSpan:
+        """The auxiliary model's pass over the draft: the last outputs predict its tokens."""
+        start = 0 if self._block_passes == 0 else self.frontier - 1
+        end = self.frontier + self.draft_length - 1
+        offset = self.auxiliary_offset
+        return RowSpan(start, end - start, end, self.frontier - 1, self.draft_length, offset)
+
+    def open_positions(self) -> Tensor:
+        return torch.arange(self.frontier, self.frontier + self.draft_length)
+
+    def apply(self, decision: Decision) -> None:
+        self._accepted = len(decision.positions)
+        super().apply(decision)
+        self._set_window(self.frontier)
+
+    @property
+    def _block_done(self) -> bool:
+        return self.frontier == len(self)
+
+    def _skip_idle_steps(self) -> None:
+        """Every step commits."""
+
+
+def make_row(
+    request: GenerationRequest, sink: EventSink, spec: ModelSpec, has_auxiliary: bool
+) -> Row:
+    """The row of a request, of the kind that its policy needs."""
+    if request.decoding.policy == "apd" and has_auxiliary:
+        return ApdRow(request, sink, spec)
+    row_class: type[Row]
+    if request.decoding.policy == "edit":
+        row_class = BlockCausalEditRow if spec.block_causal else EditRow
+    else:
+        row_class = BlockCausalRow if spec.block_causal else Row
+    return row_class(request, sink, spec)
