@@ -22,7 +22,14 @@ import torch
 from tqdm import tqdm
 
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
-from vdiff_kserve.models import Decoder, DecoderConfig, ForwardBatch, ModelSpec
+from vdiff_kserve.models import (
+    Decoder,
+    DecoderConfig,
+    ForwardBatch,
+    ModelSpec,
+    can_pack,
+    pack_linear_layers,
+)
 from vdiff_kserve.sampler import DecodingParams
 
 MASK, EOS = 8190, 8191
@@ -106,11 +113,13 @@ def measure(name: str, rounds: int, run: Callable[[], int]) -> Measurement:
 
 def compare(args: argparse.Namespace) -> list[Measurement]:
     """The baseline first, then the engine with each cache."""
-    decoder = random_decoder()
+    decoder, served = random_decoder(), random_decoder()
+    if not args.plain_linear and can_pack(served.device, served.dtype):
+        pack_linear_layers(served)
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(0, MASK, (args.prompt,), generator=generator).tolist()
     policy = "low_confidence" if args.threshold is None else "threshold"
-    engine = Engine(decoder, SPEC, EngineConfig(max_num_seqs=1))
+    engine = Engine(served, SPEC, EngineConfig(max_num_seqs=1))
     engine.start()
 
     def with_engine(cache: str, length: int) -> int:
@@ -143,6 +152,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="new tokens")
     parser.add_argument("--block", type=int, default=32, help="block length")
     parser.add_argument("--threshold", type=float, help="decode by confidence")
+    parser.add_argument(
+        "--plain_linear", action="store_true", help="without the packed CPU layers of the loader"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="runs of each; the median counts")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()

@@ -4,6 +4,7 @@ from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
+from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.precision import choose_device, choose_dtype
 from vdiff_kserve.models.spec import ModelSpec
 from vdiff_kserve.models.tokenizer import load_tokenizer
@@ -16,9 +17,11 @@ __all__ = [
     "KeyValueStore",
     "ModelSpec",
     "RowSpan",
+    "can_pack",
     "choose_device",
     "choose_dtype",
     "load_causal_decoder",
     "load_decoder",
     "load_tokenizer",
+    "pack_linear_layers",
 ]

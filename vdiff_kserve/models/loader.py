@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
+from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.registry import (
     CAUSAL_FORMATS,
     FAMILIES,
@@ -98,7 +99,10 @@ def _load(
             progress.update(tensor.numel() * itemsize)
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
-    return decoder.requires_grad_(False).eval()
+    decoder.requires_grad_(False).eval()
+    if can_pack(decoder.device, dtype):
+        pack_linear_layers(decoder)
+    return decoder
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
