@@ -16,6 +16,12 @@ MASK_TOKEN_ID = 126336
 EOT_TOKEN_ID = 126348
 BLOCK_LENGTH = 32
 
+PROFILES: Mapping[str, Mapping[str, Any]] = {
+    "exact": {"policy": "low_confidence", "cache": "none"},
+    "quality": {"policy": "threshold", "threshold": 0.9, "cache": "prefix"},
+    "fast": {"policy": "threshold", "threshold": 0.8, "cache": "dual", "max_lookahead": 64},
+}
+
 TENSOR_NAMES = {
     "model.transformer.wte.weight": "embed_tokens.weight",
     "model.transformer.ln_f.weight": "norm.weight",
@@ -81,4 +87,5 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
         eot_token_id=EOT_TOKEN_ID if embedding_size > EOT_TOKEN_ID else None,
         max_model_len=config.integer("max_sequence_length"),
         block_length=BLOCK_LENGTH,
+        profiles=PROFILES,
     )

@@ -39,7 +39,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack_linear_layers(module: nn.Module) -> None:
-    """Replace every `nn.Linear` inside `module`, one at a time; each one's plain weight is freed."""
+    """Replace every `nn.Linear` inside `module` in turn; its plain weight is freed."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child))

@@ -6,6 +6,9 @@ at position i predict token i + 1. The same names describe causal language model
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.spec import ModelSpec
@@ -15,6 +18,17 @@ DREAM_EOT_TOKEN_ID = 151645
 DREAM_BLOCK_LENGTH = 32
 SDAR_MASK_TOKEN_ID = 151669
 SDAR_BLOCK_LENGTH = 4
+
+DREAM_PROFILES: Mapping[str, Mapping[str, Any]] = {
+    "exact": {"policy": "entropy", "cache": "none"},
+    "quality": {"policy": "threshold", "threshold": 0.9, "cache": "prefix"},
+    "fast": {"policy": "threshold", "threshold": 0.8, "cache": "dual", "max_lookahead": 64},
+}
+SDAR_PROFILES: Mapping[str, Mapping[str, Any]] = {
+    "exact": {"policy": "low_confidence", "cache": "exact"},
+    "quality": {"policy": "threshold", "threshold": 0.95, "cache": "exact"},
+    "fast": {"policy": "threshold", "threshold": 0.85, "cache": "exact"},
+}
 
 TENSOR_NAMES = {
     "model.embed_tokens.weight": "embed_tokens.weight",
@@ -51,6 +65,7 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
         eot_token_id=DREAM_EOT_TOKEN_ID if vocab_size > DREAM_EOT_TOKEN_ID else None,
         max_model_len=config.integer("max_position_embeddings"),
         block_length=DREAM_BLOCK_LENGTH,
+        profiles=DREAM_PROFILES,
         shifted_logits=True,
     )
 
@@ -69,6 +84,7 @@ def read_sdar_spec(config: CheckpointConfig) -> ModelSpec:
         eot_token_id=DREAM_EOT_TOKEN_ID if vocab_size > DREAM_EOT_TOKEN_ID else None,
         max_model_len=config.integer("max_position_embeddings"),
         block_length=block,
+        profiles=SDAR_PROFILES,
     )
 
 

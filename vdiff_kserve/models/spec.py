@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from vdiff_kserve.models.decoder import DecoderConfig
 
@@ -18,6 +20,8 @@ class ModelSpec:
         eot_token_id: ends a chat turn; None when the tokenizer has none.
         max_model_len: most tokens of a canvas (prompt and answer).
         block_length: default length of the blocks that are decoded left to right.
+        profiles: named decodings, each as decoding parameters by name: `exact` decodes as the
+            model's authors do, `quality` is the server's default, `fast` gives up some quality.
         shifted_logits: whether the logits at position i predict token i + 1, not token i.
     """
 
@@ -28,6 +32,7 @@ class ModelSpec:
     eot_token_id: int | None
     max_model_len: int
     block_length: int
+    profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shifted_logits: bool = False
 
     @property

@@ -32,8 +32,9 @@ def mixture_logits(diffusion: Tensor, auxiliary: Tensor, rows: StepRows) -> Tens
         min_p=rows.per_position([p.min_p if p.temperature else 0.0 for p in params]),
     )[:, :size]
     weight = rows.per_position([p.apd_mixture_weight for p in params])[:, None]
-    weighted = torch.where(weight > 0, weight * proposal, 0.0)
-    return weighted + (1 - weight) * (auxiliary[:, :size].double() / temperature)
+    check = auxiliary[:, :size].double() / temperature
+    from_diffusion = torch.where(weight > 0, weight * proposal, 0.0)
+    return from_diffusion + torch.where(weight < 1, (1 - weight) * check, 0.0)
 
 
 def target_tokens(mixture: Tensor, rows: StepRows) -> Tensor:
