@@ -7,7 +7,7 @@ from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.precision import choose_device, choose_dtype
 from vdiff_kserve.models.spec import ModelSpec
-from vdiff_kserve.models.tokenizer import load_tokenizer
+from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer
 
 __all__ = [
     "CheckpointError",
@@ -18,6 +18,7 @@ __all__ = [
     "ModelSpec",
     "RowSpan",
     "can_pack",
+    "check_same_vocabulary",
     "choose_device",
     "choose_dtype",
     "load_causal_decoder",

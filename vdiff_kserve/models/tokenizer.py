@@ -22,3 +22,26 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+
+
+def check_same_vocabulary(
+    auxiliary: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Refuse an auxiliary model whose token ids mean other tokens.
+
+    The models may have ids that the other one lacks: Dream adds its mask to Qwen2.5's vocabulary.
+
+    Raises:
+        CheckpointError: an id that both have is not the same token; the message names some.
+    """
+    ours, theirs = (
+        {i: token for token, i in t.get_vocab().items()} for t in (tokenizer, auxiliary)
+    )
+    shared = ours.keys() & theirs.keys()
+    different = sorted(i for i in shared if ours[i] != theirs[i])
+    if different or not shared:
+        some = ", ".join(f"{i} is {ours[i]!r} and {theirs[i]!r}" for i in different[:3])
+        raise CheckpointError(
+            f"the auxiliary model of APD has another vocabulary than the served one: of "
+            f"{len(shared)} shared token ids {len(different)} differ ({some})"
+        )

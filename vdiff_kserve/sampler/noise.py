@@ -52,8 +52,8 @@ def uniform(seeds: Tensor, positions: Tensor, stream: Stream, count: int = 1) ->
     """
     key = _mix(_mix(seeds + _STREAM_KEYS[stream]) + positions * _signed(_INCREMENT))
     lanes = torch.arange(1, count + 1, device=key.device) * _signed(_INCREMENT)
-    bits = _shift_right(_mix(key[:, None] + lanes), 11)
-    return (bits.double() + 0.5) * 2.0**-53
+    bits = _shift_right(_mix(key[:, None] + lanes), 12)
+    return (bits.double() + 0.5) * 2.0**-52
 
 
 def gumbel_of(uniforms: Tensor) -> Tensor:

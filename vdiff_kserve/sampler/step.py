@@ -15,6 +15,9 @@ from torch import Tensor
 from vdiff_kserve.sampler.noise import gumbel
 from vdiff_kserve.sampler.params import DREAM_POLICIES, DecodingParams, Policy
 
+LEAST_SCORE = -1e9
+"""Score of a position of which nothing can be said."""
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -135,7 +138,9 @@ def propose(logits: Tensor, rows: StepRows, special: SpecialTokens) -> Proposal:
                 logits[last, end_token] = -torch.inf
     chosen = logits.gather(-1, token[:, None]).squeeze(-1)
     confidence = (chosen - logits.logsumexp(dim=-1)).exp().double()
-    return Proposal(token, confidence, _score(logits, confidence, rows))
+    score = _score(logits, confidence, rows)
+    # Where filters left nothing but end tokens that go last, the softmax is no number.
+    return Proposal(token, confidence.nan_to_num(0.0), score.nan_to_num(LEAST_SCORE))
 
 
 def _without(logits: Tensor, token: int, compute: Callable[[], Tensor]) -> Tensor:

@@ -1,0 +1,157 @@
+"""Exact match of the embedded model on held-out prompts: `python -m benchmarks.quality`.
+
+The prompts come from `hack.embedded.corpus.held_out_suite`, whose items the training never saw.
+They run through the project's engine at temperature 0; one token per step, unless `--threshold` is
+given. Prints a table and, last, one line of JSON.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hack.embedded.corpus import held_out_suite
+from hack.embedded.example import Example
+from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
+from vdiff_kserve.models import choose_device, choose_dtype, load_decoder, load_tokenizer
+from vdiff_kserve.sampler.params import DecodingParams
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "vdiff_kserve" / "embedded"
+CHUNK = 64
+
+
+@dataclass
+class Score:
+    """Counts of one task."""
+
+    prompts: int = 0
+    right: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    misses: list[tuple[str, str]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "prompts": self.prompts,
+            "exact_match": self.right / self.prompts,
+            "tokens_per_forward": self.tokens / self.forwards,
+        }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_dir", type=Path, default=EMBEDDED)
+    parser.add_argument("--n", type=int, default=1000, help="number of prompts")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts")
+    parser.add_argument("--max_tokens", type=int, default=192)
+    parser.add_argument("--block_length", type=int, default=32)
+    parser.add_argument("--threshold", type=float, help="commit every token at least this likely")
+    parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rows", type=int, default=32, help="prompts in one forward pass")
+    parser.add_argument("--json", type=Path, help="also write the JSON here")
+    parser.add_argument("--misses", type=int, default=0, help="wrong answers to show per task")
+    return parser.parse_args()
+
+
+def run_suite(
+    arguments: argparse.Namespace, suite: list[Example], decoding: DecodingParams
+) -> dict[str, Score]:
+    """Answer every prompt and compare it with its one right answer."""
+    device = choose_device(arguments.device)
+    decoder, spec = load_decoder(arguments.model_dir, device, choose_dtype(arguments.dtype, device))
+    tokenizer = load_tokenizer(arguments.model_dir)
+    end_ids = {*spec.end_token_ids, tokenizer.convert_tokens_to_ids("<|eot_id|>")}
+    engine = Engine(decoder, spec, EngineConfig(max_num_seqs=arguments.rows, max_queue=CHUNK))
+    engine.start()
+    scores: dict[str, Score] = defaultdict(Score)
+    try:
+        with tqdm(total=len(suite), unit="prompt") as progress:
+            for start in range(0, len(suite), CHUNK):
+                chunk = suite[start : start + CHUNK]
+                requests = [
+                    GenerationRequest(
+                        prompt_ids=tuple(
+                            tokenizer.apply_chat_template(
+                                [{"role": "user", "content": example.prompt}], return_dict=False
+                            )
+                        ),
+                        max_tokens=arguments.max_tokens,
+                        decoding=decoding,
+                        end_token_ids=tuple(end_ids),
+                    )
+                    for example in chunk
+                ]
+                for example, result in zip(chunk, engine.generate(requests), strict=True):
+                    text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
+                    score = scores[example.task]
+                    score.prompts += 1
+                    score.right += text == example.answer
+                    score.tokens += result.stats.completion_tokens
+                    score.forwards += result.stats.nfe
+                    if text != example.answer:
+                        score.misses.append((example.prompt, text))
+                    progress.update()
+    finally:
+        engine.stop()
+    return scores
+
+
+def total(scores: dict[str, Score]) -> Score:
+    """All tasks together."""
+    parts = scores.values()
+    return Score(
+        sum(part.prompts for part in parts),
+        sum(part.right for part in parts),
+        sum(part.tokens for part in parts),
+        sum(part.forwards for part in parts),
+    )
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    policy = "low_confidence" if arguments.threshold is None else "threshold"
+    decoding = DecodingParams(
+        policy=policy,
+        block_length=arguments.block_length,
+        threshold=arguments.threshold or 0.9,
+        cache=arguments.cache,
+    )
+    started = time.monotonic()
+    scores = run_suite(arguments, held_out_suite(arguments.n, arguments.seed), decoding)
+    scores["all"] = total(scores)
+    print(f"{'task':14s} {'prompts':>7s} {'exact match':>12s} {'tokens/forward':>15s}")
+    for name, score in scores.items():
+        row = score.summary()
+        print(
+            f"{name:14s} {score.prompts:7d} {row['exact_match']:12.1%} "
+            f"{row['tokens_per_forward']:15.2f}"
+        )
+        for prompt, text in score.misses[: arguments.misses]:
+            print(f"    {prompt!r} -> {text!r}")
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]),
+        "seconds": round(time.monotonic() - started, 1),
+        "threads": torch.get_num_threads(),
+        "max_tokens": arguments.max_tokens,
+        "block_length": arguments.block_length,
+        "threshold": arguments.threshold,
+        "cache": arguments.cache,
+        "tasks": {name: score.summary() for name, score in scores.items()},
+    }
+    line = json.dumps(report)
+    print(line)
+    if arguments.json:
+        arguments.json.write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What a request's decoding fields come to, and which contradictions are refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any, get_args
+
+import pytest
+
+from vdiff_kserve.decoding import CACHES, DECODING_FIELDS, POLICIES, PROFILES, SCHEDULED
+from vdiff_kserve.models import llada, qwen
+from vdiff_kserve.models.registry import FAMILIES
+from vdiff_kserve.openai.decoding import ModelTraits, report, resolve
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.protocol import CompletionRequest
+from vdiff_kserve.sampler import SCHEDULED_POLICIES, CacheMode, DecodingParams, Policy
+
+BIDIRECTIONAL = ModelTraits(block_causal=False, block_length=32, has_auxiliary=True)
+BLOCK_CAUSAL = ModelTraits(block_causal=True, block_length=4, has_auxiliary=False)
+EXACT = DecodingParams()
+FAST = DecodingParams(policy="threshold", threshold=0.8, cache="dual", max_lookahead=64)
+PROFILE_PARAMS = {"exact": EXACT, "fast": FAST}
+
+
+def decode(
+    default: DecodingParams = EXACT, traits: ModelTraits = BIDIRECTIONAL, **given: Any
+) -> DecodingParams:
+    return resolve(given, default, PROFILE_PARAMS, traits)
+
+
+def refusal(
+    default: DecodingParams = EXACT, traits: ModelTraits = BIDIRECTIONAL, **given: Any
+) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        decode(default, traits, **given)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_the_table_knows_every_policy_and_cache_of_the_sampler() -> None:
+    assert set(POLICIES) == set(get_args(Policy))
+    assert set(CACHES) == set(get_args(CacheMode))
+    assert SCHEDULED == SCHEDULED_POLICIES
+
+
+def test_every_decoding_parameter_is_a_field_of_requests() -> None:
+    apart = {"logits_eos_inf", "confidence_eos_eot_inf", "seed"}
+    assert {f.name for f in fields(DecodingParams)} - apart == DECODING_FIELDS.keys()
+    assert DECODING_FIELDS.keys() <= CompletionRequest.model_fields.keys()
+
+
+@pytest.mark.parametrize("profiles", [llada.PROFILES, qwen.DREAM_PROFILES, qwen.SDAR_PROFILES])
+def test_every_family_has_the_profiles_and_they_are_valid(profiles: Any) -> None:
+    assert tuple(profiles) == PROFILES
+    traits = replace(BIDIRECTIONAL, block_causal=profiles is qwen.SDAR_PROFILES)
+    for changes in profiles.values():
+        params = DecodingParams(**changes)
+        assert resolve({}, params, {}, traits) == params
+    assert len(FAMILIES) >= 3
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        ({}, "low_confidence"),
+        ({"policy": "entropy"}, "entropy"),
+        ({"remasking": "random"}, "random"),
+        ({"threshold": 0.7}, "threshold"),
+        ({"threshold": 0.7, "remasking": "low_confidence"}, "threshold"),
+        ({"threshold": 0.7, "policy": "local"}, "local"),
+        ({"factor": 1.0}, "factor"),
+        ({"entropy_bound": 0.2}, "entropy_bound"),
+        ({"radius": 2}, "local"),
+        ({"credit_decay": 0.5}, "credit"),
+        ({"edit_threshold": 0.5}, "edit"),
+        ({"apd": True}, "apd"),
+        ({"apd_window": 4}, "apd"),
+        ({"apd": False}, "low_confidence"),
+    ],
+)
+def test_the_policy_is_named_or_follows_from_a_field(given: dict[str, Any], policy: str) -> None:
+    assert decode(**given).policy == policy
+
+
+def test_steps_choose_a_schedule_where_the_default_has_none() -> None:
+    assert decode(FAST, steps=4).policy == "low_confidence"
+    assert decode(replace(EXACT, policy="entropy"), steps=4).policy == "entropy"
+
+
+def test_apd_false_leaves_apd() -> None:
+    assert decode(replace(EXACT, policy="apd"), apd=False).policy == "threshold"
+
+
+@pytest.mark.parametrize(
+    ("given", "cache"),
+    [
+        ({"cache": "dual"}, "dual"),
+        ({"use_cache": True}, "prefix"),
+        ({"use_cache": False}, "none"),
+        ({"use_dual_cache": True}, "dual"),
+        ({"use_cache": True, "use_dual_cache": True}, "dual"),
+        ({"use_cache": True, "use_dual_cache": False}, "prefix"),
+    ],
+)
+def test_the_cache_has_the_names_of_fast_dllm_too(given: dict[str, Any], cache: str) -> None:
+    assert decode(**given).cache == cache
+
+
+def test_a_profile_is_the_base_that_other_fields_change() -> None:
+    assert decode(profile="fast") == FAST
+    assert decode(profile="fast", threshold=0.7, cache="none") == replace(
+        FAST, threshold=0.7, cache="none"
+    )
+
+
+def test_null_means_all_where_a_field_says_so_and_absent_elsewhere() -> None:
+    assert decode(FAST, max_lookahead=None).max_lookahead is None
+    assert decode(FAST, threshold=None) == FAST
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "words"),
+    [
+        ({"policy": "beam"}, "policy", "low_confidence"),
+        ({"profile": "best"}, "profile", "exact, fast"),
+        ({"factor": 1.0, "policy": "low_confidence"}, "factor", "belongs to policy factor"),
+        ({"steps": 4, "policy": "threshold"}, "steps", "low_confidence"),
+        ({"threshold": 1.5}, "threshold", "at most 1"),
+        ({"threshold": 0}, "threshold", "above 0"),
+        ({"block_length": 0}, "block_length", "at least 1"),
+        ({"block_length": True}, "block_length", "an integer"),
+        ({"steps": 0}, "steps", "at least 1"),
+        ({"temperature": 2.5}, "temperature", "from 0 to 2"),
+        ({"top_p": 0}, "top_p", "above 0"),
+        ({"threshold": 0.5, "factor": 1.0}, "factor", "several policies"),
+        ({"threshold": 0.5, "remasking": "random"}, "threshold", "belongs to policy"),
+        ({"policy": "threshold", "apd": True}, "apd", "several policies"),
+        ({"policy": "apd", "apd": False}, "apd", "apd is false"),
+        ({"cache": "exact"}, "cache", "none, prefix, dual for a bidirectional model"),
+        ({"cache": "dual", "use_cache": True}, "use_cache", "several caches"),
+        ({"use_cache": False, "use_dual_cache": True}, "use_dual_cache", "use_cache is false"),
+        ({"refresh_interval": 2}, "refresh_interval", "needs cache prefix or dual"),
+        ({"vicinity": 2, "cache": "none"}, "vicinity", "needs cache prefix or dual"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(given: dict[str, Any], param: str, words: str) -> None:
+    error = refusal(**given)
+    assert error.response.error.param == param
+    assert words in error.response.error.message
+
+
+def test_a_block_causal_model_has_its_own_cache_and_block_length() -> None:
+    default = replace(EXACT, block_length=4, cache="exact")
+    assert decode(default, BLOCK_CAUSAL, block_length=4).cache == "exact"
+    assert "trained with" in str(refusal(default, BLOCK_CAUSAL, block_length=8))
+    assert "none, exact" in str(refusal(default, BLOCK_CAUSAL, cache="dual"))
+
+
+def test_a_server_without_apd_refuses_it() -> None:
+    traits = replace(BIDIRECTIONAL, allows_apd=False)
+    assert "--disable_apd" in str(refusal(traits=traits, apd=True))
+
+
+def test_the_report_names_what_the_policy_used_and_nothing_else() -> None:
+    scheduled = report(EXACT, 24, BIDIRECTIONAL)
+    assert scheduled["steps"] == 24
+    assert not scheduled.keys() & {"threshold", "factor", "apd_window", "vicinity"}
+    cached = report(FAST, 24, BIDIRECTIONAL)
+    assert (cached["threshold"], cached["cache"], cached["vicinity"]) == (0.8, "dual", 0)
+    assert "steps" not in cached
+    assert report(replace(EXACT, policy="apd"), 8, BIDIRECTIONAL)["verifier"] == "auxiliary model"

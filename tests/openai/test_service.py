@@ -1,0 +1,242 @@
+"""From a request to an answer or a stream, over an engine that answers by script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from tests.openai.engine import ScriptedEngine, service
+from vdiff_kserve.engine import EngineError, EngineStoppedError, QueueFullError
+from vdiff_kserve.observability import metrics
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    messages = [{"role": "user", "content": "hi"}]
+    return ChatCompletionRequest.model_validate({"messages": messages, "model": "tiny"} | fields)
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"prompt": "hi", "model": "tiny"} | fields)
+
+
+async def events(
+    engine: ScriptedEngine, request: ChatCompletionRequest | CompletionRequest
+) -> list[dict[str, Any]]:
+    stream = await service(engine).respond(request)
+    texts = [event async for event in stream]
+    assert texts[-1] == "data: [DONE]\n\n"
+    assert all(t.startswith("data: ") and t.endswith("\n\n") for t in texts)
+    return [json.loads(t.removeprefix("data: ")) for t in texts[:-1]]
+
+
+async def test_a_chat_is_what_the_sdk_expects() -> None:
+    engine = ScriptedEngine(["Hello", " you"], finish_reason="stop")
+    answer = await service(engine).respond(chat())
+    parsed = ChatCompletion.model_validate_json(answer.model_dump_json())
+    assert parsed.choices[0].message.content == "Hello you"
+    assert parsed.choices[0].finish_reason == "stop"
+    assert parsed.usage.completion_tokens == answer.vdiff.tokens_per_forward * answer.vdiff.nfe
+    assert answer.vdiff.choices is None
+
+
+async def test_a_completion_is_what_the_sdk_expects() -> None:
+    answer = await service(ScriptedEngine(["a", "b"])).respond(completion())
+    parsed = Completion.model_validate_json(answer.model_dump_json())
+    assert parsed.choices[0].text == "ab"
+    assert parsed.choices[0].finish_reason == "length"
+
+
+async def test_a_stream_is_what_the_sdk_expects() -> None:
+    engine = ScriptedEngine(["Hello", " you", "", " all"])
+    chunks = await events(engine, chat(stream=True))
+    parsed = [ChatCompletionChunk.model_validate(c, strict=True) for c in chunks]
+    deltas = [p.choices[0].delta for p in parsed]
+    assert [d.content for d in deltas] == ["Hell", "o yo", "u all"]
+    assert [d.role for d in deltas] == ["assistant", None, None]
+    assert [p.choices[0].finish_reason for p in parsed] == [None, None, "length"]
+    assert "vdiff" in chunks[-1]
+    assert "vdiff" not in chunks[0]
+    assert "role" not in chunks[1]["choices"][0]["delta"]
+
+
+async def test_the_piece_with_the_finish_reason_has_text_although_the_end_came_alone() -> None:
+    engine = ScriptedEngine(["four", ""], finish_reason="stop")
+    first, last = await events(engine, chat(stream=True))
+    assert first["choices"][0]["delta"]["content"] == "fou"
+    assert last["choices"][0]["delta"]["content"] == "r"
+    assert last["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_an_empty_answer_still_has_a_last_chunk() -> None:
+    (only,) = await events(ScriptedEngine([""], finish_reason="stop"), chat(stream=True))
+    assert only["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert only["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_every_block_has_a_chunk() -> None:
+    blocks = ["one block ", "another ", "and a third"]
+    assert len(await events(ScriptedEngine(blocks), completion(stream=True))) == 3
+
+
+async def test_usage_comes_last_when_asked_for() -> None:
+    request = completion(stream=True, stream_options={"include_usage": True})
+    *_, text, last = await events(ScriptedEngine(["abc"]), request)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 3
+    assert last["vdiff"]["nfe"] == 1
+    assert "usage" not in text
+
+
+async def test_a_stop_string_ends_the_answer_and_its_row() -> None:
+    engine = ScriptedEngine(["abc", "def", None])
+    answer = await service(engine).respond(completion(stop="e"))
+    assert answer.choices[0].text == "abcd"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].stop_reason == "e"
+    assert answer.usage.completion_tokens == 5
+    assert engine.streams[0].aborted
+
+
+async def test_choices_and_prompts_become_engine_requests_in_order() -> None:
+    engine = ScriptedEngine(["a"], ["b"], ["c"], ["d"])
+    request = completion(prompt=["x", "yz"], n=2, seed=2**63 - 1, temperature=1, max_tokens=99)
+    answer = await service(engine).respond(request)
+    assert [c.text for c in answer.choices] == ["a", "b", "c", "d"]
+    assert [len(r.prompt_ids) for r in engine.requests] == [1, 1, 2, 2]
+    assert [r.max_tokens for r in engine.requests] == [99, 99, 98, 98]
+    assert [r.decoding.seed for r in engine.requests] == [2**63 - 1, -(2**63)] * 2
+    assert answer.usage.prompt_tokens == 3
+
+
+async def test_answers_are_interleaved_as_they_come() -> None:
+    engine = ScriptedEngine(["ab", "c", "d"], ["xy"])
+    chunks = await events(engine, completion(prompt="x", n=2, temperature=1, stream=True))
+    assert [c["choices"][0]["index"] for c in chunks] != sorted(
+        c["choices"][0]["index"] for c in chunks
+    )
+    assert [len(c.get("vdiff", {})) > 0 for c in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+async def test_ignore_eos_leaves_only_the_requests_own_end_tokens() -> None:
+    engine = ScriptedEngine(["a"], ["a"])
+    await service(engine).respond(completion(ignore_eos=True, stop_token_ids=[7]))
+    await service(engine).respond(completion(stop_token_ids=[7]))
+    assert [r.end_token_ids for r in engine.requests] == [(7,), (314, 319, 7)]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status"), [(QueueFullError("full"), 429), (EngineStoppedError("off"), 503)]
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refusal_of_the_engine_has_its_status(
+    refusal: EngineError, status: int, stream: bool
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        await service(ScriptedEngine(refusal=refusal)).respond(chat(stream=stream))
+    assert caught.value.status == status
+    assert caught.value.headers["Retry-After"]
+
+
+async def test_a_failed_row_is_a_500_and_its_siblings_are_freed() -> None:
+    engine = ScriptedEngine([None], ["a", EngineError("The model failed.")])
+    with pytest.raises(RequestError, match="The model failed") as caught:
+        await service(engine).respond(completion(n=2, temperature=1))
+    assert caught.value.status == 500
+    assert all(stream.aborted for stream in engine.streams)
+
+
+async def test_a_stream_that_fails_tells_it_and_is_done() -> None:
+    engine = ScriptedEngine(["abc", EngineError("The model failed.")])
+    chunk, error = await events(engine, completion(stream=True))
+    assert chunk["choices"][0]["text"] == "ab"
+    assert error["error"]["code"] == 500
+    assert engine.streams[0].aborted
+
+
+async def test_an_unexpected_fault_is_a_500_that_tells_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        await service(ScriptedEngine(refusal=LookupError("secret path"))).respond(chat())
+    assert caught.value.status == 500
+    assert "secret" not in caught.value.message
+    assert "secret path" in caplog.text
+
+
+async def test_closing_a_stream_frees_its_rows() -> None:
+    engine = ScriptedEngine(["abc", None], ["abc", None])
+    tiny = service(engine)
+    stream = await tiny.respond(completion(n=2, temperature=1, stream=True))
+    assert tiny.active == 1
+    await anext(stream)
+    await stream.aclose()
+    assert all(s.aborted for s in engine.streams)
+    assert tiny.active == 0
+
+
+async def test_closing_a_stream_that_was_never_read_frees_its_row() -> None:
+    engine = ScriptedEngine([None])
+    tiny = service(engine)
+    stream = await tiny.respond(chat(stream=True))
+    await stream.aclose()
+    assert engine.streams[0].aborted
+    assert tiny.active == 0
+
+
+async def test_cancelling_a_request_frees_its_row_and_counts_it() -> None:
+    engine = ScriptedEngine([None])
+    labels = ("tiny", "chat", "499")
+    before = metrics.REQUESTS.labels(*labels)._value.get()
+    task = asyncio.create_task(service(engine).respond(chat()))
+    while not engine.streams:  # noqa: ASYNC110  one turn of the loop is the event
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.streams[0].aborted
+    assert metrics.REQUESTS.labels(*labels)._value.get() == before + 1
+
+
+async def test_a_closed_service_refuses() -> None:
+    tiny = service(ScriptedEngine())
+    tiny.closed = "The server is stopping."
+    with pytest.raises(RequestError, match="stopping") as caught:
+        await tiny.respond(chat())
+    assert caught.value.status == 503
+
+
+async def test_several_requests_are_answered_together() -> None:
+    engine = ScriptedEngine(["a"], ["b", "c"])
+    first, second = await service(engine).answer([completion(), chat()], "v1")
+    assert first[0].text == "a"
+    assert second[0].text == "bc"
+
+
+async def test_one_failure_frees_all_of_them() -> None:
+    engine = ScriptedEngine([EngineError("The model failed.")], [None])
+    tiny = service(engine)
+    with pytest.raises(RequestError):
+        await tiny.answer([completion(), completion()], "v1")
+    assert all(s.aborted for s in engine.streams)
+    assert tiny.active == 0
+
+
+async def test_a_request_id_of_the_client_is_used() -> None:
+    answer = await service(ScriptedEngine(["a"])).respond(chat(request_id="mine"))
+    assert answer.id == "chatcmpl-mine"
+
+
+async def test_content_parts_are_joined_and_extra_fields_reach_the_template() -> None:
+    engine = ScriptedEngine(["a"], ["a"])
+    tiny = service(engine)
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    await tiny.respond(chat(messages=[{"role": "user", "content": parts}]))
+    await tiny.respond(chat(messages=[{"role": "user", "content": "one\ntwo", "extra": 1}]))
+    assert engine.requests[0].prompt_ids == engine.requests[1].prompt_ids

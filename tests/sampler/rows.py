@@ -1,0 +1,130 @@
+"""Small batches of rows for the sampler's functions, and hypothesis strategies that make them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vdiff_kserve.sampler import (
+    DREAM_POLICIES,
+    SCHEDULED_POLICIES,
+    DecodingParams,
+    Policy,
+    Proposal,
+    SpecialTokens,
+    StepRows,
+    propose,
+    select,
+)
+
+VOCAB = 12
+SPECIAL = SpecialTokens(mask=11, eos=10, eot=9)
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+@dataclass(frozen=True)
+class OpenRow:
+    """One row's part of a step.
+
+    Attributes:
+        positions: canvas positions, ascending.
+        written: the tokens there, -1 for a mask.
+        logits: float32 [positions, vocab].
+    """
+
+    params: DecodingParams
+    positions: tuple[int, ...]
+    written: tuple[int, ...]
+    logits: Tensor
+    quota: int = 1
+
+    @property
+    def masks(self) -> list[bool]:
+        return [token < 0 for token in self.written]
+
+
+def row_of(logits: Tensor, params: DecodingParams, *, first: int = 3, quota: int = 1) -> OpenRow:
+    """A row whose positions are all masks, side by side."""
+    count = len(logits)
+    return OpenRow(params, tuple(range(first, first + count)), (-1,) * count, logits, quota)
+
+
+def step_rows(rows: list[OpenRow]) -> StepRows:
+    counts = torch.tensor([len(row.positions) for row in rows])
+    return StepRows(
+        row=torch.arange(len(rows)).repeat_interleave(counts),
+        position=torch.tensor([p for row in rows for p in row.positions]),
+        written=torch.tensor([token for row in rows for token in row.written]),
+        params=[row.params for row in rows],
+        quotas=[row.quota for row in rows],
+        lengths=[row.positions[-1] + 5 for row in rows],
+    )
+
+
+def propose_rows(rows: list[OpenRow]) -> tuple[Proposal, StepRows]:
+    batch = step_rows(rows)
+    return propose(torch.cat([row.logits for row in rows]).clone(), batch, SPECIAL), batch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step decides for one row."""
+
+    accept: tuple[bool, ...]
+    tokens: tuple[int, ...]
+
+
+def step(rows: list[OpenRow]) -> list[Outcome]:
+    """Propose and select for a batch, row by row."""
+    proposal, batch = propose_rows(rows)
+    counts = [len(row.positions) for row in rows]
+    accepts, tokens = select(proposal, batch).split(counts), proposal.token.split(counts)
+    return [
+        Outcome(tuple(accept.tolist()), tuple(token.tolist()))
+        for accept, token in zip(accepts, tokens, strict=True)
+    ]
+
+
+unit = st.floats(0.0, 1.0)
+
+
+@st.composite
+def params_of(draw: st.DrawFn, policy: Policy) -> DecodingParams:
+    return DecodingParams(
+        policy=policy,
+        temperature=draw(st.sampled_from([0.0, 0.0, 0.6, 1.0])),
+        top_p=draw(st.sampled_from([1.0, 0.8])),
+        top_k=draw(st.sampled_from([0, 1, 4])),
+        min_p=draw(st.sampled_from([0.0, 0.2])),
+        alg_temp=draw(st.sampled_from([0.0, 0.4])) if policy in DREAM_POLICIES else 0.0,
+        threshold=draw(unit),
+        factor=draw(st.floats(0.0, 5.0)),
+        entropy_bound=draw(st.floats(0.0, 6.0)),
+        neighbour_threshold=draw(unit),
+        radius=draw(st.integers(0, 8)),
+        edit_threshold=draw(unit),
+        apd_threshold=draw(st.none() | unit),
+        logits_eos_inf=draw(st.booleans()),
+        confidence_eos_eot_inf=draw(st.booleans()),
+        seed=draw(st.integers(-(2**63), 2**63 - 1)),
+    )
+
+
+@st.composite
+def open_rows(draw: st.DrawFn, policies: tuple[Policy, ...] = POLICIES) -> OpenRow:
+    policy = draw(st.sampled_from(policies))
+    positions = sorted(draw(st.sets(st.integers(1, 30), min_size=1, max_size=9)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([0.1, 1.0, 3.0, 10.0]))
+    logits = torch.randn(len(positions), VOCAB, generator=generator) * scale
+    written = [-1] * len(positions)
+    if policy == "edit":
+        written = [draw(st.sampled_from([-1, 0, 1, 2])) for _ in positions]
+    quota = draw(st.integers(1, len(positions)))
+    if policy not in SCHEDULED_POLICIES:
+        quota = draw(st.integers(1, 12))
+    return OpenRow(draw(params_of(policy)), tuple(positions), tuple(written), logits, quota)

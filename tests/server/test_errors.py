@@ -1,0 +1,208 @@
+"""What clients are told when something is wrong, and that the connection survives it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+JSON = {"Content-Type": "application/json"}
+HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+
+WRONG_VALUES: list[tuple[str, Any, str]] = [
+    ("temperature", -1, "[0, 2]"),
+    ("temperature", 2.5, "[0, 2]"),
+    ("top_p", 0, "(0, 1]"),
+    ("top_p", 1.5, "(0, 1]"),
+    ("n", 0, "[1, 20]"),
+    ("n", 21, "[1, 20]"),
+    ("steps", 0, "[1, 256]"),
+    ("steps", 257, "[1, 256]"),
+    ("block_length", 0, "[1, 256]"),
+    ("cfg_scale", -0.1, "[0, 100]"),
+    ("threshold", 0, "(0, 1]"),
+    ("threshold", 1.1, "(0, 1]"),
+    ("max_tokens", 0, "[1, 256]"),
+    ("max_tokens", -1, "[1, 256]"),
+    ("max_tokens", 257, "[1, 256]"),
+    ("stop", "", "empty"),
+    ("stop", ["a", ""], "empty"),
+    ("stop_token_ids", [320], "[0, 319]"),
+    ("stream_options", {"include_usage": True}, "stream is true"),
+    ("top_k", 3, "not supported"),
+]
+WRONG_TYPES: list[tuple[str, Any, str]] = [
+    ("temperature", "warm", "valid number"),
+    ("max_tokens", 1.5, "valid integer"),
+    ("remasking", "best", "'low_confidence' or 'random'"),
+    ("seed", 2**64, "9223372036854775807"),
+    ("stop", 5, "valid string"),
+    ("stream", "perhaps", "valid boolean"),
+    ("n", [], "valid integer"),
+]
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["code"] == status
+    assert "Traceback" not in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), WRONG_VALUES)
+def test_a_value_out_of_range_is_told_with_the_range(
+    http: httpx.Client, field: str, value: Any, allowed: str
+) -> None:
+    error = error_of(http.post(COMPLETIONS, json={"prompt": "x", field: value}), 400)
+    assert error["type"] == "BadRequestError"
+    assert error["param"] == field
+    assert field in error["message"]
+    assert allowed in error["message"]
+
+
+@pytest.mark.parametrize(("field", "value", "expected"), WRONG_TYPES)
+def test_a_wrong_type_is_told_with_the_field(
+    http: httpx.Client, field: str, value: Any, expected: str
+) -> None:
+    error = error_of(http.post(CHAT, json=HI | {field: value}), 400)
+    assert error["type"] == "Bad Request"
+    assert error["param"] == f"body.{field}"
+    assert field in error["message"]
+    assert expected in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": "hi"}, "body.messages"),
+        (CHAT, {}, "body.messages"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content"),
+        (CHAT, {"messages": [{"content": "hi"}]}, "body.messages.0.role"),
+        (CHAT, {"messages": [{"role": "forbidden", "content": "x"}]}, "messages"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content",
+        ),
+        (CHAT, HI | {"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+        (CHAT, HI | {"continue_final_message": True}, "messages"),
+        (CHAT, HI | {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (CHAT, HI | {"n": 2, "temperature": 0}, "n"),
+        (COMPLETIONS, {}, "prompt"),
+        (COMPLETIONS, {"prompt": ""}, "prompt"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
+        (COMPLETIONS, {"prompt": [[]]}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a", ""]}, "prompt"),
+        (COMPLETIONS, {"prompt": [320]}, "prompt"),
+        (COMPLETIONS, {"prompt": [-1]}, "body.prompt"),
+        (COMPLETIONS, {"prompt": ["a", [1]]}, "body.prompt"),
+        (COMPLETIONS, {"prompt": ["a"] * 11, "n": 2}, "prompt"),
+    ],
+)
+def test_what_cannot_be_answered_names_the_field(
+    http: httpx.Client, path: str, body: dict[str, Any], param: str
+) -> None:
+    error = error_of(http.post(path, json=body), 400)
+    assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_an_unknown_model_is_not_found(http: httpx.Client, path: str, stream: bool) -> None:
+    error = error_of(
+        http.post(path, json=HI | {"prompt": "x", "model": "nope", "stream": stream}), 404
+    )
+    assert error["type"] == "NotFoundError"
+    assert error["param"] == "model"
+    assert "`nope`" in error["message"]
+    assert "tiny, ref" in error["message"]
+
+
+def test_an_unknown_model_is_not_found_in_the_list(http: httpx.Client) -> None:
+    assert error_of(http.get("/v1/models/nope"), 404)["param"] == "model"
+    assert error_of(http.get("/openai/v1/models/some/nope"), 404)["param"] == "model"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_too_long_is_told_with_both_lengths(
+    http: httpx.Client, stream: bool
+) -> None:
+    body = {"prompt": [65] * 300, "stream": stream}
+    error = error_of(http.post(COMPLETIONS, json=body), 400)
+    assert error["param"] == "input_tokens"
+    assert error["message"].startswith("This model's maximum context length is 256 tokens.")
+    assert "300" in error["message"]
+    error_of(http.post(COMPLETIONS, json={"prompt": [65] * 256}), 400)
+    assert http.post(COMPLETIONS, json={"prompt": [65] * 255}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b"null", b"\xff", b"3", b'{"prompt": NaN}', b"[" * 100_000]
+)
+def test_a_body_that_is_no_request_is_refused(http: httpx.Client, body: bytes) -> None:
+    error = error_of(http.post(COMPLETIONS, content=body, headers=JSON), 400)
+    assert error["param"].startswith("body")
+
+
+def test_an_empty_body_is_refused(http: httpx.Client) -> None:
+    assert error_of(http.post(CHAT, headers=JSON), 400)["param"] == "body"
+
+
+def test_lone_surrogates_are_refused(http: httpx.Client) -> None:
+    error_of(http.post(COMPLETIONS, content=b'{"prompt": "\\ud800"}', headers=JSON), 400)
+    body = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    error_of(http.post(CHAT, content=body, headers=JSON), 400)
+
+
+def test_another_content_type_is_refused(http: httpx.Client) -> None:
+    error = error_of(http.post(CHAT, data={"a": "b"}), 400)
+    assert "application/json" in error["message"]
+    error_of(http.post(CHAT, content=json.dumps(HI)), 400)
+
+
+def test_a_charset_beside_the_content_type_is_fine(http: httpx.Client) -> None:
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    assert http.post(CHAT, content=json.dumps(HI), headers=headers).status_code == 200
+
+
+def test_a_message_does_not_grow_with_what_was_sent(http: httpx.Client) -> None:
+    long = "y" * 100_000
+    for body in ({"temperature": long}, {"prompt": [long, 1] * 1000}, {"remasking": long}):
+        response = http.post(COMPLETIONS, json={"prompt": "x"} | body)
+        error_of(response, 400)
+        assert len(response.content) < 4000
+
+
+def test_other_methods_and_paths(http: httpx.Client) -> None:
+    assert http.get(CHAT).status_code == 405
+    assert http.get("/v1/nope").status_code == 404
+
+
+def test_the_connection_goes_on_after_every_error(http: httpx.Client) -> None:
+    ports = set()
+    for request in (
+        {"json": HI | {"temperature": 9}},
+        {"content": b"{", "headers": JSON},
+        {"json": HI | {"model": "nope", "stream": True}},
+        {"data": {"a": "b"}},
+        {"json": HI},
+    ):
+        response = http.post(CHAT, **request)
+        ports.add(response.extensions["network_stream"].get_extra_info("client_addr")[1])
+    for path in ("/v1/models/nope:predict", "/v1/models/tiny:predict", "/v2/models/tiny/infer"):
+        response = http.post(path, content=b"\xff", headers=JSON)
+        assert response.status_code in (400, 404)
+        ports.add(response.extensions["network_stream"].get_extra_info("client_addr")[1])
+    headers = JSON | {"Inference-Header-Content-Length": "no number"}
+    response = http.post("/v2/models/tiny/infer", content=b"x", headers=headers)
+    assert response.status_code in (400, 500)
+    ports.add(response.extensions["network_stream"].get_extra_info("client_addr")[1])
+    assert http.post(CHAT, json=HI).status_code == 200
+    assert len(ports) == 1

@@ -1,0 +1,238 @@
+"""Start, stop, clients that leave, a full queue: the server over time."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from kserve import InferInput, InferRequest
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+
+from tests.server.conftest import COMMON
+from tests.server.process import LISTENING, ServerProcess
+
+LONG = {"prompt": "the tale", "max_tokens": 240, "ignore_eos": True, "block_length": 240}
+"""A request of 240 forward passes: seconds, where an aborted one is gone at once."""
+
+
+def metric(http: httpx.Client, name: str) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["whole", "stream", "v1", "v2", "grpc"])
+def test_a_client_that_leaves_stops_costing(
+    server: ServerProcess, http: httpx.Client, kind: str
+) -> None:
+    aborted = 'vdiff_answers_total{finish_reason="abort"'
+    before = metric(http, aborted)
+    parameters = LONG | {"n": 2, "temperature": 1.0}
+    if kind == "grpc":
+        leave_grpc(server, http, parameters)
+    else:
+        leave_http(server, http, kind, parameters)
+    wait_until(lambda: metric(http, "vdiff_requests_running") == 0)
+    wait_until(lambda: metric(http, aborted) == before + 2)
+    endpoint = {"whole": "completion", "stream": "completion", "grpc": "v2"}.get(kind, kind)
+    assert metric(http, f'vdiff_requests_total{{code="499",endpoint="{endpoint}"') >= 1
+
+
+def leave_http(
+    server: ServerProcess, http: httpx.Client, kind: str, parameters: dict[str, Any]
+) -> None:
+    path, fields = {
+        "whole": ("/v1/completions", parameters),
+        "stream": ("/v1/completions", parameters | {"stream": True}),
+        "v1": ("/v1/models/tiny:predict", {"instances": [parameters]}),
+        "v2": (
+            "/v2/models/tiny/infer",
+            {
+                "inputs": [{"name": "p", "datatype": "BYTES", "shape": [1], "data": ["x"]}],
+                "parameters": {k: v for k, v in parameters.items() if k != "prompt"},
+            },
+        ),
+    }[kind]
+    body = json.dumps(fields)
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        wait_until(lambda: metric(http, "vdiff_requests_running") == 2)
+        if kind == "stream":
+            assert connection.recv(5) == b"HTTP/"
+
+
+def leave_grpc(server: ServerProcess, http: httpx.Client, parameters: dict[str, Any]) -> None:
+    prompt = InferInput("prompt", [1], "BYTES", data=["x"])
+    given = {k: v for k, v in parameters.items() if k != "prompt"} | {"temperature": "1"}
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        call = GRPCInferenceServiceStub(channel).ModelInfer.future(
+            InferRequest("tiny", [prompt], parameters=given).to_grpc()
+        )
+        wait_until(lambda: metric(http, "vdiff_requests_running") == 2)
+        call.cancel()
+
+
+def test_a_full_queue_says_when_to_try_again(server: ServerProcess, http: httpx.Client) -> None:
+    """Four run and sixteen wait; the next is refused at once, the others are answered."""
+    many = LONG | {"n": 20, "temperature": 1.0, "max_tokens": 60}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(httpx.post, f"{server.url}/v1/completions", json=many, timeout=120)
+        wait_until(lambda: metric(http, "vdiff_requests_waiting") > 0)
+        for body in ({"prompt": ["x"] * 16}, {"prompt": ["x"] * 16, "stream": True}):
+            refused = http.post("/v1/completions", json=body)
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == 429
+        refused = http.post("/v1/models/tiny:predict", json={"instances": ["x"] * 16})
+        assert refused.status_code == 429
+        assert isinstance(refused.json()["error"], str)
+        assert len(running.result().json()["choices"]) == 20
+
+
+def test_metrics_count_what_was_answered(http: httpx.Client) -> None:
+    names = ("vdiff_prompt_tokens_total", "vdiff_generation_tokens_total", "vdiff_nfe_total")
+    before = [metric(http, name) for name in names]
+    http.post("/v1/completions", json={"prompt": "xyz", "max_tokens": 6, "ignore_eos": True})
+    assert [metric(http, name) - b for name, b in zip(names, before, strict=True)] == [3, 6, 6]
+    openmetrics = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    response = http.get("/metrics", headers=openmetrics)
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+def test_server_routes(http: httpx.Client) -> None:
+    assert http.get("/health").content == b""
+    assert http.get("/ping").status_code == http.post("/ping").status_code == 200
+    assert http.get("/version").json().keys() == {"version"}
+    assert http.get("/").json() == {"status": "alive"}
+    assert http.post("/health").status_code == 405
+
+
+def test_the_openapi_document_has_the_refusals(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    for prefix in ("/v1", "/openai/v1"):
+        for path in ("chat/completions", "completions"):
+            responses = paths[f"{prefix}/{path}"]["post"]["responses"]
+            assert {"200", "400", "404", "429", "500", "503"} <= responses.keys()
+
+
+def test_probes_are_not_logged(server: ServerProcess, http: httpx.Client) -> None:
+    for path in ("/health", "/metrics", "/v2/health/live", "/v2/models/tiny/ready", "/ping"):
+        assert http.get(path).status_code == 200
+    assert http.get("/version").status_code == 200
+    wait_until(lambda: "/version" in server.output)
+    assert not [line for line in server.lines if '"GET /health' in line and " 200" in line]
+    assert not [line for line in server.lines if '"GET /metrics' in line]
+
+
+def test_sigterm_finishes_what_runs_and_refuses_what_comes(checkpoint: str) -> None:
+    with (
+        ServerProcess(*COMMON, "--model_dir", checkpoint).wait_until_ready() as server,
+        httpx.Client(base_url=server.url, timeout=120) as http,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        started = threading.Event()
+        body = LONG | {"block_length": 8, "stream": True}
+
+        def read() -> list[str]:
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as r:
+                lines = []
+                for line in r.iter_lines():
+                    lines.append(line)
+                    started.set()
+                return lines
+
+        running: Future[list[str]] = pool.submit(read)
+        assert http.get("/health").status_code == 200
+        assert started.wait(60)
+        server.terminate()
+        wait_until(lambda: http.get("/health").status_code == 503)
+        refused = http.post("/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 503
+        assert "stopping" in refused.json()["error"]["message"]
+        assert http.get("/v2/models/llada/ready").status_code == 503
+        assert http.get("/v2/health/ready").status_code == 503
+        predict = http.post("/v1/models/llada:predict", json={"instances": ["x"]})
+        assert predict.status_code == 503
+        lines = [line for line in running.result(120) if line]
+        assert lines[-1] == "data: [DONE]"
+        last = json.loads(lines[-2].removeprefix("data: "))
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert server.wait() == 0
+
+
+def test_what_outlasts_the_grace_period_is_told(checkpoint: str) -> None:
+    arguments = (*COMMON, "--model_dir", checkpoint, "--grace_period", "0")
+    with (
+        ServerProcess(*arguments).wait_until_ready() as server,
+        ThreadPoolExecutor(2) as pool,
+        httpx.Client(base_url=server.url) as http,
+    ):
+        url = f"{server.url}/v1/completions"
+        body = LONG | {"max_tokens": 3000, "block_length": 8}
+        whole = pool.submit(httpx.post, url, json=body, timeout=120)
+        streamed = pool.submit(httpx.post, url, json=body | {"stream": True}, timeout=120)
+        wait_until(lambda: metric(http, "vdiff_requests_running") == 2)
+        wait_until(lambda: metric(http, "vdiff_time_to_first_text_seconds_count") == 2)
+        server.terminate()
+        assert whole.result().status_code == 503
+        *_, error, done = [line for line in streamed.result().text.splitlines() if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
+        assert done == "data: [DONE]"
+        assert server.wait() == 0
+
+
+def test_sigterm_while_loading_exits_cleanly(checkpoint: str) -> None:
+    with ServerProcess(*COMMON, "--model_dir", checkpoint) as server:
+        server.wait_for(LISTENING)
+        server.terminate()
+        assert server.wait() == 0
+
+
+def test_a_checkpoint_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    run = subprocess.run(
+        [sys.executable, "-m", "vdiff_kserve", "--model_dir", str(tmp_path), "--port", "0",
+         "--enable_grpc", "false"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_a_context_beyond_the_checkpoints_is_refused(checkpoint: str) -> None:
+    with ServerProcess(*COMMON, "--model_dir", checkpoint, "--max_model_len", "5000") as server:
+        assert server.wait() == 1
+        assert "4096" in server.output
+
+
+def test_a_taken_port_is_an_error(checkpoint: str, server: ServerProcess) -> None:
+    taken = server.url.rpartition(":")[2]
+    with ServerProcess(*COMMON, "--model_dir", checkpoint, "--port", taken) as second:
+        assert second.wait() != 0
+        assert "address already in use" in second.output
+    arguments = ("--model_dir", checkpoint, "--grpc_port", str(server.grpc_port))
+    with ServerProcess(*COMMON, *arguments) as second:
+        assert second.wait() == 1
+        assert "error: gRPC cannot listen" in second.output

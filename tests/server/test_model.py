@@ -1,0 +1,137 @@
+"""The model's life, without a server."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from vdiff_kserve import checkpoint as checkpoints
+from vdiff_kserve import model as models
+from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.model import DiffusionModel
+from vdiff_kserve.models import CheckpointError
+from vdiff_kserve.observability import logs
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.protocol import ChatCompletionRequest
+
+CHAT = ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
+
+
+def config(folder: str, **changes: object) -> ServerConfig:
+    return ServerConfig(model_name="tiny", model_dir=folder, dtype="float32", **changes)
+
+
+async def test_it_answers_once_it_is_loaded_and_not_after_it_stopped(checkpoint: str) -> None:
+    model = DiffusionModel(config(checkpoint, threshold=0.5, block_size=8))
+    assert model.ready
+    assert model.engine
+    assert not await model.healthy()
+    assert not model.load()
+    with pytest.raises(RequestError, match="loading"):
+        await model.create_chat_completion(CHAT)
+    await model.start_engine()
+    assert await model.healthy()
+    assert model.load()
+    assert model.max_model_len == 4096
+    answer = await model.create_chat_completion(CHAT)
+    assert answer.vdiff.decoding.policy == "threshold"
+    assert answer.vdiff.decoding.block_length == 8
+    model.refuse()
+    with pytest.raises(RequestError, match="stopping"):
+        await model.create_completion(CHAT)
+    model.stop()
+    model.stop_engine()
+    assert not await model.healthy()
+    with pytest.raises(RequestError, match="stopped"):
+        await model.predict({"instances": ["x"]})
+
+
+async def test_a_dead_engine_is_told(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DiffusionModel(config(checkpoint))
+    await model.start_engine()
+    assert model.alive
+    engine = model._engine
+    assert engine is not None
+
+    def die(*_: object) -> None:
+        raise SystemError("the loop is broken")
+
+    monkeypatch.setattr(engine._scheduler, "release", die)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with suppress(RequestError):
+        await model.create_chat_completion(CHAT)
+    engine._thread.join()
+    with pytest.raises(RequestError) as caught:
+        await model.create_chat_completion(CHAT)
+    assert caught.value.status == 503
+    assert not model.alive
+    assert not await model.healthy()
+    assert model.not_ready_reason == "The model's engine has failed."
+
+
+async def test_a_failed_load_is_raised(tmp_path: Path) -> None:
+    model = DiffusionModel(config(str(tmp_path)))
+    with pytest.raises(CheckpointError):
+        await model.start_engine()
+    assert not await model.healthy()
+
+
+def test_the_checkpoint_is_a_folder_or_embedded_or_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkpoints.find_checkpoint(ServerConfig()) == checkpoints.EMBEDDED
+    assert checkpoints.find_checkpoint(config(str(tmp_path))) == tmp_path
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: str(tmp_path))
+    assert checkpoints.find_checkpoint(ServerConfig(model_id="a/b")) == tmp_path
+
+    def fail(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=r"a/b cannot be downloaded.*no network"):
+        checkpoints.find_checkpoint(ServerConfig(model_id="a/b"))
+
+
+def access(method: str, path: str, status: int) -> logging.LogRecord:
+    arguments = ("127.0.0.1:1", method, path, "1.1", status)
+    return logging.LogRecord(
+        "uvicorn.access", 20, "", 0, '%s - "%s %s HTTP/%s" %d', arguments, None
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "logged"),
+    [
+        ("GET", "/health", 200, False),
+        ("GET", "/metrics?x=1", 200, False),
+        ("GET", "/v2/health/live", 200, False),
+        ("GET", "/v2/models/tiny/ready", 200, False),
+        ("GET", "/v1/models/tiny", 200, False),
+        ("GET", "/health", 503, True),
+        ("POST", "/v1/completions", 200, True),
+        ("GET", "/v1/models", 200, True),
+    ],
+)
+def test_only_probes_that_succeed_are_not_logged(
+    method: str, path: str, status: int, logged: bool
+) -> None:
+    assert logs.QuietProbes().filter(access(method, path, status)) is logged
+
+
+def test_other_records_pass() -> None:
+    assert logs.QuietProbes().filter(logging.LogRecord("x", 20, "", 0, "text", None, None))
+
+
+def test_a_logging_configuration_of_the_user_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(logs, "configure_logging", used.append)
+    logs.configure("info", str(tmp_path / "log.yaml"))
+    assert used == [str(tmp_path / "log.yaml")]
+    assert models.logger.name.startswith("kserve.")

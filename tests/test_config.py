@@ -1,0 +1,290 @@
+"""The command line, the environment and the checks of a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vdiff_kserve.config import (
+    DECODING_FLAGS,
+    SETTINGS,
+    ConfigError,
+    ServerConfig,
+    kserve_model_server,
+    kserve_options,
+    parse_args,
+    render_docs,
+)
+from vdiff_kserve.decoding import DECODING_FIELDS
+from vdiff_kserve.models.precision import DTYPES
+
+ROOT = Path(__file__).parent.parent
+
+
+def parse(*argv: str, **environ: str) -> ServerConfig:
+    return parse_args(argv, environ)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str, **environ: str) -> str:
+    """The message with which a command line is refused."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv, **environ)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.rpartition("error: ")[2].strip()
+
+
+def test_no_arguments_give_the_defaults_of_the_table():
+    config = parse()
+    for name, setting in SETTINGS.items():
+        assert getattr(config, name) == setting.default
+    assert config == ServerConfig()
+    assert config.checkpoint_dir is None
+    assert config.hub_id is None
+    assert config.kserve.grpc_port == 8081
+
+
+@pytest.mark.parametrize("form", ["--max_queue", "--max-queue", "--max-queue={}", "--max_queue={}"])
+def test_a_flag_may_be_spelled_with_dashes_or_underscores(form):
+    argv = [form.format(7)] if "{}" in form else [form, "7"]
+    assert parse(*argv).max_queue == 7
+
+
+@pytest.mark.parametrize("flag", ["--event-loop", "--event_loop"])
+def test_flags_of_kserve_may_be_spelled_both_ways_too(flag):
+    assert parse(flag, "asyncio").kserve.event_loop == "asyncio"
+
+
+def test_every_option_of_kserve_is_an_option_here():
+    config = parse()
+    for action in kserve_model_server().parser._actions:
+        if action.dest not in ("http_port", "model_name"):
+            assert hasattr(config.kserve, action.dest)
+
+
+def test_the_option_table_of_kserve_itself_is_not_changed():
+    defaults = {a.dest: a.default for a in kserve_model_server().parser._actions}
+    assert defaults["http_port"] == 8080
+    assert defaults["model_name"] == "model"
+    assert argparse.SUPPRESS not in defaults.values()
+
+
+def test_the_last_flag_given_wins():
+    assert parse("--port", "1", "--port", "2").port == 2
+
+
+@pytest.mark.parametrize("flag", ["--port", "--http_port", "--http-port"])
+def test_the_port_has_the_name_of_kserve_too(flag):
+    assert parse(flag, "0").port == 0
+
+
+def test_the_environment_sets_what_the_command_line_does_not():
+    config = parse("--max_queue", "5", VDIFF_MAX_QUEUE="6", VDIFF_MAX_NUM_SEQS="7")
+    assert (config.max_queue, config.max_num_seqs) == (5, 7)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
+    values = {int: "3", float: "0.5", str: "text"}
+    special = {"model_dir": str(tmp_path), "dtype": "float16", "device": "cuda:1"}
+    special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
+    values[bool] = "true"
+    text = special.get(name, values[SETTINGS[name].kind])
+    value = getattr(parse(**{f"VDIFF_{name.upper()}": text}), name)
+    assert value == ((text,) if SETTINGS[name].many else SETTINGS[name].kind(text))
+
+
+@pytest.mark.parametrize("flag", DECODING_FLAGS)
+def test_every_decoding_field_of_a_request_has_a_flag_for_its_default(flag):
+    name = DECODING_FLAGS[flag]
+    setting = DECODING_FIELDS[name].setting
+    text = setting.choices[0] if setting.choices else "1"
+    assert parse(f"--{flag}", text).decoding == {name: setting.kind(text)}
+    assert parse(**{f"VDIFF_{flag.upper()}": text}).decoding == {name: setting.kind(text)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "enabled"),
+    [
+        ([], True),
+        (["--enable_apd"], True),
+        (["--enable-apd", "false"], False),
+        (["--disable_apd"], False),
+        (["--disable-apd", "--enable_apd"], True),
+    ],
+)
+def test_apd_is_on_unless_it_is_switched_off(argv, enabled):
+    assert parse(*argv).enable_apd is enabled
+
+
+def test_the_switch_of_apd_has_a_variable_for_either_name():
+    assert parse(VDIFF_DISABLE_APD="true").enable_apd is False
+    assert parse(VDIFF_ENABLE_APD="no").enable_apd is False
+    assert parse(VDIFF_DISABLE_APD="false").enable_apd is True
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("VDIFF_GRPC_PORT", "9", "grpc_port", 9),
+        ("VDIFF_ENABLE_GRPC", "false", "enable_grpc", False),
+        ("VDIFF_EVENT_LOOP", "asyncio", "event_loop", "asyncio"),
+        ("VDIFF_ENABLE_PREDICTOR_HEALTH_CHECK", "true", "enable_predictor_health_check", True),
+        ("VDIFF_ENABLE_PREDICTOR_HEALTH_CHECK", "no", "enable_predictor_health_check", False),
+    ],
+)
+def test_options_of_kserve_are_read_from_the_environment(variable, text, name, value):
+    assert getattr(parse(**{variable: text}).kserve, name) == value
+
+
+def test_an_empty_variable_counts_as_absent():
+    assert parse(VDIFF_MAX_QUEUE="", VDIFF_TEMPERATURE=" ") == ServerConfig()
+
+
+def test_the_variables_kubernetes_makes_for_a_service_named_vdiff_are_not_settings():
+    environ = {"VDIFF_PORT": "tcp://10.0.0.7:80", "VDIFF_SERVICE_HOST": "10.0.0.7"}
+    assert parse(**environ).port == 8080
+
+
+def test_a_wrong_variable_is_not_read_when_the_command_line_has_the_setting():
+    assert parse("--port", "80", VDIFF_PORT="abc").port == 80
+
+
+@pytest.mark.parametrize("separator", [" ", ",", ", "])
+def test_a_variable_may_hold_several_names(separator):
+    config = parse(VDIFF_SERVED_MODEL_NAME=separator.join(["a", "b"]))
+    assert config.served_model_name == ("a", "b")
+
+
+def test_served_names_start_with_the_model_name_and_have_no_doubles():
+    config = parse("--model_name", "a", "--served_model_name", "b", "a", "c")
+    assert config.served_names == ("a", "b", "c")
+
+
+def test_the_model_option_is_a_folder_when_one_exists_else_a_hub_id(tmp_path):
+    folder = parse("--model", str(tmp_path))
+    assert (folder.checkpoint_dir, folder.hub_id) == (tmp_path, None)
+    hub = parse("--model", "GSAI-ML/LLaDA-8B-Instruct")
+    assert (hub.checkpoint_dir, hub.hub_id) == (None, "GSAI-ML/LLaDA-8B-Instruct")
+
+
+def test_model_dir_and_model_id_name_the_checkpoint(tmp_path):
+    assert parse("--model_dir", str(tmp_path)).checkpoint_dir == tmp_path
+    assert parse("--model_id", "a/b").hub_id == "a/b"
+
+
+def test_a_model_on_the_command_line_overrules_another_kind_in_the_environment(tmp_path):
+    config = parse("--model_id", "a/b", VDIFF_MODEL_DIR=str(tmp_path))
+    assert (config.hub_id, config.model_dir) == ("a/b", None)
+
+
+def test_two_models_contradict_each_other(capsys):
+    message = refusal(capsys, "--model_id", "a/b", "--model", "c/d")
+    assert message == "--model_id and --model contradict each other; give one of them"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--port abc", "--port/--http_port: must be an integer from 0 to 65535, got 'abc'"),
+        ("--port 65536", "--port/--http_port: must be an integer from 0 to 65535, got 65536"),
+        ("--port -1", "--port/--http_port: must be an integer from 0 to 65535, got -1"),
+        ("--max_queue 1.5", "--max_queue: must be an integer of at least 1, got '1.5'"),
+        ("--max_model_len 1", "--max_model_len: must be an integer of at least 2, got 1"),
+        ("--threshold 0", "--threshold: must be a number above 0 and at most 1, got 0.0"),
+        ("--threshold 1.01", "--threshold: must be a number above 0 and at most 1, got 1.01"),
+        ("--temperature nan", "--temperature: must be a number from 0 to 2, got nan"),
+        ("--temperature 2.5", "--temperature: must be a number from 0 to 2, got 2.5"),
+        ("--dtype fp8", "--dtype: must be one of auto, bfloat16, float16, float32, half, float"),
+        ("--device gpu", "--device: must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("--model_id a/b/c", "--model_id: must be a hub id such as GSAI-ML/LLaDA-8B-Instruct"),
+        ("--model ./none", "--model must be a folder that exists or a hub id such as"),
+        ("--model_dir /none", "--model_dir must be a folder that exists, got '/none'"),
+        ("--model_name=", "--model_name: must be a non-empty text, got ''"),
+        ("--max_queue", "--max_queue: expected one argument"),
+        ("--enable_grpc maybe", "--enable_grpc: must be true or false, got 'maybe'"),
+        ("--workers 2", "--workers must be 1, got 2: each further worker is a process"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_flag_and_what_is_allowed(capsys, argv, message):
+    assert message in refusal(capsys, *argv.split())
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [("VDIFF_PORT", "abc"), ("VDIFF_ENABLE_PREDICTOR_HEALTH_CHECK", "maybe")],
+)
+def test_a_wrong_value_from_the_environment_names_the_variable(capsys, variable, text):
+    message = refusal(capsys, **{variable: text})
+    assert message.endswith(f"got '{text}' (from the environment variable {variable})")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--max_que 3", "unknown option --max_que; did you mean --max_queue?"),
+        ("--diffusion-step=3", "unknown option --diffusion-step; did you mean --diffusion_steps?"),
+        ("--grpc-prt 3", "unknown option --grpc-prt; did you mean --grpc_port?"),
+        ("--xyzzy", "unknown option --xyzzy; see --help"),
+        ("model", "unknown argument model; did you mean --model?"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_a_suggestion(capsys, argv, message):
+    assert refusal(capsys, *argv.split()) == message
+
+
+@pytest.mark.parametrize("value", [0, True, 2.0, "3"])
+def test_a_configuration_made_in_code_is_checked_too(value):
+    with pytest.raises(ConfigError, match="--max_queue must be an integer of at least 1"):
+        ServerConfig(max_queue=value)
+
+
+def test_names_of_number_types_are_those_the_models_know():
+    assert set(SETTINGS["dtype"].choices) == {"auto", *DTYPES}
+
+
+def test_help_lists_the_settings_before_the_options_of_kserve(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    positions = [text.index(f"--{name}") for name in SETTINGS]
+    assert max(positions) < text.index("KServe's options") < text.index("--grpc_port")
+
+
+def test_kserve_is_told_of_its_options(monkeypatch):
+    server = kserve_model_server()
+    monkeypatch.setattr(server, "args", argparse.Namespace(**vars(server.args)))
+    parse("--grpc_port", "9", "--port", "10", "--model_name", "m").apply_to_kserve()
+    assert (server.args.grpc_port, server.args.http_port) == (9, 10)
+    assert server.args.model_name == "m"
+
+
+def test_kserve_does_not_read_the_command_line_of_the_process():
+    code = (
+        "from vdiff_kserve.config import parse_args; import sys; c = parse_args();"
+        "c.apply_to_kserve(); import kserve.model_server as s;"
+        "print(s.args.grpc_port, s.app.docs_url, '/docs' in [r.path for r in s.app.routes])"
+    )
+    argv = [sys.executable, "-c", code, "--grpc-port", "9", "--enable-docs-url", "true"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["9", "/docs", "True"]
+
+
+def test_a_wrong_option_of_kserve_is_refused_here_and_not_while_kserve_is_imported():
+    code = "from vdiff_kserve.config import parse_args; parse_args()"
+    argv = [sys.executable, "-c", code, "--grpc_port", "abc"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: python -m vdiff_kserve ")
+
+
+def test_the_configuration_page_is_current():
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    heading = "## KServe's own"
+    assert page.partition(heading)[0] == render_docs().partition(heading)[0], "run `make docs`"
+    for option in kserve_options(SETTINGS):
+        assert f"`{option.option_strings[0]}`" in page, "run `make docs`"

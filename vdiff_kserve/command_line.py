@@ -1,0 +1,154 @@
+"""From a table of settings to values: the command line, then the environment.
+
+KServe's own options are read from KServe's parser and treated like this project's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn
+
+from vdiff_kserve.setting import Setting, parse_bool
+
+ENV_PREFIX = "VDIFF_"
+SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
+"""Kubernetes sets VDIFF_PORT=tcp://... in every pod beside a Service named "vdiff"."""
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The program's options: the settings by group, then KServe's.
+
+    Args:
+        settings: the settings by name.
+        groups: heading of each group, in the order of the help page.
+        exclusive: settings of which one on the command line overrules all in the environment.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Setting],
+        groups: Mapping[str, str],
+        exclusive: Collection[str] = (),
+    ) -> None:
+        super().__init__(
+            prog="python -m vdiff_kserve",
+            usage="python -m vdiff_kserve [--model_dir DIR | --model_id ID] [option ...]",
+            description="Serve a diffusion language model through KServe. Without a model option, "
+            "the small model inside the package is served.",
+            epilog="Every option can be written with dashes or underscores, and set by an "
+            f"environment variable: --max_queue by {ENV_PREFIX}MAX_QUEUE. The command line wins.",
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        self.exclusive = frozenset(exclusive)
+        self._origin = ""
+        headings = {key: self.add_argument_group(title) for key, title in groups.items()}
+        for name, setting in settings.items():
+            facts = [setting.allowed] if setting.allowed else []
+            facts.append(f"default: {setting.default_words}")
+            switch: dict[str, Any] = {"nargs": "?", "const": True} if setting.kind is bool else {}
+            headings[setting.group].add_argument(
+                *(f"--{each}" for each in (name, *setting.aliases)),
+                dest=name,
+                type=setting.parse,
+                metavar=setting.metavar,
+                help=f"{setting.help} ({'; '.join(facts)})",
+                **({"nargs": "+"} if setting.many else switch),
+            )
+            if setting.negation:
+                headings[setting.group].add_argument(
+                    f"--{setting.negation}",
+                    dest=name,
+                    action="store_false",
+                    help=f"The same as --{name} false.",
+                )
+        kserve = self.add_argument_group("KServe's options")
+        for action in kserve_options(settings):
+            if action.default is not None:
+                action.help = f"{action.help} (default: {action.default})"
+            action.default = argparse.SUPPRESS
+            kserve._add_action(action)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and a message that says where a wrong value came from."""
+        super().error(message + self._origin)
+
+    def read(self, argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
+        """The values that are given, by name; exits when one is wrong or unknown."""
+        given = self._read_argv(argv)
+        skip = set(given)
+        if self.exclusive & skip:
+            skip |= self.exclusive
+        return self._read_environment(environ, skip) | given
+
+    def _read_argv(self, argv: Sequence[str]) -> dict[str, Any]:
+        flags = {plain(flag): flag for action in self._actions for flag in action.option_strings}
+        spelled = []
+        for token in argv:
+            name, equals, value = token.partition("=")
+            flag = flags.get(plain(name)) if name.startswith("--") else None
+            spelled.append(f"{flag}{equals}{value}" if flag else token)
+        given, unknown = self.parse_known_args(spelled)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(plain(name), flags, n=1)
+            hint = f"did you mean {flags[close[0]]}?" if close else "see --help"
+            self.error(f"unknown {'option' if name[0] == '-' else 'argument'} {name}; {hint}")
+        return vars(given)
+
+    def _read_environment(self, environ: Mapping[str, str], skip: set[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for action in self._actions:
+            if action.dest == "help" or action.dest in skip:
+                continue
+            for flag in action.option_strings:
+                variable = ENV_PREFIX + plain(flag).upper()
+                text = environ.get(variable, "").strip()
+                if text and not SERVICE_LINK.match(text):
+                    self._origin = f" (from the environment variable {variable})"
+                    found |= vars(self.parse_args(self._tokens(action, flag, text)))
+                    break
+        self._origin = ""
+        return found
+
+    def _tokens(self, action: argparse.Action, flag: str, text: str) -> list[str]:
+        if action.nargs == "+":
+            return [flag, *re.split(r"[,\s]+", text)]
+        if action.nargs != 0:
+            return [f"{flag}={text}"]
+        try:
+            return [flag] if parse_bool(text) else []
+        except argparse.ArgumentTypeError as error:
+            self.error(f"argument {flag}: {error}")
+
+
+def kserve_model_server() -> Any:
+    """The module `kserve.model_server`, kept from reading this process's command line."""
+    argv = sys.argv
+    sys.argv = argv[:1]
+    try:
+        import kserve.model_server
+    finally:
+        sys.argv = argv
+    return kserve.model_server
+
+
+def kserve_options(settings: Mapping[str, Setting]) -> list[argparse.Action]:
+    """KServe's options that are not settings of this project, as copies."""
+    ours = {each for name, setting in settings.items() for each in (name, *setting.aliases)}
+    options = [copy.copy(a) for a in kserve_model_server().parser._actions if a.dest not in ours]
+    for option in options:
+        if isinstance(option.default, bool) and option.nargs != 0:
+            option.type = parse_bool
+            option.metavar = "BOOL"
+    return options
+
+
+def plain(flag: str) -> str:
+    """A flag's name, however it is spelled."""
+    return flag.lstrip("-").replace("-", "_")

@@ -1,0 +1,353 @@
+"""Every setting of the server, once.
+
+The fields of `ServerConfig` are the table: type, default, help, allowed values, flag and
+environment variable. The command line, the checks and `docs/configuration.md`
+(`python -m vdiff_kserve.config`) all come from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from vdiff_kserve.command_line import (
+    ENV_PREFIX,
+    CommandLine,
+    kserve_model_server,
+    kserve_options,
+    plain,
+)
+from vdiff_kserve.decoding import DECODING_FIELDS, PROFILES
+from vdiff_kserve.setting import ConfigError, Kind, Setting
+
+MODEL_SOURCES = ("model_dir", "model_id", "model")
+WORKERS_REASON = (
+    "each further worker is a process that would need the whole model, and KServe cannot hand a "
+    "loaded model to it. Requests are batched inside the one worker; for more, run more servers"
+)
+
+
+def _setting(kind: Kind, default: Any, **facts: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(kind, default, **facts)})
+
+
+def _kserve_defaults() -> argparse.Namespace:
+    return argparse.Namespace(**{a.dest: a.default for a in kserve_options(ALL_SETTINGS)})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """A checked configuration.
+
+    `decoding` holds the server's defaults for the decoding fields of a request, by field name, as
+    far as they are given. `kserve` holds KServe's own flags (`grpc_port`, `enable_grpc`,
+    `ssl_certfile`, ...) under the names that KServe gives them; `port` stands for KServe's
+    `http_port`.
+
+    Raises:
+        ConfigError: a value out of range, or settings that contradict each other.
+    """
+
+    model_name: str = _setting(
+        str,
+        "llada",
+        group="model",
+        metavar="NAME",
+        help="Name of the model in requests, paths and metrics.",
+    )
+    served_model_name: tuple[str, ...] = _setting(
+        str,
+        (),
+        group="model",
+        metavar="NAME",
+        many=True,
+        default_text="none",
+        help="Further names that requests may use for the model.",
+    )
+    model_dir: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="DIR",
+        default_text="the embedded model",
+        help="Folder of a checkpoint: config.json, tokenizer and safetensors files.",
+    )
+    model_id: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="ID",
+        default_text="the embedded model",
+        pattern=(r"\w[\w.-]*(/\w[\w.-]*)?", "a hub id such as GSAI-ML/LLaDA-8B-Instruct"),
+        help="Checkpoint on the Hugging Face hub, downloaded at start.",
+    )
+    model: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="DIR_OR_ID",
+        default_text="the embedded model",
+        help="Either of the two: a folder when one of that name exists, else a hub id.",
+    )
+    dtype: str = _setting(
+        str,
+        "auto",
+        group="model",
+        metavar="TYPE",
+        choices=("auto", "bfloat16", "float16", "float32", "half", "float"),
+        help="Number type of the weights and of the computation; auto is bfloat16 where the "
+        "hardware multiplies it natively, else float32.",
+    )
+    device: str = _setting(
+        str,
+        "auto",
+        group="model",
+        metavar="DEVICE",
+        pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
+        help="Where the model runs; auto is the GPU when there is one.",
+    )
+    max_model_len: int | None = _setting(
+        int,
+        None,
+        group="engine",
+        metavar="N",
+        low=2,
+        default_text="what the checkpoint says",
+        help="Most tokens of one request, prompt and answer together.",
+    )
+    max_num_seqs: int = _setting(
+        int,
+        8,
+        group="engine",
+        metavar="N",
+        low=1,
+        help="Most requests decoded at once.",
+    )
+    max_queue: int = _setting(
+        int,
+        256,
+        group="engine",
+        metavar="N",
+        low=1,
+        help="Most requests that wait; a further one is refused with status 429.",
+    )
+    default_max_tokens: int = _setting(
+        int,
+        512,
+        group="decoding",
+        metavar="N",
+        low=1,
+        help="Answer length of a chat request that sets no max_tokens, or less where the context "
+        "has less room.",
+    )
+    profile: str = _setting(
+        str,
+        "quality",
+        group="decoding",
+        metavar="PROFILE",
+        choices=PROFILES,
+        help="The model's own decoding that the options below change: exact decodes as its "
+        "authors do, quality loses next to nothing, fast loses some.",
+    )
+    enable_apd: bool = _setting(
+        bool,
+        True,
+        group="decoding",
+        metavar="BOOL",
+        negation="disable_apd",
+        help="Adaptive parallel decoding: load its auxiliary model, if there is one, and allow "
+        "policy apd.",
+    )
+    apd_model: str | None = _setting(
+        str,
+        None,
+        group="decoding",
+        metavar="DIR",
+        default_text="the embedded one with the embedded model, else none",
+        help="Folder of a causal checkpoint with the same vocabulary (Qwen2, Qwen3 or Llama "
+        "format) that checks what policy apd proposes.",
+    )
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    host: str = _setting(
+        str,
+        "0.0.0.0",
+        group="server",
+        metavar="ADDRESS",
+        help="Address that HTTP listens on.",
+    )
+    port: int = _setting(
+        int,
+        8080,
+        group="server",
+        metavar="N",
+        low=0,
+        high=65535,
+        aliases=("http_port",),
+        help="Port that HTTP listens on; 0 takes a free one and prints it.",
+    )
+    grace_period: int = _setting(
+        int,
+        30,
+        group="server",
+        metavar="SECONDS",
+        low=0,
+        help="How long running requests may go on after a signal to stop.",
+    )
+    log_level: str = _setting(
+        str,
+        "info",
+        group="server",
+        metavar="LEVEL",
+        choices=("debug", "info", "warning", "error", "critical"),
+        help="Least severity that is logged.",
+    )
+    kserve: argparse.Namespace = field(default_factory=_kserve_defaults)
+
+    def __post_init__(self) -> None:
+        for name, setting in SETTINGS.items():
+            value = getattr(self, name)
+            if value is None and setting.default is None:
+                continue
+            for each in value if setting.many else (value,):
+                if problem := setting.problem(each):
+                    raise ConfigError(f"--{name} {problem}")
+        self._check_decoding()
+        self._check_sources()
+        if self.kserve.workers != 1:
+            raise ConfigError(f"--workers must be 1, got {self.kserve.workers}: {WORKERS_REASON}")
+
+    def _check_decoding(self) -> None:
+        for name, value in self.decoding.items():
+            if problem := DECODING_FIELDS[name].setting.problem(value):
+                raise ConfigError(f"--{DECODING_FIELDS[name].flag or name} {problem}")
+        if self.apd_model and not self.enable_apd:
+            raise ConfigError("--apd_model and --disable_apd contradict each other")
+        if self.apd_model and not Path(self.apd_model).is_dir():
+            raise ConfigError(f"--apd_model must be a folder that exists, got {self.apd_model!r}")
+
+    def _check_sources(self) -> None:
+        if len(given := [name for name in MODEL_SOURCES if getattr(self, name)]) > 1:
+            flags = " and ".join(f"--{name}" for name in given)
+            raise ConfigError(f"{flags} contradict each other; give one of them")
+        if self.model_dir and not Path(self.model_dir).is_dir():
+            raise ConfigError(f"--model_dir must be a folder that exists, got {self.model_dir!r}")
+        hub = SETTINGS["model_id"]
+        if self.model and self.checkpoint_dir is None and hub.problem(self.model):
+            raise ConfigError(
+                f"--model must be a folder that exists or {hub.allowed}, got {self.model!r}"
+            )
+
+    @property
+    def checkpoint_dir(self) -> Path | None:
+        """Folder of the checkpoint; None when it is embedded or on the hub."""
+        if self.model_dir:
+            return Path(self.model_dir)
+        return Path(self.model) if self.model and Path(self.model).is_dir() else None
+
+    @property
+    def hub_id(self) -> str | None:
+        """Hub id of the checkpoint; None when it is embedded or a folder."""
+        return self.model_id or (self.model if self.checkpoint_dir is None else None)
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """Every name a request may use, `model_name` first."""
+        return tuple(dict.fromkeys((self.model_name, *self.served_model_name)))
+
+    def apply_to_kserve(self) -> None:
+        """Let `kserve.model_server` see these settings.
+
+        KServe reads `sys.argv` when it is imported and uses what it found there for its logging,
+        its gRPC limits and its `/docs` page. Call this before `ModelServer` is made.
+        """
+        server = kserve_model_server()
+        vars(server.args).update(vars(self.kserve), http_port=self.port, model_name=self.model_name)
+        if self.kserve.enable_docs_url and server.app.docs_url is None:
+            server.app.docs_url = "/docs"
+            server.app.setup()
+
+
+SETTINGS: dict[str, Setting] = {
+    f.name: f.metadata["setting"] for f in fields(ServerConfig) if "setting" in f.metadata
+}
+DECODING_FLAGS = {field.flag or name: name for name, field in DECODING_FIELDS.items()}
+"""Flag -> request field."""
+ALL_SETTINGS: dict[str, Setting] = SETTINGS | {
+    flag: DECODING_FIELDS[name].setting for flag, name in DECODING_FLAGS.items()
+}
+GROUPS = {
+    "model": "model",
+    "engine": "engine",
+    "decoding": "decoding (defaults for requests that do not say)",
+    "server": "server",
+}
+
+
+def parse_args(
+    argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
+) -> ServerConfig:
+    """The configuration of a command line; the process exits with a message when it is wrong.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+        environ: environment variables; None takes the process's own.
+    """
+    command_line = CommandLine(ALL_SETTINGS, GROUPS, exclusive=MODEL_SOURCES)
+    values = command_line.read(
+        sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
+    )
+    kserve = _kserve_defaults()
+    vars(kserve).update((k, v) for k, v in values.items() if k not in ALL_SETTINGS)
+    ours: dict[str, Any] = {
+        name: tuple(values[name]) if setting.many else values[name]
+        for name, setting in SETTINGS.items()
+        if name in values
+    }
+    decoding = {name: values[flag] for flag, name in DECODING_FLAGS.items() if flag in values}
+    try:
+        return ServerConfig(**ours, decoding=decoding, kserve=kserve)
+    except ConfigError as error:
+        command_line.error(str(error))
+
+
+def render_docs() -> str:
+    """The text of `docs/configuration.md`."""
+    lines = [
+        "# Configuration",
+        "",
+        "Made from `vdiff_kserve/config.py` by `make docs`; edit there.",
+        "",
+        "Every option can be written with dashes or underscores and set by an environment",
+        f"variable, `{ENV_PREFIX}` and its name in capitals. The command line wins over the",
+        "environment, the environment over the default. An empty variable counts as absent.",
+        "",
+    ]
+    for group, title in GROUPS.items():
+        lines += [f"## {title[0].upper()}{title[1:]}", ""]
+        lines += ["| option | variable | allowed | default | meaning |", "|---|---|---|---|---|"]
+        for name, setting in ALL_SETTINGS.items():
+            if setting.group == group:
+                negation = (setting.negation,) if setting.negation else ()
+                names = (name, *setting.aliases, *negation)
+                flags = ", ".join(f"`--{each}`" for each in names)
+                variables = ", ".join(f"`{ENV_PREFIX}{each.upper()}`" for each in names)
+                allowed = setting.allowed or ("any texts" if setting.many else "any text")
+                default = setting.default_text or f"`{setting.default}`"
+                lines.append(f"| {flags} | {variables} | {allowed} | {default} | {setting.help} |")
+        lines.append("")
+    lines += ["## KServe's own", "", "| option | variable | meaning |", "|---|---|---|"]
+    for action in kserve_options(ALL_SETTINGS):
+        flag = action.option_strings[0]
+        variable = f"`{ENV_PREFIX}{plain(flag).upper()}`"
+        lines.append(f"| `{flag}` | {variable} | {action.help} |")
+    lines += ["", f"`--workers` must stay 1: {WORKERS_REASON}."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(render_docs(), end="")

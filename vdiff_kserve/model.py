@@ -1,0 +1,309 @@
+"""The model that KServe serves: a checkpoint, an engine, and the protocols over it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import Request
+from kserve import InferRequest, InferResponse, Model
+from pydantic import BaseModel
+from transformers import PreTrainedTokenizerFast
+
+from vdiff_kserve.checkpoint import EMBEDDED_AUXILIARY, auxiliary_checkpoint, find_checkpoint
+from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
+from vdiff_kserve.models import (
+    CheckpointError,
+    Decoder,
+    ModelSpec,
+    check_same_vocabulary,
+    choose_device,
+    choose_dtype,
+    load_causal_decoder,
+    load_decoder,
+    load_tokenizer,
+)
+from vdiff_kserve.observability.metrics import watch_queue
+from vdiff_kserve.openai import OpenAIGenerativeModel
+from vdiff_kserve.openai.decoding import ModelTraits, resolve
+from vdiff_kserve.openai.errors import RequestError, told_as_request_error, unavailable
+from vdiff_kserve.openai.infer import OUTPUTS, infer_v2, predict_v1
+from vdiff_kserve.openai.limits import ServingLimits
+from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+from vdiff_kserve.openai.service import GenerationService
+from vdiff_kserve.sampler import DecodingParams
+
+logger = logging.getLogger("kserve.vdiff.model")
+
+WARM_UP_TOKENS = 4
+
+
+class State(Enum):
+    """Where the model is in its life."""
+
+    LOADING = "The model is still loading."
+    READY = "The model is ready."
+    STOPPING = "The server is stopping and takes no new requests."
+    STOPPED = "The server has stopped."
+
+
+class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
+    """A diffusion language model under KServe's V1, V2, gRPC and OpenAI protocols.
+
+    KServe registers it at once; `start_engine` then loads the checkpoint on a thread of its own, so
+    that probes are answered meanwhile. It is healthy once a warm-up answer succeeded.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        super().__init__(config.model_name)
+        self.engine = True
+        self.ready = True
+        self._config = config
+        self._state = State.LOADING
+        self._engine: Engine | None = None
+        self._loader: threading.Thread | None = None
+        self._service: GenerationService | None = None
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine's loop died."""
+        return self._engine is None or self._state is not State.READY or self._engine.alive
+
+    @property
+    def loading(self) -> bool:
+        """Whether a thread reads the checkpoint. It cannot be ended."""
+        return self._loader is not None and self._loader.is_alive()
+
+    @property
+    def not_ready_reason(self) -> str | None:
+        """Why requests are refused; None when they are answered."""
+        if self._state is not State.READY:
+            return self._state.value
+        return None if self.alive else "The model's engine has failed."
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Most tokens of a request; None before the model is loaded."""
+        return self._service.limits.max_model_len if self._service else None
+
+    @property
+    def active(self) -> int:
+        """Requests that are being answered."""
+        return self._service.active if self._service else 0
+
+    async def healthy(self) -> bool:
+        """Whether requests are answered."""
+        return self.not_ready_reason is None
+
+    def load(self) -> bool:
+        """KServe calls this for a model that is not healthy; loading belongs to `start_engine`."""
+        return self.not_ready_reason is None
+
+    def start(self) -> None:
+        """KServe's hook before the servers start; there is nothing to do."""
+
+    async def start_engine(self) -> None:
+        """Load the checkpoint, start the engine and answer a warm-up request.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be served.
+        """
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[GenerationService] = loop.create_future()
+
+        def load() -> None:
+            try:
+                service = self._load()
+            except BaseException as error:  # noqa: BLE001  raised again on the loop
+                _tell(loop, loaded, error=error)
+            else:
+                _tell(loop, loaded, result=service)
+
+        # Not the loop's executor: at exit Python waits for its threads, and a load can take long.
+        self._loader = threading.Thread(target=load, name="vdiff-load", daemon=True)
+        self._loader.start()
+        self._service = await loaded
+        if self._state is State.LOADING:
+            self._state = State.READY
+
+    def refuse(self) -> None:
+        """Take no new requests; those that are running go on."""
+        if self._state in (State.LOADING, State.READY):
+            self._state = State.STOPPING
+            if self._service is not None:
+                self._service.closed = State.STOPPING.value
+
+    def stop(self) -> None:
+        """End the engine; unfinished requests are told that the server stopped."""
+        self.refuse()
+        if self._engine is not None and self._state is not State.STOPPED:
+            self._engine.stop()
+        self._state = State.STOPPED
+
+    def stop_engine(self) -> None:
+        """KServe's hook after `stop`."""
+        self.stop()
+
+    def _load(self) -> GenerationService:
+        started = time.perf_counter()
+        config = self._config
+        folder = find_checkpoint(config)
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device)
+        decoder, spec = load_decoder(folder, device, dtype)
+        tokenizer = load_tokenizer(folder)
+        auxiliary = self._load_auxiliary(folder, tokenizer, device, dtype)
+        limits = _limits(config, spec, has_auxiliary=auxiliary is not None)
+        engine_config = EngineConfig(config.max_num_seqs, config.max_queue)
+        engine = Engine(decoder, spec, engine_config, auxiliary)
+        engine.start()
+        self._engine = engine
+        watch_queue(self.name, lambda: engine.num_running, lambda: engine.num_waiting)
+        engine.generate([_warm_up(spec, limits)])
+        logger.info(
+            "Loaded %s (%s, %s on %s, context %d) in %.1f s.",
+            folder, spec.family, str(dtype).removeprefix("torch."), device, limits.max_model_len,
+            time.perf_counter() - started,
+        )  # fmt: skip
+        return GenerationService(engine, tokenizer, limits, self.name)
+
+    def _load_auxiliary(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Decoder | None:
+        """The model that checks what APD proposes; None when there is none."""
+        own = auxiliary_checkpoint(self._config, folder)
+        if own is None:
+            return None
+        if own != folder / EMBEDDED_AUXILIARY:
+            check_same_vocabulary(load_tokenizer(own), tokenizer)
+        return load_causal_decoder(own, device, dtype)
+
+    def _ready_service(self) -> GenerationService:
+        if self._service is None or self._state is not State.READY:
+            raise unavailable(self._state.value)
+        return self._service
+
+    async def create_completion(
+        self,
+        request: CompletionRequest,
+        raw_request: Request | None = None,  # noqa: ARG002  KServe's signature
+        context: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> BaseModel | AsyncGenerator[str, None]:
+        """Continue a prompt, or several.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        return await self._ready_service().respond(request)
+
+    async def create_chat_completion(
+        self,
+        request: ChatCompletionRequest,
+        raw_request: Request | None = None,  # noqa: ARG002  KServe's signature
+        context: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> BaseModel | AsyncGenerator[str, None]:
+        """Answer a conversation.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        return await self._ready_service().respond(request)
+
+    async def predict(
+        self,
+        payload: Any,
+        headers: Mapping[str, str] | None = None,  # noqa: ARG002  KServe's signature
+        response_headers: Mapping[str, str] | None = None,  # noqa: ARG002
+    ) -> dict[str, Any] | InferResponse:
+        """Answer KServe's V1 and V2 inference requests, over REST and gRPC.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        with told_as_request_error():
+            service = self._ready_service()
+            if isinstance(payload, InferRequest):
+                return await infer_v2(payload, service)
+            return await predict_v1(payload, service)
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        """V2 metadata: the input of `infer`."""
+        return [{"name": "prompt", "datatype": "BYTES", "shape": [-1]}]
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        """V2 metadata: the outputs of `infer`."""
+        return [{"name": k, "datatype": v, "shape": [-1]} for k, v in OUTPUTS.items()]
+
+
+def _tell(
+    loop: asyncio.AbstractEventLoop,
+    future: asyncio.Future[GenerationService],
+    result: GenerationService | None = None,
+    error: BaseException | None = None,
+) -> None:
+    """Settle a future from another thread, unless nobody waits for it any more."""
+
+    def settle() -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif result is not None:
+            future.set_result(result)
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(settle)
+
+
+def _limits(config: ServerConfig, spec: ModelSpec, has_auxiliary: bool) -> ServingLimits:
+    longest = config.max_model_len or spec.max_model_len
+    if longest > spec.max_model_len:
+        raise CheckpointError(
+            f"--max_model_len is {longest}, but the checkpoint's context is {spec.max_model_len}"
+        )
+    traits = ModelTraits(
+        block_causal=spec.block_causal,
+        block_length=spec.block_length,
+        has_auxiliary=has_auxiliary,
+        allows_apd=config.enable_apd,
+    )
+    profiles = {
+        name: DecodingParams(**({"block_length": spec.block_length} | dict(changes)))
+        for name, changes in spec.profiles.items()
+    }
+    try:
+        decoding = resolve(config.decoding, profiles[config.profile], profiles, traits)
+    except RequestError as error:
+        raise CheckpointError(f"the decoding options do not fit the model: {error}") from error
+    return ServingLimits(
+        max_model_len=longest,
+        default_max_tokens=config.default_max_tokens,
+        max_choices=config.max_queue + config.max_num_seqs,
+        vocab_size=spec.decoder.vocab_size,
+        decoding=decoding,
+        profiles=profiles,
+        traits=traits,
+    )
+
+
+def _warm_up(spec: ModelSpec, limits: ServingLimits) -> GenerationRequest:
+    """A request that runs every part of the engine once."""
+    room = limits.max_model_len - 1
+    return GenerationRequest(
+        prompt_ids=(spec.eos_token_id,),
+        max_tokens=min(WARM_UP_TOKENS, room),
+        decoding=limits.decoding,
+        request_id="warm-up",
+    )

@@ -1,0 +1,52 @@
+"""What the process logs, and what it leaves out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import logging.config
+import re
+import warnings
+
+from kserve.logging import KSERVE_LOG_CONFIG, configure_logging
+
+QUIET = re.compile(r"/(|health|ping|metrics|v2/health/\w+|v[12]/models/[^/]+(/ready)?)(\?.*)?$")
+"""Paths of probes and scrapes: their successes come every few seconds and say nothing."""
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class QuietProbes(logging.Filter):
+    """Drops the access log's lines of successful probes and scrapes."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is worth a look."""
+        if not isinstance(record.args, tuple) or len(record.args) != 5:
+            return True
+        _, method, path, _, status = record.args
+        return not (method == "GET" and status == 200 and QUIET.fullmatch(str(path)))
+
+
+def configure(level: str, config_file: str | None = None) -> None:
+    """Set up the loggers of KServe, uvicorn and this project (`kserve.vdiff`).
+
+    Args:
+        level: least severity that is logged.
+        config_file: a logging configuration that takes the place of all this.
+    """
+    if config_file is not None:
+        configure_logging(config_file)
+        return
+    # KServe's choice of response class; there is nothing for an operator to do about it.
+    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
+    settings = copy.deepcopy(KSERVE_LOG_CONFIG)
+    settings["filters"] = {"quiet_probes": {"()": QuietProbes}}
+    settings["handlers"]["uvicorn_access"]["filters"] = ["quiet_probes"]
+    settings["formatters"]["kserve"]["fmt"] = FORMAT
+    loggers = settings["loggers"]
+    loggers["kserve"]["level"] = level.upper()
+    loggers["kserve.trace"]["level"] = level.upper()
+    loggers["uvicorn.access"]["level"] = level.upper()
+    loggers["uvicorn"]["level"] = "DEBUG" if level == "debug" else "WARNING"
+    loggers["uvicorn.error"]["level"] = loggers["uvicorn"]["level"]
+    logging.config.dictConfig(settings)

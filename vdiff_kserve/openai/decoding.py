@@ -1,0 +1,238 @@
+"""From the decoding fields of a request to the decoding that will be used, or a clear refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vdiff_kserve.decoding import APPROXIMATE_CACHES, DECODING_FIELDS, SCHEDULED
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.sampler import DecodingParams
+
+POLICY_OF_FIELD = {
+    "threshold": "threshold",
+    "factor": "factor",
+    "entropy_bound": "entropy_bound",
+    "neighbour_threshold": "local",
+    "radius": "local",
+    "credit_weight": "credit",
+    "credit_decay": "credit",
+    "credit_power": "credit",
+    "edit_threshold": "edit",
+    "max_post_edits": "edit",
+    "apd_mixture_weight": "apd",
+    "apd_window": "apd",
+    "apd_lookahead": "apd",
+    "apd_max_parallel": "apd",
+    "apd_threshold": "apd",
+}
+"""The policy that a field asks for when the request names none."""
+
+
+REQUEST_FIELDS = frozenset(DECODING_FIELDS) | {
+    "profile",
+    "remasking",
+    "apd",
+    "use_cache",
+    "use_dual_cache",
+}
+"""The decoding fields of a request, and the further names it may use for them."""
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What the served model allows.
+
+    Attributes:
+        block_causal: whether its blocks only see what is left of them.
+        block_length: the block length it was trained with.
+        has_auxiliary: whether APD has an auxiliary model.
+        allows_apd: False when the server was started without APD.
+    """
+
+    block_causal: bool
+    block_length: int
+    has_auxiliary: bool
+    allows_apd: bool = True
+
+
+def resolve(
+    given: Mapping[str, Any],
+    default: DecodingParams,
+    profiles: Mapping[str, DecodingParams],
+    traits: ModelTraits,
+) -> DecodingParams:
+    """The decoding that a request asks for.
+
+    Args:
+        given: the fields that the request sets, of `REQUEST_FIELDS`.
+        default: the server's decoding.
+        profiles: named decodings; `profile` takes the place of `default`.
+
+    Raises:
+        RequestError: a value out of range, or fields that contradict each other or the model.
+    """
+    base = default
+    if given.get("profile") is not None:
+        base = _profile(given["profile"], profiles)
+    fields = {
+        name: given[name]
+        for name, field in DECODING_FIELDS.items()
+        if name in given and (given[name] is not None or field.nullable)
+    }
+    for name, value in fields.items():
+        _check_value(name, value)
+    policy = _policy(given, fields, base)
+    _check_fields_fit(fields, policy)
+    fields["policy"] = policy
+    cache = _cache(given, base.cache)
+    fields["cache"] = cache
+    _check_cache(fields, given, cache, traits)
+    if traits.block_causal and fields.get("block_length", traits.block_length) != (
+        traits.block_length
+    ):
+        raise RequestError(
+            f"block_length must be {traits.block_length}, the block length that the model was "
+            f"trained with, got {fields['block_length']}.",
+            param="block_length",
+        )
+    if policy == "apd" and not traits.allows_apd:
+        raise RequestError(
+            "policy apd is switched off on this server (--disable_apd).", param="policy"
+        )
+    if policy == "apd" and traits.block_causal and traits.has_auxiliary:
+        raise RequestError(
+            "policy apd with an auxiliary model is for bidirectional models.", param="policy"
+        )
+    return replace(base, **fields)
+
+
+def _profile(name: object, profiles: Mapping[str, DecodingParams]) -> DecodingParams:
+    if not isinstance(name, str) or name not in profiles:
+        allowed = ", ".join(profiles)
+        raise RequestError(f"profile must be one of {allowed}, got {name!r}.", param="profile")
+    return profiles[name]
+
+
+def _check_value(name: str, value: object) -> None:
+    field = DECODING_FIELDS[name]
+    if value is None and field.nullable:
+        return
+    if problem := field.setting.problem(value):
+        raise RequestError(f"{name} {problem}.", param=name)
+
+
+def _policy(given: Mapping[str, Any], fields: Mapping[str, Any], base: DecodingParams) -> str:
+    """The policy that the request names, or that its fields ask for, or the default's."""
+    asked = _named_policies(given, fields) or _implied_policies(fields, base)
+    if len(set(asked.values())) > 1:
+        asks = " and ".join(f"{name} asks for {policy}" for name, policy in asked.items())
+        raise RequestError(f"The request names several policies: {asks}.", param=list(asked)[-1])
+    policy = next(iter(asked.values()), None)
+    if given.get("apd") is False:
+        if policy == "apd":
+            raise RequestError("apd is false, but the request asks for policy apd.", param="apd")
+        if policy is None and base.policy == "apd":
+            return "threshold"
+    if policy is not None:
+        return policy
+    if "steps" in fields and base.policy not in SCHEDULED:
+        return "low_confidence"
+    return base.policy
+
+
+def _named_policies(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, str]:
+    """What the request says outright, by the name it uses."""
+    named: dict[str, str] = {}
+    if "policy" in fields:
+        named["policy"] = fields["policy"]
+    if given.get("apd"):
+        named["apd"] = "apd"
+    remasking = given.get("remasking")
+    by_confidence = remasking == "low_confidence" and ("threshold" in fields or "factor" in fields)
+    if remasking is not None and not by_confidence:
+        named["remasking"] = remasking
+    return named
+
+
+def _implied_policies(fields: Mapping[str, Any], base: DecodingParams) -> dict[str, str]:
+    """What fields of one policy ask for, where the default's policy does not use them."""
+    return {
+        name: POLICY_OF_FIELD[name]
+        for name in fields
+        if name in POLICY_OF_FIELD and base.policy not in _policies(name)
+    }
+
+
+def _policies(name: str) -> frozenset[str]:
+    return DECODING_FIELDS[name].policies or frozenset()
+
+
+def _check_fields_fit(fields: Mapping[str, Any], policy: str) -> None:
+    for name in fields:
+        used_by = DECODING_FIELDS[name].policies
+        if used_by is not None and policy not in used_by:
+            allowed = ", ".join(sorted(used_by))
+            raise RequestError(
+                f"{name} belongs to policy {allowed}, and the policy of this request is {policy}. "
+                f"Leave {name} out or choose another policy.",
+                param=name,
+            )
+
+
+def _cache(given: Mapping[str, Any], default: str) -> str:
+    """The cache that the request names, under any of its names."""
+    named: dict[str, str] = {}
+    if given.get("cache") is not None:
+        named["cache"] = given["cache"]
+    use, dual = given.get("use_cache"), given.get("use_dual_cache")
+    if dual:
+        if use is False:
+            raise RequestError(
+                "use_dual_cache is true, but use_cache is false.", param="use_dual_cache"
+            )
+        named["use_dual_cache"] = "dual"
+    elif use is not None:
+        named["use_cache"] = "prefix" if use else "none"
+    if len(set(named.values())) > 1:
+        asks = " and ".join(f"{name} asks for {cache}" for name, cache in named.items())
+        raise RequestError(f"The request names several caches: {asks}.", param=list(named)[-1])
+    return next(iter(named.values()), default)
+
+
+def _check_cache(
+    fields: Mapping[str, Any], given: Mapping[str, Any], cache: str, traits: ModelTraits
+) -> None:
+    allowed = ("none", "exact") if traits.block_causal else ("none", "prefix", "dual")
+    if cache not in allowed:
+        kind = "block-causal" if traits.block_causal else "bidirectional"
+        name = next((n for n in ("cache", "use_dual_cache", "use_cache") if given.get(n)), "cache")
+        raise RequestError(
+            f"cache must be one of {', '.join(allowed)} for a {kind} model, got {cache}.",
+            param=name,
+        )
+    if cache in APPROXIMATE_CACHES:
+        return
+    for name in ("refresh_interval", "vicinity"):
+        if fields.get(name):
+            raise RequestError(
+                f"{name} needs cache prefix or dual, and the cache of this request is {cache}.",
+                param=name,
+            )
+
+
+def report(params: DecodingParams, max_tokens: int, traits: ModelTraits) -> dict[str, Any]:
+    """The decoding that was used, for the response: the parameters that its policy reads."""
+    used: dict[str, Any] = {}
+    for name, field in DECODING_FIELDS.items():
+        if field.policies is not None and params.policy not in field.policies:
+            continue
+        used[name] = getattr(params, name)
+    if "steps" in used and used["steps"] is None:
+        used["steps"] = max_tokens
+    if params.cache not in APPROXIMATE_CACHES:
+        del used["refresh_interval"], used["vicinity"]
+    if params.policy == "apd":
+        used["verifier"] = "auxiliary model" if traits.has_auxiliary else "confidence"
+    return {**used, "max_tokens": max_tokens, "seed": params.seed}

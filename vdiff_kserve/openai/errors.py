@@ -1,0 +1,170 @@
+"""Refusals: their status, their body, and how each protocol tells them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any
+
+from grpc import StatusCode  # type: ignore[import-untyped]
+from grpc_interceptor.exceptions import GrpcException
+from kserve.protocol.rest.openai.errors import OpenAIError
+
+from vdiff_kserve.engine import EngineError, EngineStoppedError, QueueFullError
+from vdiff_kserve.openai.protocol import ErrorInfo, ErrorResponse
+
+logger = logging.getLogger("kserve.vdiff.openai")
+
+RETRY_AFTER_SECONDS = 1
+MAX_REPORTED_ERRORS = 5
+MAX_INPUT_SHOWN = 80
+
+TYPES = {
+    HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
+}
+GRPC_STATUS = {
+    HTTPStatus.BAD_REQUEST: StatusCode.INVALID_ARGUMENT,
+    HTTPStatus.FORBIDDEN: StatusCode.PERMISSION_DENIED,
+    HTTPStatus.NOT_FOUND: StatusCode.NOT_FOUND,
+    HTTPStatus.TOO_MANY_REQUESTS: StatusCode.RESOURCE_EXHAUSTED,
+    HTTPStatus.INTERNAL_SERVER_ERROR: StatusCode.INTERNAL,
+    HTTPStatus.SERVICE_UNAVAILABLE: StatusCode.UNAVAILABLE,
+}
+RETRIABLE = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+class RequestError(OpenAIError, GrpcException):  # type: ignore[misc]
+    """A request that is refused or failed, as every protocol of the server can tell it.
+
+    Attributes:
+        status: the HTTP status; `GRPC_STATUS` has its gRPC counterpart.
+        response: the body in OpenAI's shape.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: HTTPStatus = HTTPStatus.BAD_REQUEST,
+        param: str | None = None,
+        error_type: str | None = None,
+    ) -> None:
+        GrpcException.__init__(self, details=message, status_code=GRPC_STATUS[status])
+        self.status = status
+        self.response = ErrorResponse(
+            error=ErrorInfo(
+                message=message.encode(errors="backslashreplace").decode(),
+                type=error_type or TYPES[status],
+                param=param,
+                code=status.value,
+            )
+        )
+
+    @property
+    def message(self) -> str:
+        return str(self.response.error.message)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that go with the refusal."""
+        return {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status in RETRIABLE else {}
+
+
+def unavailable(message: str) -> RequestError:
+    """The server cannot answer now; later or elsewhere it may be possible."""
+    return RequestError(message, status=HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def unknown_model(name: str, known: Sequence[str]) -> RequestError:
+    """The request names a model that is not here."""
+    return RequestError(
+        f"The model `{shorten(name)}` does not exist. This server has: {', '.join(known)}.",
+        status=HTTPStatus.NOT_FOUND,
+        param="model",
+    )
+
+
+def out_of_range(field: str, allowed: str, value: object) -> RequestError:
+    """A field's value is not allowed; says what is."""
+    return RequestError(f"{field} must be {allowed}, got {shorten(value)}.", param=field)
+
+
+def invalid_body(errors: Sequence[Mapping[str, Any]]) -> RequestError:
+    """The body does not have the form of the request. `errors` are pydantic's."""
+    lines = [f"{_location(e)}: {e['msg']}{_given(e)}" for e in errors[:MAX_REPORTED_ERRORS]]
+    if len(errors) > MAX_REPORTED_ERRORS:
+        lines.append(f"and {len(errors) - MAX_REPORTED_ERRORS} more")
+    return RequestError(
+        "The request is not valid. " + "; ".join(lines),
+        param=_location(errors[0]),
+        error_type=HTTPStatus.BAD_REQUEST.phrase,
+    )
+
+
+def _location(error: Mapping[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return "body"
+    return shorten(".".join(str(part) for part in error["loc"] if not _is_type(part)))
+
+
+def _is_type(part: int | str) -> bool:
+    """Whether a part of a location names a member of a union, which says nothing to a client."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+
+
+def _given(error: Mapping[str, Any]) -> str:
+    value = error.get("input")
+    if error["type"] == "json_invalid":
+        return f" ({error['ctx']['error']})" if "ctx" in error else ""
+    if value is None or isinstance(value, dict | list | bytes):
+        return ""
+    return f", got {shorten(value)}"
+
+
+def shorten(value: object) -> str:
+    """The value's text, cut when it is long: an answer must not grow with what was sent."""
+    text = repr(value) if isinstance(value, str) and " " in value else str(value)
+    return text if len(text) <= MAX_INPUT_SHOWN else text[:MAX_INPUT_SHOWN] + "..."
+
+
+def from_engine(error: EngineError) -> RequestError:
+    """The refusal that stands for an error of the engine."""
+    if isinstance(error, QueueFullError):
+        return RequestError(str(error), status=HTTPStatus.TOO_MANY_REQUESTS)
+    if isinstance(error, EngineStoppedError):
+        return unavailable("The server is stopping or its engine is down. Try again later.")
+    return RequestError(str(error), status=HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def internal_error() -> RequestError:
+    """Something broke that should not have; the log has it."""
+    return RequestError(
+        "Internal server error. The server's log has the cause.",
+        status=HTTPStatus.INTERNAL_SERVER_ERROR,
+    )
+
+
+@contextmanager
+def told_as_request_error() -> Iterator[None]:
+    """Turn whatever goes wrong inside into a `RequestError`.
+
+    This is the boundary between the server's own faults and its clients: an unexpected exception is
+    logged with its traceback and told as a bare 500. Left alone it would reach KServe's generic
+    handler, which shows the exception to the client and costs it the connection.
+    """
+    try:
+        yield
+    except RequestError:
+        raise
+    except EngineError as error:
+        raise from_engine(error) from error
+    except Exception as error:
+        logger.exception("A request failed unexpectedly.")
+        raise internal_error() from error

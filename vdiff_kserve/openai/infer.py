@@ -1,0 +1,145 @@
+"""KServe's V1 and V2 inference requests, as completions and chats."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from kserve import InferInput, InferOutput, InferRequest, InferResponse
+from kserve.errors import InvalidInput
+from kserve.protocol.infer_type import to_http_parameters
+from pydantic import ValidationError
+
+from vdiff_kserve.openai.errors import RequestError, invalid_body
+from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+from vdiff_kserve.openai.responses import FinishedAnswer
+from vdiff_kserve.openai.service import GenerationService
+
+OUTPUTS = {
+    "text": "BYTES",
+    "finish_reason": "BYTES",
+    "completion_tokens": "INT32",
+    "nfe": "INT32",
+}
+"""Names and datatypes of the tensors that answer a V2 request; each has one entry per answer."""
+
+AnyRequest = ChatCompletionRequest | CompletionRequest
+
+
+async def predict_v1(payload: Any, service: GenerationService) -> dict[str, list[Any]]:
+    """Answer `{"instances": [...], "parameters": {...}}`.
+
+    An instance is a prompt, or an object with `prompt` or `messages` and parameters of its own. A
+    prompt's prediction is the text of its answer, an object's is an object.
+
+    Raises:
+        RequestError: the payload is wrong or cannot be answered.
+    """
+    body = _decoded(payload)
+    instances, parameters = body.get("instances"), body.get("parameters") or {}
+    if not isinstance(instances, list) or not instances:
+        raise RequestError("instances must be a list with at least one entry.", param="instances")
+    if not isinstance(parameters, dict):
+        raise RequestError("parameters must be an object.", param="parameters")
+    requests = [_instance(each, parameters, i) for i, each in enumerate(instances)]
+    answers = await service.answer(requests, "v1")
+    return {
+        "predictions": [
+            given[0].text if isinstance(instance, str) else _prediction(given)
+            for instance, given in zip(instances, answers, strict=True)
+        ]
+    }
+
+
+def _decoded(payload: Any) -> dict[str, Any]:
+    """KServe hands over the bare bytes when the content type has a charset."""
+    if isinstance(payload, bytes):
+        try:
+            payload = json.loads(payload)
+        except ValueError as error:
+            raise RequestError(f"The body is not JSON: {error}", param="body") from error
+    if not isinstance(payload, dict):
+        raise RequestError("The body must be an object with instances.", param="body")
+    return payload
+
+
+def _instance(instance: Any, parameters: Mapping[str, Any], index: int) -> AnyRequest:
+    if isinstance(instance, str):
+        instance = {"prompt": instance}
+    if not isinstance(instance, dict) or not ({"prompt", "messages"} & instance.keys()):
+        raise RequestError(
+            f"instances.{index} must be a prompt, or an object with prompt or messages.",
+            param=f"instances.{index}",
+        )
+    own = instance.get("parameters") or {}
+    fields = {k: v for k, v in instance.items() if k != "parameters"}
+    return _request({**parameters, **own, **fields})
+
+
+def _request(fields: dict[str, Any]) -> AnyRequest:
+    kind = ChatCompletionRequest if "messages" in fields else CompletionRequest
+    try:
+        return kind.model_validate({**fields, "stream": False, "stream_options": None})
+    except ValidationError as error:
+        raise invalid_body(error.errors()) from error
+
+
+def _prediction(answers: list[FinishedAnswer]) -> dict[str, Any]:
+    first = answers[0]
+    prediction = _facts(first)
+    if len(answers) > 1:
+        prediction["texts"] = [answer.text for answer in answers]
+    return prediction
+
+
+def _facts(answer: FinishedAnswer) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "completion_tokens": answer.end.completion_tokens,
+        "nfe": answer.end.stats.nfe,
+    }
+
+
+async def infer_v2(request: InferRequest, service: GenerationService) -> InferResponse:
+    """Answer a V2 request: one BYTES tensor of prompts, the same parameters for all.
+
+    Raises:
+        RequestError: the request is wrong or cannot be answered.
+    """
+    if len(request.inputs) != 1 or request.inputs[0].datatype != "BYTES":
+        raise RequestError(
+            "inputs must hold one tensor of prompts, of datatype BYTES.", param="inputs"
+        )
+    parameters = to_http_parameters(request.parameters or {})
+    prompts = _prompts(request.inputs[0])
+    requests = [_request({**parameters, "prompt": prompt}) for prompt in prompts]
+    answers = [a for given in await service.answer(requests, "v2") for a in given]
+    rows = [_facts(answer) for answer in answers]
+    return InferResponse(
+        response_id=request.id or uuid.uuid4().hex,
+        model_name=request.model_name,
+        infer_outputs=[
+            InferOutput(name, [len(answers)], OUTPUTS[name], [row[name] for row in rows])
+            for name in OUTPUTS
+        ],
+        use_binary_outputs=request.use_binary_outputs,
+        requested_outputs=request.request_outputs,
+    )
+
+
+def _prompts(tensor: InferInput) -> list[str]:
+    """The tensor's texts: JSON gives strings, gRPC and binary bodies give bytes."""
+    try:
+        items = tensor.as_numpy().flatten().tolist()
+        prompts = [each.decode() if isinstance(each, bytes) else each for each in items]
+    except (ValueError, TypeError, InvalidInput) as error:
+        raise RequestError(
+            f"The tensor `{tensor.name}` cannot be read as texts of shape {list(tensor.shape)}.",
+            param="inputs",
+        ) from error
+    if not prompts or not all(isinstance(each, str) for each in prompts):
+        raise RequestError(f"The tensor `{tensor.name}` must hold texts.", param="inputs")
+    return prompts

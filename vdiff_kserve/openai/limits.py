@@ -1,0 +1,159 @@
+"""What a request may ask for: the ranges of its numbers, and the decoding they stand for."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vdiff_kserve.openai.decoding import REQUEST_FIELDS, ModelTraits, resolve
+from vdiff_kserve.openai.errors import RequestError, out_of_range
+from vdiff_kserve.openai.fields import refuse_unsupported
+from vdiff_kserve.openai.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
+    INT64_MAX,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationFields,
+)
+from vdiff_kserve.sampler import DecodingParams
+
+
+@dataclass(frozen=True)
+class ServingLimits:
+    """The server's side of a request: what it allows and what it takes when nothing is said.
+
+    Attributes:
+        max_model_len: most tokens of prompt and answer together.
+        default_max_tokens: answer length of a chat that sets none.
+        max_choices: most answers that one request may ask for, over all its prompts.
+        vocab_size: token ids lie below it.
+        decoding: the decoding of a request that says nothing about it.
+        profiles: the decodings that a request may name.
+        traits: what the model allows.
+    """
+
+    max_model_len: int
+    default_max_tokens: int
+    max_choices: int
+    vocab_size: int
+    decoding: DecodingParams
+    profiles: Mapping[str, DecodingParams]
+    traits: ModelTraits
+
+
+def check(request: GenerationFields, limits: ServingLimits) -> None:
+    """Refuse fields that this server does not have and numbers outside their range.
+
+    Raises:
+        RequestError: naming the field and what is allowed.
+    """
+    _check_number("n", request.n, f"in [1, {limits.max_choices}]", low=1, high=limits.max_choices)
+    _check_choices(request)
+    if any(not stop for stop in stop_strings(request)):
+        raise RequestError("stop cannot contain an empty string.", param="stop")
+    check_token_ids("stop_token_ids", request.stop_token_ids or (), limits)
+    if request.stream_options is not None and not request.stream:
+        raise RequestError(
+            "stream_options can only be given when stream is true.", param="stream_options"
+        )
+    refuse_unsupported(request)
+
+
+def _check_number(
+    field: str,
+    value: float | None,
+    allowed: str,
+    *,
+    low: float,
+    high: float,
+    low_open: bool = False,
+) -> None:
+    if value is None:
+        return
+    above = value > low if low_open else value >= low
+    if not (above and value <= high):
+        raise out_of_range(field, allowed, value)
+
+
+def _check_choices(request: GenerationFields) -> None:
+    same_answer = request.temperature == 0 and request.remasking != "random"
+    if (request.n or 1) > 1 and same_answer:
+        raise RequestError(
+            f"n must be 1 when temperature is 0, since all answers would be the same, "
+            f"got {request.n}.",
+            param="n",
+        )
+
+
+def check_token_ids(field: str, ids: Sequence[int], limits: ServingLimits) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        RequestError: naming the id.
+    """
+    for token_id in ids:
+        if token_id >= limits.vocab_size:
+            raise RequestError(
+                f"{field}: token id {token_id} is out of vocabulary; ids are in "
+                f"[0, {limits.vocab_size - 1}].",
+                param=field,
+            )
+
+
+def stop_strings(request: GenerationFields) -> tuple[str, ...]:
+    """The request's stop strings."""
+    if request.stop is None:
+        return ()
+    return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+
+
+def answer_length(
+    request: CompletionRequest | ChatCompletionRequest, prompt_length: int, limits: ServingLimits
+) -> int:
+    """Masked positions after a prompt: what the request asks for, cut to what fits the context.
+
+    Raises:
+        RequestError: the prompt leaves no room, or the asked length is out of range.
+    """
+    most = limits.max_model_len
+    field, wanted = "max_tokens", request.max_tokens
+    if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
+        field, wanted = "max_completion_tokens", request.max_completion_tokens
+    if wanted is not None and not 1 <= wanted <= most:
+        raise out_of_range(field, f"in [1, {most}], the model's context length", wanted)
+    if prompt_length >= most:
+        raise RequestError(
+            f"This model's maximum context length is {most} tokens. However, your prompt has "
+            f"{prompt_length} tokens and the answer needs at least one. Shorten the prompt.",
+            param="input_tokens",
+        )
+    if wanted is None:
+        is_chat = isinstance(request, ChatCompletionRequest)
+        wanted = limits.default_max_tokens if is_chat else DEFAULT_COMPLETION_TOKENS
+    return min(wanted, most - prompt_length)
+
+
+def decoding_params(request: GenerationFields, limits: ServingLimits) -> DecodingParams:
+    """How the first answer is decoded; further ones differ in their seed only.
+
+    What the request does not say is the server's default.
+
+    Raises:
+        RequestError: a decoding field out of range, or fields that contradict each other.
+    """
+    given = {name: getattr(request, name) for name in request.model_fields_set & REQUEST_FIELDS}
+    if given.get("top_k") == -1:
+        given["top_k"] = 0
+    params = resolve(given, limits.decoding, limits.profiles, limits.traits)
+    for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
+        if (value := getattr(request, name)) is not None:
+            params = replace(params, **{name: value})
+    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
+    return replace(params, seed=seed)
+
+
+def with_seed_of(params: DecodingParams, choice: int) -> DecodingParams:
+    """The decoding of answer number `choice`: seeds count up and wrap in 64 bits."""
+    seed = (params.seed + choice + INT64_MAX + 1) % 2**64 - INT64_MAX - 1
+    return replace(params, seed=seed)

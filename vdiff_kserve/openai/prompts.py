@@ -1,0 +1,100 @@
+"""From messages and prompts to token ids."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.limits import ServingLimits, check_token_ids
+from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, CompletionRequest
+
+TokenIds = tuple[int, ...]
+
+TEMPLATE_ARGUMENTS = frozenset(signature(PreTrainedTokenizerFast.apply_chat_template).parameters)
+"""Arguments of the renderer; the rest of `chat_template_kwargs` are variables of the template."""
+
+
+def chat_prompt(request: ChatCompletionRequest, tokenizer: PreTrainedTokenizerFast) -> TokenIds:
+    """The conversation as the model's chat template writes it.
+
+    Raises:
+        RequestError: there is no message, a part is not text, or the template refuses.
+    """
+    if not request.messages:
+        raise RequestError("messages must hold at least one message.", param="messages")
+    messages = [_message(message, i) for i, message in enumerate(request.messages)]
+    variables = request.chat_template_kwargs or {}
+    if reserved := TEMPLATE_ARGUMENTS & variables.keys():
+        raise RequestError(
+            f"chat_template_kwargs cannot set {', '.join(sorted(reserved))}.",
+            param="chat_template_kwargs",
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            **variables,
+        )
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise RequestError(
+            f"The chat template does not accept these messages: {error}", param="messages"
+        ) from error
+    return _encode(tokenizer, str(text), add_special_tokens=request.add_special_tokens)
+
+
+def _message(message: ChatMessageParam, index: int) -> dict[str, Any]:
+    where = f"messages.{index}.content"
+    content = message.content
+    if content is None and not (message.model_extra or {}).get("tool_calls"):
+        raise RequestError(f"{where} must be text or a list of text parts.", param=where)
+    if isinstance(content, list):
+        for part in content:
+            if part.type not in ("text", "input_text") or part.text is None:
+                raise RequestError(
+                    f"{where} has a part of type '{part.type}'; this model reads text only.",
+                    param=where,
+                )
+        content = "\n".join(part.text or "" for part in content)
+    return message.model_dump(exclude_unset=True) | {"content": content or ""}
+
+
+def completion_prompts(
+    request: CompletionRequest, tokenizer: PreTrainedTokenizerFast, limits: ServingLimits
+) -> list[TokenIds]:
+    """Each prompt of the request; texts are tokenized, token ids are checked.
+
+    Raises:
+        RequestError: there is no prompt, one is empty, or an id is not in the vocabulary.
+    """
+    prompt = request.prompt
+    if prompt is None or prompt == "" or prompt == []:
+        raise RequestError("prompt must be given and not be empty.", param="prompt")
+    if isinstance(prompt, str):
+        prompts: list[Any] = [prompt]
+    else:
+        prompts = [prompt] if isinstance(prompt[0], int) else list(prompt)
+    encoded = [
+        _encode(tokenizer, each, add_special_tokens=request.add_special_tokens)
+        if isinstance(each, str)
+        else tuple(each)
+        for each in prompts
+    ]
+    for ids in encoded:
+        if not ids:
+            raise RequestError("prompt must not hold an empty prompt.", param="prompt")
+        check_token_ids("prompt", ids, limits)
+    return encoded
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str, *, add_special_tokens: bool) -> TokenIds:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("The prompt has a lone surrogate, which is no character.") from error
+    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))

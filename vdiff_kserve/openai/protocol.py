@@ -1,0 +1,372 @@
+"""The messages of the OpenAI protocol: what a request may hold and what an answer looks like.
+
+The requests know every field that vLLM's server knows, so that a wrong type is refused for each of
+them; `fields` says which of them do something. Further fields are allowed and ignored.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StrictStr,
+    model_serializer,
+)
+
+INT64_MAX = 2**63 - 1
+DEFAULT_COMPLETION_TOKENS = 16
+"""Length of a completion that sets none, as OpenAI has it."""
+TokenId = Annotated[int, Field(ge=0)]
+
+FinishReason = Literal["stop", "length"]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell lone surrogates, which are no characters and cannot be sent back."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text has a lone surrogate") from error
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_encodable)]
+
+
+class _OmitsAbsent(BaseModel):
+    """Leaves its optional fields out of the JSON when they hold nothing."""
+
+    optional: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {k: v for k, v in data.items() if v is not None or k not in self.optional}
+
+
+class StreamOptions(_Request):
+    """What a stream carries beside text."""
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class GenerationFields(_Request):
+    """What chat and plain completion requests have in common."""
+
+    model: Text | None = None
+    n: int | None = 1
+    seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
+    stop: Text | list[Text] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    ignore_eos: bool = False
+    request_id: Text | None = None
+
+    profile: str | None = None
+    policy: str | None = None
+    remasking: Literal["low_confidence", "random"] | None = None
+    steps: int | None = None
+    block_length: int | None = None
+    alg_temp: float | None = None
+    threshold: float | None = None
+    factor: float | None = None
+    entropy_bound: float | None = None
+    neighbour_threshold: float | None = None
+    radius: int | None = None
+    credit_weight: float | None = None
+    credit_decay: float | None = None
+    credit_power: float | None = None
+    edit_threshold: float | None = None
+    max_post_edits: int | None = None
+    cfg_scale: float | None = None
+    logits_eos_inf: bool | None = None
+    confidence_eos_eot_inf: bool | None = None
+    cache: str | None = None
+    use_cache: bool | None = None
+    use_dual_cache: bool | None = None
+    refresh_interval: int | None = None
+    vicinity: int | None = None
+    max_lookahead: int | None = None
+    apd: bool | None = None
+    apd_mixture_weight: float | None = None
+    apd_window: int | None = None
+    apd_lookahead: int | None = None
+    apd_max_parallel: int | None = None
+    apd_threshold: float | None = None
+
+    allowed_token_ids: list[TokenId] | None = None
+    bad_words: list[str] | None = None
+    best_of: int | None = None
+    cache_salt: str | None = None
+    frequency_penalty: float | None = None
+    include_stop_str_in_output: bool | None = False
+    kv_transfer_params: dict[str, Any] | None = None
+    length_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    min_p: float | None = None
+    min_tokens: int | None = 0
+    presence_penalty: float | None = None
+    priority: int | None = Field(0, ge=-INT64_MAX - 1, le=INT64_MAX)
+    prompt_logprobs: int | None = None
+    repetition_detection: dict[str, Any] | None = None
+    repetition_penalty: float | None = None
+    response_format: dict[str, Any] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    skip_special_tokens: bool | None = True
+    spaces_between_special_tokens: bool | None = True
+    structured_outputs: dict[str, Any] | None = None
+    thinking_token_budget: int | None = None
+    top_k: int | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)
+    truncation_side: Literal["left", "right"] | None = None
+    use_beam_search: bool | None = False
+    user: str | None = None
+    vllm_xargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(GenerationFields):
+    """The body of `POST completions`."""
+
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] | None = None
+    max_tokens: int | None = DEFAULT_COMPLETION_TOKENS
+    add_special_tokens: bool = True
+
+    echo: bool | None = False
+    logprobs: int | None = None
+    prompt_embeds: str | list[str] | None = None
+    suffix: str | None = None
+
+
+class ContentPart(_Request):
+    """One part of a message; only text parts can be answered."""
+
+    type: str = "text"
+    text: str | None = None
+
+
+class ChatMessageParam(_Request):
+    """One message of a conversation."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+
+
+class ChatCompletionRequest(GenerationFields):
+    """The body of `POST chat/completions`."""
+
+    messages: list[ChatMessageParam]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    chat_template: str | None = None
+    documents: list[dict[str, Any]] | None = None
+    echo: bool | None = False
+    function_call: str | dict[str, Any] | None = None
+    functions: list[dict[str, Any]] | None = None
+    include_reasoning: bool | None = True
+    logprobs: bool | None = False
+    media_io_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
+    reasoning_effort: str | None = None
+    return_prompt_text: bool | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    top_logprobs: int | None = 0
+
+
+class PromptTokensDetails(BaseModel):
+    """Where prompt tokens came from."""
+
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Tokens that a request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = Field(default_factory=PromptTokensDetails)
+
+
+class Passes(BaseModel):
+    """Forward passes by kind; all but `auxiliary` are of the diffusion model."""
+
+    refresh: int
+    reuse: int
+    commit: int
+    auxiliary: int
+
+
+class ChoiceCost(BaseModel):
+    """What one answer cost; `nfe` counts the diffusion model's forward passes."""
+
+    nfe: int
+    passes: Passes
+    steps: int
+    tokens_per_forward: float
+
+
+class DiffusionInfo(_OmitsAbsent, ChoiceCost):
+    """What a response cost, and how it was decoded; per choice when there are several."""
+
+    optional = frozenset({"choices"})
+
+    decoding: dict[str, Any]
+    choices: list[ChoiceCost] | None = None
+
+
+def _now() -> int:
+    return int(time.time())
+
+
+class _Response(BaseModel):
+    id: str
+    created: int = Field(default_factory=_now)
+    model: str
+    system_fingerprint: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """The answer of a chat."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer of a chat."""
+
+    index: int
+    message: ChatMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+
+
+class ChatCompletion(_Response):
+    """The response of `POST chat/completions`."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    service_tier: None = None
+    usage: Usage
+    vdiff: DiffusionInfo
+
+
+class ChatDelta(_OmitsAbsent):
+    """New text of an answer; the role comes with the first."""
+
+    optional = frozenset({"role", "content"})
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """New text of one answer of a chat."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class ChatCompletionChunk(_OmitsAbsent, _Response):
+    """One chunk of a streamed chat."""
+
+    optional = frozenset({"usage", "vdiff"})
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    vdiff: DiffusionInfo | None = None
+
+
+class CompletionChoice(BaseModel):
+    """One answer, or a part of it in a stream."""
+
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+
+
+class Completion(_Response):
+    """The response of `POST completions`."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+    service_tier: None = None
+    usage: Usage
+    vdiff: DiffusionInfo
+
+
+class CompletionChunk(_OmitsAbsent, _Response):
+    """One chunk of a streamed completion."""
+
+    optional = frozenset({"usage", "vdiff"})
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    vdiff: DiffusionInfo | None = None
+
+
+class ErrorInfo(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class ErrorResponse(BaseModel):
+    """The body of every refusal."""
+
+    error: ErrorInfo
+
+
+class ModelCard(BaseModel):
+    """One entry of the model list."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(default_factory=_now)
+    owned_by: str = "vdiff_kserve"
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class ModelList(BaseModel):
+    """Every model, in OpenAI's shape and (`models`) in KServe V1's."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+    models: list[str] = Field(default_factory=list)

@@ -1,0 +1,229 @@
+"""From pieces of text to responses and chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from pydantic import BaseModel
+
+from vdiff_kserve import __version__
+from vdiff_kserve.openai.answers import Job, Piece
+from vdiff_kserve.openai.protocol import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatMessage,
+    ChoiceCost,
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    DiffusionInfo,
+    FinishReason,
+    Passes,
+    Usage,
+)
+
+FINGERPRINT = f"vdiff-{__version__}"
+
+
+class FinishedAnswer:
+    """A whole answer, gathered from its pieces."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self.last: Piece | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Append a piece."""
+        self._texts.append(piece.text)
+        self.last = piece
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    @property
+    def end(self) -> Piece:
+        """The last piece, with the finish reason and the cost."""
+        if self.last is None:
+            raise ValueError("the answer has no piece yet")
+        return self.last
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        if self.end.finish_reason is None:
+            raise ValueError("the answer is not finished")
+        return self.end.finish_reason
+
+
+def usage(job: Job, ends: Sequence[Piece]) -> Usage:
+    """Tokens of the prompts (once each, however many answers) and of the answers so far."""
+    completion = sum(piece.completion_tokens for piece in ends)
+    return Usage(
+        prompt_tokens=job.prompt_tokens,
+        completion_tokens=completion,
+        total_tokens=job.prompt_tokens + completion,
+    )
+
+
+def diffusion_info(job: Job, ends: Sequence[Piece]) -> DiffusionInfo:
+    """What the answers cost together, and each when there are several."""
+    costs = [
+        ChoiceCost(
+            nfe=piece.stats.nfe,
+            passes=Passes(
+                refresh=piece.stats.refreshes,
+                reuse=piece.stats.reuses,
+                commit=piece.stats.commits,
+                auxiliary=piece.stats.auxiliary,
+            ),
+            steps=piece.stats.steps,
+            tokens_per_forward=round(piece.tokens_per_forward, 4),
+        )
+        for piece in ends
+    ]
+    nfe = sum(cost.nfe for cost in costs)
+    tokens = sum(piece.completion_tokens for piece in ends)
+    return DiffusionInfo(
+        nfe=nfe,
+        passes=Passes(
+            refresh=sum(cost.passes.refresh for cost in costs),
+            reuse=sum(cost.passes.reuse for cost in costs),
+            commit=sum(cost.passes.commit for cost in costs),
+            auxiliary=sum(cost.passes.auxiliary for cost in costs),
+        ),
+        steps=sum(cost.steps for cost in costs),
+        tokens_per_forward=round(tokens / nfe, 4) if nfe else 0.0,
+        decoding=dict(job.decoding_report),
+        choices=costs if len(costs) > 1 else None,
+    )
+
+
+class Writer(Protocol):
+    """How one endpoint writes what it answers."""
+
+    def response(self, answers: Sequence[FinishedAnswer]) -> BaseModel:
+        """The whole response."""
+        ...
+
+    def chunk(
+        self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
+    ) -> BaseModel:
+        """One chunk of a stream; without a piece it carries usage only."""
+        ...
+
+
+class ChatWriter:
+    """Writes `chat.completion` objects."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._id = f"chatcmpl-{job.request_id}"
+        self._created = int(time.time())
+        self._opened: set[int] = set()
+
+    def response(self, answers: Sequence[FinishedAnswer]) -> ChatCompletion:
+        """The whole response."""
+        ends = [answer.end for answer in answers]
+        return ChatCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._job.model,
+            system_fingerprint=FINGERPRINT,
+            choices=[
+                ChatChoice(
+                    index=index,
+                    message=ChatMessage(content=answer.text),
+                    finish_reason=answer.finish_reason,
+                    stop_reason=answer.end.stop_reason,
+                )
+                for index, answer in enumerate(answers)
+            ],
+            usage=usage(self._job, ends),
+            vdiff=diffusion_info(self._job, ends),
+        )
+
+    def chunk(
+        self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
+    ) -> ChatCompletionChunk:
+        """One chunk; the first of each answer carries the role beside its text."""
+        choices = []
+        if piece is not None:
+            is_first = piece.index not in self._opened
+            self._opened.add(piece.index)
+            delta = ChatDelta(role="assistant" if is_first else None, content=piece.text)
+            choices = [
+                ChatChunkChoice(
+                    index=piece.index,
+                    delta=delta,
+                    finish_reason=piece.finish_reason,
+                    stop_reason=piece.stop_reason,
+                )
+            ]
+        return ChatCompletionChunk(
+            id=self._id,
+            created=self._created,
+            model=self._job.model,
+            system_fingerprint=FINGERPRINT,
+            choices=choices,
+            usage=usage,
+            vdiff=info,
+        )
+
+
+class CompletionWriter:
+    """Writes `text_completion` objects."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._id = f"cmpl-{job.request_id}"
+        self._created = int(time.time())
+
+    def response(self, answers: Sequence[FinishedAnswer]) -> Completion:
+        """The whole response."""
+        ends = [answer.end for answer in answers]
+        return Completion(
+            id=self._id,
+            created=self._created,
+            model=self._job.model,
+            system_fingerprint=FINGERPRINT,
+            choices=[
+                CompletionChoice(
+                    index=index,
+                    text=answer.text,
+                    finish_reason=answer.finish_reason,
+                    stop_reason=answer.end.stop_reason,
+                )
+                for index, answer in enumerate(answers)
+            ],
+            usage=usage(self._job, ends),
+            vdiff=diffusion_info(self._job, ends),
+        )
+
+    def chunk(
+        self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
+    ) -> CompletionChunk:
+        """One chunk of a stream."""
+        choices = []
+        if piece is not None:
+            choices = [
+                CompletionChoice(
+                    index=piece.index,
+                    text=piece.text,
+                    finish_reason=piece.finish_reason,
+                    stop_reason=piece.stop_reason,
+                )
+            ]
+        return CompletionChunk(
+            id=self._id,
+            created=self._created,
+            model=self._job.model,
+            system_fingerprint=FINGERPRINT,
+            choices=choices,
+            usage=usage,
+            vdiff=info,
+        )

@@ -1,0 +1,122 @@
+"""From tokens to text that may be sent: whole characters only, and nothing after a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+BROKEN = "\ufffd"
+"""What decoders write for bytes that are not, or not yet, a character."""
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that turns ids into text."""
+
+    def decode(
+        self,
+        token_ids: list[int],
+        skip_special_tokens: bool = ...,
+        clean_up_tokenization_spaces: bool = ...,
+    ) -> str:
+        """The text of some tokens."""
+        ...
+
+
+class Detokenizer:
+    """Decodes an answer piece by piece; the pieces join to the text of all tokens.
+
+    Bytes that do not yet make a character are kept until the tokens that complete them arrive. Each
+    piece is decoded together with the one before it, since some decoders treat the first token of a
+    text differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._context = 0
+        self._whole = 0
+        self._sent = 0
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """Text that became complete with these tokens."""
+        self._tokens.extend(token_ids)
+        text = self._decode(self._context)
+        complete = text.rstrip(BROKEN)
+        piece, self._sent = complete[self._sent :], max(self._sent, len(complete))
+        if complete == text:
+            self._context, self._whole = self._whole, len(self._tokens)
+            self._sent = len(self._decode(self._context))
+        return piece
+
+    def flush(self) -> str:
+        """The rest, with `BROKEN` where the answer ended within a character."""
+        text = self._decode(self._context)
+        piece, self._sent = text[self._sent :], len(text)
+        return piece
+
+    def _decode(self, start: int) -> str:
+        return self._tokenizer.decode(
+            self._tokens[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+class AnswerText:
+    """The text of one answer as it grows, cut at the first stop string.
+
+    The last character is always kept back until more follows or the answer ends, so that the piece
+    which carries the finish reason also carries text.
+
+    Attributes:
+        num_tokens: tokens read; with stop strings, up to the one that completed the match.
+        stop_string: the stop string that ended the answer.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
+        self._detokenizer = detokenizer
+        self._stops = tuple(stops)
+        self._kept = ""
+        self.num_tokens = 0
+        self.stop_string: str | None = None
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """Text that may be sent after these tokens; empty once a stop string was found."""
+        pieces = [[token] for token in token_ids] if self._stops else [token_ids]
+        for piece in pieces:
+            if self.stop_string is not None:
+                break
+            self.num_tokens += len(piece)
+            self._kept += self._detokenizer.add(piece)
+            self._cut_at_stop()
+        return "" if self.stop_string is not None else self._release()
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        if self.stop_string is None:
+            self._kept += self._detokenizer.flush()
+            self._cut_at_stop()
+        text, self._kept = self._kept, ""
+        return text
+
+    def _release(self) -> str:
+        end = len(self._kept) - max(1, self._possible_stop())
+        text, self._kept = self._kept[: max(0, end)], self._kept[max(0, end) :]
+        return text
+
+    def _cut_at_stop(self) -> None:
+        """Cut at the stop string that is complete first; of several, the one that starts first."""
+        found = [
+            (start + len(stop), start, stop)
+            for stop in self._stops
+            if (start := self._kept.find(stop)) >= 0
+        ]
+        if found:
+            _, start, self.stop_string = min(found)
+            self._kept = self._kept[:start]
+
+    def _possible_stop(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        for length in range(len(self._kept), 0, -1):
+            tail = self._kept[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0

@@ -1,0 +1,248 @@
+"""KServe's model server around one diffusion model: its address, its lifecycle and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from socket import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from grpc import aio  # type: ignore[import-untyped]
+from kserve import ModelServer
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import (
+    add_GRPCInferenceServiceServicer_to_server,
+)
+from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
+from kserve.protocol.grpc.server import GRPCServer
+from kserve.protocol.grpc.servicer import InferenceServicer
+from kserve.protocol.rest.server import RESTServer, _RefreshingServer
+from kserve.protocol.rest.v1_endpoints import register_v1_endpoints
+from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
+
+from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.model import DiffusionModel
+from vdiff_kserve.openai import handlers
+from vdiff_kserve.openai.dataplane import EngineDataPlane, FixedRepository
+from vdiff_kserve.openai.routes import build_router
+
+logger = logging.getLogger("kserve.vdiff.server")
+
+FLUSH_SECONDS = 2
+"""How long the last responses may take to reach their clients when the server stops."""
+
+
+class ServerError(Exception):
+    """The server cannot start; the message says why."""
+
+
+class Server(ModelServer):  # type: ignore[misc]
+    """Serves one model until a signal ends it.
+
+    KServe's parts, assembled with the configured address, this project's OpenAI routes, and a
+    shutdown that drains before it closes the port.
+    """
+
+    def __init__(self, config: ServerConfig, model: DiffusionModel) -> None:
+        config.apply_to_kserve()
+        options = config.kserve
+        super().__init__(
+            http_port=config.port,
+            grpc_port=options.grpc_port,
+            max_threads=options.max_threads,
+            enable_grpc=options.enable_grpc,
+            enable_docs_url=options.enable_docs_url,
+            enable_latency_logging=options.enable_latency_logging,
+            access_log_format=options.access_log_format,
+            timeout_keep_alive=options.timeout_keep_alive,
+            grace_period=config.grace_period,
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
+        )
+        self.dataplane = EngineDataPlane(self.registered_models)
+        self.model_repository_extension = FixedRepository(self.registered_models)
+        self._config = config
+        self._model = model
+        model.enable_latency_logging = self.enable_latency_logging
+        for name in config.served_names:
+            self.register_model(model, name)
+
+    def run(self, on_ready: Callable[[str], None]) -> None:
+        """Serve until a signal comes and the running requests are done.
+
+        Args:
+            on_ready: called with the server's URL once the model answers.
+
+        Raises:
+            CheckpointError: the model cannot be loaded.
+            ServerError: the gRPC port is taken.
+        """
+        asyncio.run(self._serve_until_signal(on_ready))
+
+    async def _serve_until_signal(self, on_ready: Callable[[str], None]) -> None:
+        rest = HttpServer(self, self._config, self._model)
+        others = [asyncio.create_task(self._become_ready(rest, on_ready))]
+        rpc = None
+        if self.enable_grpc:
+            rpc = RpcServer(self, self._config)
+            others.append(asyncio.create_task(rpc.start(self.max_threads)))
+        for task in others:
+            task.add_done_callback(lambda done: rest.close() if _failed(done) else None)
+        await rest.start()
+        if rpc is not None:
+            await rpc.stop()
+        await asyncio.to_thread(self._model.stop)
+        for task in others:
+            if _failed(task):
+                task.result()
+            task.cancel()
+
+    async def _become_ready(self, rest: HttpServer, on_ready: Callable[[str], None]) -> None:
+        await self._model.start_engine()
+        on_ready(await rest.url())
+
+
+def _failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is not None
+
+
+class HttpServer(RESTServer):  # type: ignore[misc]
+    """KServe's REST server on the configured host, with this project's routes before KServe's."""
+
+    def __init__(self, server: Server, config: ServerConfig, model: DiffusionModel) -> None:
+        super().__init__(
+            "kserve.model_server:app",
+            server.dataplane,
+            server.model_repository_extension,
+            server.http_port,
+            access_log_format=server.access_log_format,
+            timeout_keep_alive=server.timeout_keep_alive,
+            ssl_certfile=server.ssl_certfile,
+            ssl_keyfile=server.ssl_keyfile,
+        )
+        self.config.host = config.host
+        self._default_model = config.model_name
+        self._server = DrainingServer(self.config, model, config.grace_period)
+
+    async def url(self) -> str:
+        """Where the server listens, once it does."""
+        await self._server.bound.wait()
+        scheme = "https" if self.config.is_ssl else "http"
+        host, port = self._server.address
+        if host in ("0.0.0.0", "::"):
+            host = "127.0.0.1"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    def close(self) -> None:
+        """End the server."""
+        self._server.should_exit = True
+
+    def _register_endpoints(self, app: FastAPI) -> None:
+        app.include_router(build_router(self.dataplane, self._default_model))
+        root = APIRouter()
+        root.add_api_route("/", self.dataplane.live)
+        app.include_router(root)
+        register_v1_endpoints(app, self.dataplane, self.model_repository_extension)
+        register_v2_endpoints(app, self.dataplane, self.model_repository_extension)
+
+    def _add_exception_handlers(self, app: FastAPI) -> None:
+        super()._add_exception_handlers(app)
+        handlers.install(app)
+
+    def _add_middlewares(self, app: FastAPI) -> None:
+        """KServe's middleware logs two lines per request; it comes with its access log only."""
+        if self.access_log_format:
+            super()._add_middlewares(app)
+
+
+class DrainingServer(_RefreshingServer):  # type: ignore[misc]
+    """A uvicorn server that, told to stop, first finishes what is running.
+
+    The port stays open meanwhile, and new requests are refused with 503, so that a proxy sends them
+    elsewhere. When the grace period is over, or at a second signal, what still runs is ended.
+    """
+
+    def __init__(self, config: uvicorn.Config, model: DiffusionModel, grace_period: float) -> None:
+        super().__init__(config)
+        self.bound = asyncio.Event()
+        self._model = model
+        self._grace_period = grace_period
+        self._deadline: float | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that the server is bound to."""
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        return host, port
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Bind the port."""
+        await super().startup(sockets)
+        logger.info("Listening on %s port %d; the model is loading.", *self.address)
+        self.bound.set()
+
+    def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
+        """Begin to stop; the second time, without waiting."""
+        first = self._deadline is None
+        self._deadline = time.monotonic() + (self._grace_period if first else 0)
+        self._model.refuse()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to leave the main loop; called ten times a second."""
+        if await super().on_tick(counter):
+            return True
+        if self._deadline is None:
+            return False
+        if self._model.active and time.monotonic() < self._deadline:
+            return False
+        if self._model.active:
+            logger.warning("Ending %d requests after the grace period.", self._model.active)
+        await asyncio.to_thread(self._model.stop)
+        self.config.timeout_graceful_shutdown = FLUSH_SECONDS
+        return True
+
+
+class RpcServer(GRPCServer):  # type: ignore[misc]
+    """KServe's gRPC server on the configured host."""
+
+    def __init__(self, server: Server, config: ServerConfig) -> None:
+        super().__init__(
+            server.grpc_port,
+            server.dataplane,
+            server.model_repository_extension,
+            kwargs=vars(config.kserve),
+            grace_period=FLUSH_SECONDS,
+        )
+        self._host = config.host
+
+    async def start(self, max_workers: int) -> None:
+        """Serve until `stop`.
+
+        Raises:
+            ServerError: the port is taken.
+        """
+        self._server = aio.server(
+            ThreadPoolExecutor(max_workers=max_workers),
+            interceptors=(ExceptionToStatusInterceptor(),),
+            options=[
+                ("grpc.so_reuseport", 0),  # else a taken port is shared with its owner
+                *(
+                    (f"grpc.{name}", self._kwargs[f"grpc_{name}"])
+                    for name in ("max_send_message_length", "max_receive_message_length")
+                ),
+            ],
+        )
+        servicer = InferenceServicer(self._data_plane, self._model_repository_extension)
+        add_GRPCInferenceServiceServicer_to_server(servicer, self._server)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{self._port}")
+        except RuntimeError as error:
+            raise ServerError(f"gRPC cannot listen on {host} port {self._port}: {error}") from error
+        await self._server.start()
+        logger.info("gRPC listens on %s port %d.", self._host, port)
+        await self._server.wait_for_termination()
