@@ -48,7 +48,9 @@ class PoisonedDecoder(Decoder):
     """Fails on every batch that holds a certain token."""
 
     @classmethod
-    def around(cls, decoder: Decoder, error: type[BaseException] = RuntimeError) -> "PoisonedDecoder":
+    def around(
+        cls, decoder: Decoder, error: type[BaseException] = RuntimeError
+    ) -> "PoisonedDecoder":
         poisoned = cls(decoder.config)
         poisoned.load_state_dict(decoder.state_dict())
         poisoned.error = error

@@ -150,9 +150,7 @@ def one_position(params: DecodingParams) -> StepRows:
     return StepRows(zero, zero, zero - 1, [params], [1], [4])
 
 
-@given(
-    st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=5)
-)
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_leading_run_stops_at_each_rows_first_rejection(rows: list[list[bool]]) -> None:
     accepted = torch.tensor([yes for row in rows for yes in row])
     numbers = torch.tensor([i for i, row in enumerate(rows) for _ in row])

@@ -189,9 +189,7 @@ def test_credit_equals_a_dense_matrix(
 ) -> None:
     """The published loop keeps [positions, vocab]: fade all, then credit the most likely token."""
     positions = 5
-    credit = DecodingParams(
-        "credit", credit_weight=weight, credit_decay=decay, credit_power=power
-    )
+    credit = DecodingParams("credit", credit_weight=weight, credit_decay=decay, credit_power=power)
     rows = step_rows([row_of(torch.zeros(positions, VOCAB), credit)])
     evidence = Evidence.none(positions, torch.device("cpu"))
     dense = torch.zeros(positions, VOCAB)

@@ -231,9 +231,7 @@ def test_rank_counts_the_better_ones_of_the_row(priority: list[float], data: st.
     ranks = rank_in_row(torch.tensor(priority), torch.tensor(row)).tolist()
     for i, rank in enumerate(ranks):
         better = [
-            j
-            for j in range(len(row))
-            if row[j] == row[i] and (-priority[j], j) < (-priority[i], i)
+            j for j in range(len(row)) if row[j] == row[i] and (-priority[j], j) < (-priority[i], i)
         ]
         assert rank == len(better)
 
@@ -265,7 +263,8 @@ def test_dream_schedule_sums_to_the_masks(policy: Policy, masks: int, steps: int
 
 
 @given(
-    blocks=st.lists(st.integers(1, 32), min_size=1, max_size=8), steps=st.none() | st.integers(1, 99)
+    blocks=st.lists(st.integers(1, 32), min_size=1, max_size=8),
+    steps=st.none() | st.integers(1, 99),
 )
 def test_steps_are_shared_out_over_the_blocks(blocks: list[int], steps: int | None) -> None:
     params = DecodingParams(steps=steps)

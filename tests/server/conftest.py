@@ -24,7 +24,7 @@ def server(checkpoint: str) -> Iterator[ServerProcess]:
         *COMMON,
         *("--model_dir", checkpoint, "--model_name", "tiny", "--served_model_name", "ref"),
         *("--max_model_len", "256", "--max_num_seqs", "4", "--max_queue", "16"),
-        *("--default_max_tokens", "24"),
+        *("--default_max_tokens", "24", "--profile", "exact"),
     )
     with ServerProcess(*arguments) as process:
         yield process.wait_until_ready()

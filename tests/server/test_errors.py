@@ -14,18 +14,17 @@ JSON = {"Content-Type": "application/json"}
 HI = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
 WRONG_VALUES: list[tuple[str, Any, str]] = [
-    ("temperature", -1, "[0, 2]"),
-    ("temperature", 2.5, "[0, 2]"),
-    ("top_p", 0, "(0, 1]"),
-    ("top_p", 1.5, "(0, 1]"),
+    ("temperature", -1, "from 0 to 2"),
+    ("temperature", 2.5, "from 0 to 2"),
+    ("top_p", 0, "above 0 and at most 1"),
+    ("top_p", 1.5, "above 0 and at most 1"),
     ("n", 0, "[1, 20]"),
     ("n", 21, "[1, 20]"),
-    ("steps", 0, "[1, 256]"),
-    ("steps", 257, "[1, 256]"),
-    ("block_length", 0, "[1, 256]"),
-    ("cfg_scale", -0.1, "[0, 100]"),
-    ("threshold", 0, "(0, 1]"),
-    ("threshold", 1.1, "(0, 1]"),
+    ("steps", 0, "at least 1"),
+    ("block_length", 0, "at least 1"),
+    ("cfg_scale", -0.1, "from 0 to 100"),
+    ("threshold", 0, "above 0 and at most 1"),
+    ("threshold", 1.1, "above 0 and at most 1"),
     ("max_tokens", 0, "[1, 256]"),
     ("max_tokens", -1, "[1, 256]"),
     ("max_tokens", 257, "[1, 256]"),
@@ -33,7 +32,8 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("stop", ["a", ""], "empty"),
     ("stop_token_ids", [320], "[0, 319]"),
     ("stream_options", {"include_usage": True}, "stream is true"),
-    ("top_k", 3, "not supported"),
+    ("top_k", -2, "at least 0"),
+    ("min_tokens", 3, "not supported"),
 ]
 WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("temperature", "warm", "valid number"),
@@ -149,6 +149,13 @@ def test_a_prompt_that_is_too_long_is_told_with_both_lengths(
 def test_a_body_that_is_no_request_is_refused(http: httpx.Client, body: bytes) -> None:
     error = error_of(http.post(COMPLETIONS, content=body, headers=JSON), 400)
     assert error["param"].startswith("body")
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "threshold", "cfg_scale", "n"])
+def test_numbers_that_are_none_are_refused(http: httpx.Client, field: str, value: str) -> None:
+    body = f'{{"prompt": "x", "{field}": {value}}}'.encode()
+    assert field in error_of(http.post(COMPLETIONS, content=body, headers=JSON), 400)["param"]
 
 
 def test_an_empty_body_is_refused(http: httpx.Client) -> None:

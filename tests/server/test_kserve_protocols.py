@@ -80,10 +80,15 @@ def test_v1_reads_json_with_a_charset(http: httpx.Client) -> None:
         ([], "object with instances"),
         ({"instances": [3]}, "instances.0"),
         ({"instances": [{}]}, "instances.0"),
+        ({"instances": [{"prompt": "x", "parameters": 3}]}, "instances.0.parameters"),
+        ({"instances": [{"messages": 3}]}, "messages"),
         ({"instances": ["x"], "parameters": [1]}, "parameters must be"),
-        ({"instances": ["x"], "parameters": {"temperature": 9}}, "temperature must be in [0, 2]"),
+        (
+            {"instances": ["x"], "parameters": {"temperature": 9}},
+            "temperature must be a number from 0 to 2",
+        ),
         ({"instances": ["x"], "parameters": {"temperature": "warm"}}, "temperature"),
-        ({"instances": ["x"], "parameters": {"top_k": 3}}, "`top_k` is not supported"),
+        ({"instances": ["x"], "parameters": {"min_tokens": 3}}, "`min_tokens` is not supported"),
         ({"instances": ["x" * 300]}, "maximum context length is 256"),
     ],
 )

@@ -27,7 +27,7 @@ def config(folder: str, **changes: object) -> ServerConfig:
 
 
 async def test_it_answers_once_it_is_loaded_and_not_after_it_stopped(checkpoint: str) -> None:
-    model = DiffusionModel(config(checkpoint, threshold=0.5, block_size=8))
+    model = DiffusionModel(config(checkpoint, decoding={"threshold": 0.5, "block_length": 8}))
     assert model.ready
     assert model.engine
     assert not await model.healthy()
@@ -39,8 +39,8 @@ async def test_it_answers_once_it_is_loaded_and_not_after_it_stopped(checkpoint:
     assert model.load()
     assert model.max_model_len == 4096
     answer = await model.create_chat_completion(CHAT)
-    assert answer.vdiff.decoding.policy == "threshold"
-    assert answer.vdiff.decoding.block_length == 8
+    assert answer.vdiff.decoding["policy"] == "threshold"
+    assert answer.vdiff.decoding["block_length"] == 8
     model.refuse()
     with pytest.raises(RequestError, match="stopping"):
         await model.create_completion(CHAT)

@@ -63,10 +63,10 @@ def test_vdiff_tells_cost_and_decoding(client: OpenAI) -> None:
     ).vdiff
     assert plain["nfe"] == plain["steps"] == 4
     assert plain["tokens_per_forward"] == 4
-    assert plain["decoding"] == {
-        "policy": "random", "steps": 4, "threshold": None, "block_length": 8, "max_tokens": 16,
+    assert plain["decoding"].items() >= {
+        "policy": "random", "steps": 4, "block_length": 8, "max_tokens": 16,
         "temperature": 0, "top_p": 1, "cfg_scale": 0.5, "seed": 3,
-    }  # fmt: skip
+    }.items()  # fmt: skip
     confident = client.completions.create(
         model="tiny", prompt="the tale", max_tokens=16, extra_body=LONG | {"threshold": 0.01}
     ).vdiff

@@ -9,6 +9,7 @@ from vdiff_kserve.engine.request import (
     GenerationResult,
     GenerationStats,
     QueueFullError,
+    RequestTooLargeError,
 )
 from vdiff_kserve.engine.stream import GenerationStream
 
@@ -23,4 +24,5 @@ __all__ = [
     "GenerationStats",
     "GenerationStream",
     "QueueFullError",
+    "RequestTooLargeError",
 ]

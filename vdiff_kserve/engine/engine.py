@@ -11,7 +11,7 @@ from threading import Thread
 
 import torch
 
-from vdiff_kserve.engine.kv_cache import KVCache
+from vdiff_kserve.engine.kv_cache import KVCache, affordable_tokens
 from vdiff_kserve.engine.request import (
     EngineError,
     EngineStoppedError,
@@ -19,6 +19,7 @@ from vdiff_kserve.engine.request import (
     GenerationEvent,
     GenerationRequest,
     GenerationResult,
+    RequestTooLargeError,
 )
 from vdiff_kserve.engine.row import Row
 from vdiff_kserve.engine.row_kinds import make_row
@@ -40,7 +41,7 @@ class EngineConfig:
         max_num_seqs: most rows in one forward pass.
         max_queue: most rows waiting for a slot; beyond it, `submit` raises `QueueFullError`.
         kv_cache_tokens: canvas tokens that the key-value cache holds; None is room for
-            `max_num_seqs` canvases of the model's full length.
+            `max_num_seqs` canvases of the model's full length, as far as memory allows.
     """
 
     max_num_seqs: int = 8
@@ -66,15 +67,11 @@ class Engine:
         self.config = config
         self.failure: BaseException | None = None
         self._has_auxiliary = auxiliary is not None
-        capacity = config.kv_cache_tokens or config.max_num_seqs * spec.max_model_len
-        self._cache = KVCache(spec.decoder, capacity, decoder.device, decoder.dtype)
-        auxiliary_cache = None
-        if auxiliary is not None:
-            auxiliary_cache = KVCache(auxiliary.config, capacity, auxiliary.device, auxiliary.dtype)
-        self._runner = ModelRunner(decoder, spec, self._cache, auxiliary, auxiliary_cache)
-        self._scheduler = Scheduler(
-            config.max_num_seqs, config.max_queue, self._cache, auxiliary_cache
-        )
+        self._cache = self._new_cache(decoder)
+        checking = None if auxiliary is None else self._new_cache(auxiliary)
+        self._auxiliary_cache = checking
+        self._runner = ModelRunner(decoder, spec, self._cache, auxiliary, checking)
+        self._scheduler = Scheduler(config.max_num_seqs, config.max_queue, self._cache, checking)
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
 
     @property
@@ -129,6 +126,14 @@ class Engine:
         """The row that will run `request`."""
         return make_row(request, sink, self.spec, self._has_auxiliary)
 
+    def _new_cache(self, decoder: Decoder) -> KVCache:
+        tokens = self.config.kv_cache_tokens
+        if tokens is None:
+            wanted = self.config.max_num_seqs * self.spec.max_model_len
+            affordable = affordable_tokens(decoder.config, decoder.device, decoder.dtype)
+            tokens = min(wanted, affordable)
+        return KVCache(decoder.config, tokens, decoder.device, decoder.dtype)
+
     def _queue(
         self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]
     ) -> list[Row]:
@@ -136,14 +141,18 @@ class Engine:
             raise EngineStoppedError("The engine is not running.")
         rows = [self.make_row(request, sink) for request, sink in zip(requests, sinks, strict=True)]
         for row in rows:
-            needed = max(row.cache_runs, int(row.uses_auxiliary)) * len(row)
-            if needed > self._cache.capacity:
-                raise EngineError(
-                    f"The request needs cache for {needed} tokens; the server has "
-                    f"{self._cache.capacity}."
-                )
+            self._check_it_fits(row)
         self._scheduler.submit(rows)
         return rows
+
+    def _check_it_fits(self, row: Row) -> None:
+        needs = [(row.cache_runs, self._cache), (int(row.uses_auxiliary), self._auxiliary_cache)]
+        for runs, cache in needs:
+            if cache is not None and runs * len(row) > cache.capacity:
+                raise RequestTooLargeError(
+                    f"Prompt and answer need cache for {runs * len(row)} tokens; the server has "
+                    f"{cache.capacity}. Ask for fewer tokens, or for cache none."
+                )
 
     def _run(self) -> None:
         try:

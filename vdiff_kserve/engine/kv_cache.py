@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import psutil
 import torch
 
 from vdiff_kserve.models import DecoderConfig, KeyValueStore
+
+CACHE_SHARE_OF_FREE_MEMORY = 0.5
+"""What a cache may take of the memory that is free when the engine is built."""
+
+
+def affordable_tokens(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Canvas tokens whose keys and values fit into the cache's share of the free memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = psutil.virtual_memory().available
+    values_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    bytes_per_token = values_per_token * torch.empty((), dtype=dtype).element_size()
+    return int(free * CACHE_SHARE_OF_FREE_MEMORY) // bytes_per_token
 
 
 class KVCache:

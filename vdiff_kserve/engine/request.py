@@ -19,6 +19,10 @@ class QueueFullError(EngineError):
     """The waiting queue has no place; try again later."""
 
 
+class RequestTooLargeError(EngineError):
+    """A request that needs more cache than the engine has."""
+
+
 class EngineStoppedError(EngineError):
     """The engine is not running, or stopped before the request was done."""
 

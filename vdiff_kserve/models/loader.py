@@ -94,8 +94,10 @@ def _load(
     total = sum(decoder.get_parameter(name).numel() for name in assign.values()) * itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}") as progress:
         for tensor_name, tensor in _read(stored, list(assign)):
+            # A copy: a view would keep the whole mapped file in memory beside the packed weights.
+            value = tensor.to(device, dtype, copy=True)
             parameter = assign[tensor_name]
-            set_module_tensor_to_device(decoder, parameter, device, value=tensor, dtype=dtype)
+            set_module_tensor_to_device(decoder, parameter, device, value=value, dtype=dtype)
             progress.update(tensor.numel() * itemsize)
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
@@ -134,8 +136,9 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{index} names files outside its folder: {_some(outside)}")

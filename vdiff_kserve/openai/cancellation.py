@@ -8,6 +8,9 @@ from collections.abc import AsyncGenerator
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers that ask proxies to pass chunks on as they come."""
+
 
 class CancelOnDisconnect:
     """Cancels a request whose client closed its connection, on every route.
@@ -52,7 +55,7 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[str, None]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache"})
+        super().__init__(events, headers=UNBUFFERED)
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,7 +12,12 @@ from grpc import StatusCode  # type: ignore[import-untyped]
 from grpc_interceptor.exceptions import GrpcException
 from kserve.protocol.rest.openai.errors import OpenAIError
 
-from vdiff_kserve.engine import EngineError, EngineStoppedError, QueueFullError
+from vdiff_kserve.engine import (
+    EngineError,
+    EngineStoppedError,
+    QueueFullError,
+    RequestTooLargeError,
+)
 from vdiff_kserve.openai.protocol import ErrorInfo, ErrorResponse
 
 logger = logging.getLogger("kserve.vdiff.openai")
@@ -70,6 +75,12 @@ class RequestError(OpenAIError, GrpcException):  # type: ignore[misc]
     @property
     def message(self) -> str:
         return str(self.response.error.message)
+
+    @property
+    def param(self) -> str | None:
+        """The field at fault."""
+        param: str | None = self.response.error.param
+        return param
 
     @property
     def headers(self) -> dict[str, str]:
@@ -138,6 +149,8 @@ def from_engine(error: EngineError) -> RequestError:
     """The refusal that stands for an error of the engine."""
     if isinstance(error, QueueFullError):
         return RequestError(str(error), status=HTTPStatus.TOO_MANY_REQUESTS)
+    if isinstance(error, RequestTooLargeError):
+        return RequestError(str(error), param="max_tokens")
     if isinstance(error, EngineStoppedError):
         return unavailable("The server is stopping or its engine is down. Try again later.")
     return RequestError(str(error), status=HTTPStatus.INTERNAL_SERVER_ERROR)

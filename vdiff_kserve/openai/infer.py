@@ -74,6 +74,9 @@ def _instance(instance: Any, parameters: Mapping[str, Any], index: int) -> AnyRe
             param=f"instances.{index}",
         )
     own = instance.get("parameters") or {}
+    if not isinstance(own, dict):
+        where = f"instances.{index}.parameters"
+        raise RequestError(f"{where} must be an object.", param=where)
     fields = {k: v for k, v in instance.items() if k != "parameters"}
     return _request({**parameters, **own, **fields})
 

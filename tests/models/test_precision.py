@@ -1,0 +1,64 @@
+"""What `auto` means on which hardware."""
+
+import pytest
+import torch
+
+from vdiff_kserve.models import choose_device, choose_dtype, precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (set(), torch.float32),
+        ({"avx512f", "avx2"}, torch.float32),
+        ({"avx2", "avx512_bf16"}, torch.bfloat16),
+        ({"amx_bf16"}, torch.bfloat16),
+    ],
+)
+def test_auto_dtype_on_a_cpu_follows_its_instructions(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(precision, "cpu_flags", lambda: flags)
+    assert choose_dtype("auto", CPU) == expected
+
+
+def test_auto_dtype_on_a_gpu_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "cpu_flags", set)
+    assert choose_dtype("auto", GPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("half", torch.float16),
+        ("float32", torch.float32),
+        ("float", torch.float32),
+    ],
+)
+def test_named_dtype_is_taken_as_it_is(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    assert choose_dtype(name, device) == dtype
+
+
+@pytest.mark.parametrize(("available", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_auto_device_is_the_gpu_when_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, available: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert choose_device("auto").type == expected
+    assert choose_device("cpu") == CPU
+
+
+def test_flags_are_those_of_the_first_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    text = "processor : 0\nflags\t\t: fpu avx2 amx_bf16\nbugs : x\nprocessor : 1\nflags\t\t: fpu\n"
+    monkeypatch.setattr(precision.Path, "is_file", lambda self: True)
+    monkeypatch.setattr(precision.Path, "read_text", lambda self, **_: text)
+    assert precision.cpu_flags() >= {"fpu", "avx2", "amx_bf16"}
+    monkeypatch.setattr(precision.Path, "is_file", lambda self: False)
+    assert precision.cpu_flags() == set()
