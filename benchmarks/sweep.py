@@ -26,6 +26,7 @@ from vdiff_kserve.models import (
     load_causal_decoder,
     load_decoder,
     load_tokenizer,
+    with_end_of_turn,
 )
 from vdiff_kserve.sampler import DecodingParams
 
@@ -143,7 +144,7 @@ def run(
     decoder, spec = load_decoder(folder, device, dtype)
     auxiliary = load_causal_decoder(folder / "apd", device, dtype)
     tokenizer = load_tokenizer(folder)
-    ends = tuple({*spec.end_token_ids, tokenizer.convert_tokens_to_ids("<|eot_id|>")})
+    ends = with_end_of_turn(spec, tokenizer).end_token_ids
     prompts = [
         tuple(
             tokenizer.apply_chat_template(

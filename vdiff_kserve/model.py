@@ -30,6 +30,7 @@ from vdiff_kserve.models import (
     load_causal_decoder,
     load_decoder,
     load_tokenizer,
+    with_end_of_turn,
 )
 from vdiff_kserve.observability.metrics import watch_queue
 from vdiff_kserve.openai import OpenAIGenerativeModel
@@ -160,6 +161,7 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
         dtype = choose_dtype(config.dtype, device)
         decoder, spec = load_decoder(folder, device, dtype)
         tokenizer = load_tokenizer(folder)
+        spec = with_end_of_turn(spec, tokenizer)
         auxiliary = self._load_auxiliary(folder, tokenizer, device, dtype)
         limits = _limits(config, spec, has_auxiliary=auxiliary is not None)
         engine_config = EngineConfig(config.max_num_seqs, config.max_queue)

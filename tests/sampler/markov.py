@@ -22,7 +22,7 @@ MASK, EOS, VOCAB = STATES, STATES + 1, STATES + 2
 
 
 def transition_matrix() -> Tensor:
-    """float64 [states, states]: a chain that stays where it is, in some states surer than in others.
+    """float64 [states, states]: a chain that stays where it is, surer in some states.
 
     So posteriors of all degrees of confidence occur, and the further two positions are apart, the
     less writing them at once does to their transitions.

@@ -74,41 +74,61 @@ def accepted_by_loop(row: OpenRow, confidence: list[float], score: list[float]) 
     p = row.params
     masks = [i for i, mask in enumerate(row.masks) if mask]
     ranked = sorted(masks, key=lambda i: (-score[i], i))
-    chosen = set(ranked[:1])
-    if p.policy in ("threshold", "credit", "edit"):
-        chosen |= {i for i in masks if confidence[i] >= p.threshold}
-    if p.policy == "edit":
-        tokens = step([row])[0].tokens
-        chosen |= {
-            i
-            for i in set(range(len(row.written))) - set(masks)
-            if confidence[i] > p.edit_threshold and tokens[i] != row.written[i]
-        }
-    if p.policy == "apd":
-        least = 0.9 if p.apd_threshold is None else p.apd_threshold
-        chosen |= {i for i in ranked[: row.quota] if confidence[i] >= least}
-    if p.policy == "local":
-        anchors = [i for i in masks if confidence[i] >= p.threshold]
-        chosen |= set(anchors)
-        for i in masks:
-            distances = [abs(row.positions[i] - row.positions[a]) for a in anchors]
-            if any(d <= p.radius for d in distances) and confidence[i] >= p.neighbour_threshold:
-                chosen.add(i)
-    if p.policy == "factor":
-        count = 1
-        while count < len(ranked) and confidence[ranked[count]] >= 1 - p.factor / (count + 2):
-            count += 1
-        if count == len(ranked) - 1:  # Fast-dLLM lets the last one through
-            count += 1
-        chosen = set(ranked[:count])
-    if p.policy == "entropy_bound":
-        spent, chosen = 0.0, set()
-        for i in ranked:
-            if chosen and spent > p.entropy_bound:
-                break
+    sure = {i for i in masks if confidence[i] >= p.threshold}
+    chosen = {
+        "threshold": lambda: sure,
+        "credit": lambda: sure,
+        "edit": lambda: sure | edited_by_loop(row, confidence),
+        "apd": lambda: surest_by_loop(row, confidence, ranked),
+        "local": lambda: sure | neighbours_by_loop(row, confidence, sure, masks),
+        "factor": lambda: leading_by_loop(row, confidence, ranked),
+        "entropy_bound": lambda: leading_entropy_by_loop(row, score, ranked),
+    }[p.policy]()
+    return [i in chosen | set(ranked[:1]) for i in range(len(row.written))]
+
+
+def edited_by_loop(row: OpenRow, confidence: list[float]) -> set[int]:
+    tokens = step([row])[0].tokens
+    return {
+        i
+        for i, written in enumerate(row.written)
+        if written >= 0 and confidence[i] > row.params.edit_threshold and tokens[i] != written
+    }
+
+
+def surest_by_loop(row: OpenRow, confidence: list[float], ranked: list[int]) -> set[int]:
+    least = 0.9 if row.params.apd_threshold is None else row.params.apd_threshold
+    return {i for i in ranked[: row.quota] if confidence[i] >= least}
+
+
+def neighbours_by_loop(
+    row: OpenRow, confidence: list[float], anchors: set[int], masks: list[int]
+) -> set[int]:
+    near = set()
+    for i in masks:
+        distances = [abs(row.positions[i] - row.positions[anchor]) for anchor in anchors]
+        close = any(distance <= row.params.radius for distance in distances)
+        if close and confidence[i] >= row.params.neighbour_threshold:
+            near.add(i)
+    return near
+
+
+def leading_by_loop(row: OpenRow, confidence: list[float], ranked: list[int]) -> set[int]:
+    factor, count = row.params.factor, 1
+    while count < len(ranked) and confidence[ranked[count]] >= 1 - factor / (count + 2):
+        count += 1
+    if count == len(ranked) - 1:  # Fast-dLLM lets the last one through
+        count += 1
+    return set(ranked[:count])
+
+
+def leading_entropy_by_loop(row: OpenRow, score: list[float], ranked: list[int]) -> set[int]:
+    spent, chosen = 0.0, set()
+    for i in ranked:
+        if spent <= row.params.entropy_bound:
             chosen.add(i)
-            spent += -score[i]
-    return [i in chosen for i in range(len(row.written))]
+        spent -= score[i]
+    return chosen
 
 
 @pytest.mark.parametrize(

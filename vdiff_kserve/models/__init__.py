@@ -7,7 +7,7 @@ from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.precision import choose_device, choose_dtype
 from vdiff_kserve.models.spec import ModelSpec
-from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer
+from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer, with_end_of_turn
 
 __all__ = [
     "CheckpointError",
@@ -25,4 +25,5 @@ __all__ = [
     "load_decoder",
     "load_tokenizer",
     "pack_linear_layers",
+    "with_end_of_turn",
 ]

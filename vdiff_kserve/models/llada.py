@@ -88,4 +88,5 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
         max_model_len=config.integer("max_sequence_length"),
         block_length=BLOCK_LENGTH,
         profiles=PROFILES,
+        eot_token="<|eot_id|>",
     )

@@ -66,6 +66,7 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
         max_model_len=config.integer("max_position_embeddings"),
         block_length=DREAM_BLOCK_LENGTH,
         profiles=DREAM_PROFILES,
+        eot_token="<|im_end|>",
         shifted_logits=True,
     )
 
@@ -85,6 +86,7 @@ def read_sdar_spec(config: CheckpointConfig) -> ModelSpec:
         max_model_len=config.integer("max_position_embeddings"),
         block_length=block,
         profiles=SDAR_PROFILES,
+        eot_token="<|im_end|>",
     )
 
 

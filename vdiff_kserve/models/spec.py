@@ -17,12 +17,13 @@ class ModelSpec:
         family: short name of the family, for logs and the model list.
         mask_token_id: the token that stands for "not yet written"; never sampled.
         eos_token_id: ends a text and fills the canvas after it.
-        eot_token_id: ends a chat turn; None when the tokenizer has none.
+        eot_token_id: ends a chat turn; None when the vocabulary has none.
         max_model_len: most tokens of a canvas (prompt and answer).
         block_length: default length of the blocks that are decoded left to right.
         profiles: named decodings, each as decoding parameters by name: `exact` decodes as the
             model's authors do, `quality` is the server's default, `fast` gives up some quality.
         shifted_logits: whether the logits at position i predict token i + 1, not token i.
+        eot_token: how the tokenizer writes the token that ends a chat turn.
     """
 
     family: str
@@ -34,6 +35,7 @@ class ModelSpec:
     block_length: int
     profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shifted_logits: bool = False
+    eot_token: str = ""
 
     @property
     def block_causal(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.models.checkpoint_config import CheckpointError
+from vdiff_kserve.models.spec import ModelSpec
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
@@ -22,6 +24,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+
+
+def with_end_of_turn(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> ModelSpec:
+    """The spec with the id that the tokenizer gives the end-of-turn token, if it has one."""
+    token_id = tokenizer.get_vocab().get(spec.eot_token)
+    return spec if token_id is None else replace(spec, eot_token_id=token_id)
 
 
 def check_same_vocabulary(
