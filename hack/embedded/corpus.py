@@ -30,8 +30,8 @@ TASKS: dict[str, Sampler] = {
 BASE_WEIGHTS: dict[str, float] = {
     "add": 1.6,
     "subtract": 1.6,
-    "three_digits": 0.6,
-    "sort": 1.5,
+    "three_digits": 0.3,
+    "sort": 0.6,
     "reverse": 1.6,
     "copy": 1.0,
     "count": 1.2,

@@ -15,9 +15,9 @@ from vdiff_kserve.models.batch import ForwardBatch
 from vdiff_kserve.models.decoder import Decoder
 
 HIDDEN_SIZE = 256
-NUM_LAYERS = 6
-NUM_HEADS = 4
-INTERMEDIATE_SIZE = 640
+NUM_LAYERS = 4
+NUM_HEADS = 8
+INTERMEDIATE_SIZE = 512
 
 
 def diffusion_trainer(

@@ -23,7 +23,7 @@ Logits = Callable[[Tensor, Tensor], Tensor]
 Source = Callable[[TrainingStream, random.Random], Iterator[Batch]]
 """Examples and a generator for everything else that is random -> batches."""
 
-MUON_LR = 2e-3
+MUON_LR = 1.5e-3
 ADAM_LR = 1.5e-3
 WARMUP_STEPS = 100
 STABLE_SHARE = 0.4  # of the run, before the linear decay
@@ -105,7 +105,7 @@ class Trainer:
         hidden = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
         other = [p for name, p in named.items() if p.ndim != 2 or "embed" in name]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(other, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
         self.peaks = (MUON_LR, ADAM_LR)

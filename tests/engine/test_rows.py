@@ -86,6 +86,9 @@ def check_steps(watched: Watched, edits: bool) -> None:
         positions = step.decision.positions
         changed = (step.before != step.after).nonzero().squeeze(-1).tolist()
         assert set(changed) <= set(positions.tolist()), "written outside the decision"
+        span = step.decision.span
+        assert span.start <= span.output_start, "wants the state of a token that is not computed"
+        assert span.output_start + span.outputs <= span.start + span.queries <= span.keys
         assert all(step.block[0] <= p < step.block[1] for p in positions.tolist()), "outside block"
         assert MASK not in step.after[positions].tolist(), "a mask was written"
         assert not (step.masked_after & ~step.masked_before).any(), "un-committed"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from grpc import StatusCode
+from grpc_interceptor.exceptions import GrpcException
 from kserve import Model, ModelRepository
 from kserve.errors import InvalidInput
+from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
+from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.v1_endpoints import register_v1_endpoints
 from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
 
@@ -88,6 +93,19 @@ async def test_nothing_is_answered_before_the_model_is_ready(
     assert refused.headers["retry-after"]
     assert (await http.get("/v2/health/live")).status_code == 200
     assert (await http.get("/v1/models")).status_code == 200
+
+
+async def test_grpc_to_a_model_that_is_not_ready_is_unavailable(model: StubModel) -> None:
+    registry = ModelRepository()
+    registry.update(model)
+    model.not_ready_reason = "The model is still loading."
+    servicer = InferenceServicer(EngineDataPlane(registry), FixedRepository(registry))
+    context = SimpleNamespace(invocation_metadata=list)
+    with pytest.raises(GrpcException, match="still loading") as caught:
+        await servicer.ModelInfer(pb.ModelInferRequest(model_name="stub"), context)
+    assert caught.value.status_code is StatusCode.UNAVAILABLE
+    assert not (await servicer.ModelReady(pb.ModelReadyRequest(name="stub"), context)).ready
+    assert not (await servicer.ServerReady(pb.ServerReadyRequest(), context)).ready
 
 
 async def test_the_server_is_not_live_when_the_engine_died(

@@ -41,6 +41,8 @@ WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("remasking", "best", "'low_confidence' or 'random'"),
     ("seed", 2**64, "9223372036854775807"),
     ("stop", 5, "valid string"),
+    ("radius", 2**70, "2147483647"),
+    ("max_tokens", 2**70, "2147483647"),
     ("stream", "perhaps", "valid boolean"),
     ("n", [], "valid integer"),
 ]

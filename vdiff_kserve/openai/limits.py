@@ -48,7 +48,8 @@ def check(request: GenerationFields, limits: ServingLimits) -> None:
     Raises:
         RequestError: naming the field and what is allowed.
     """
-    _check_number("n", request.n, f"in [1, {limits.max_choices}]", low=1, high=limits.max_choices)
+    if request.n is not None and not 1 <= request.n <= limits.max_choices:
+        raise out_of_range("n", f"in [1, {limits.max_choices}]", request.n)
     _check_choices(request)
     if any(not stop for stop in stop_strings(request)):
         raise RequestError("stop cannot contain an empty string.", param="stop")
@@ -60,25 +61,9 @@ def check(request: GenerationFields, limits: ServingLimits) -> None:
     refuse_unsupported(request)
 
 
-def _check_number(
-    field: str,
-    value: float | None,
-    allowed: str,
-    *,
-    low: float,
-    high: float,
-    low_open: bool = False,
-) -> None:
-    if value is None:
-        return
-    above = value > low if low_open else value >= low
-    if not (above and value <= high):
-        raise out_of_range(field, allowed, value)
-
-
 def _check_choices(request: GenerationFields) -> None:
-    same_answer = request.temperature == 0 and request.remasking != "random"
-    if (request.n or 1) > 1 and same_answer:
+    draws_positions = "random" in (request.remasking, request.policy) or request.alg_temp
+    if (request.n or 1) > 1 and request.temperature == 0 and not draws_positions:
         raise RequestError(
             f"n must be 1 when temperature is 0, since all answers would be the same, "
             f"got {request.n}.",

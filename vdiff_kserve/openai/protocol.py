@@ -23,6 +23,8 @@ INT64_MAX = 2**63 - 1
 DEFAULT_COMPLETION_TOKENS = 16
 """Length of a completion that sets none, as OpenAI has it."""
 TokenId = Annotated[int, Field(ge=0)]
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+"""Bounded, since tensors cannot hold what JSON can spell."""
 
 FinishReason = Literal["stop", "length"]
 
@@ -65,7 +67,7 @@ class GenerationFields(_Request):
     """What chat and plain completion requests have in common."""
 
     model: Text | None = None
-    n: int | None = 1
+    n: Int32 | None = 1
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
     stop: Text | list[Text] | None = None
     stop_token_ids: list[TokenId] | None = None
@@ -79,33 +81,33 @@ class GenerationFields(_Request):
     profile: str | None = None
     policy: str | None = None
     remasking: Literal["low_confidence", "random"] | None = None
-    steps: int | None = None
-    block_length: int | None = None
+    steps: Int32 | None = None
+    block_length: Int32 | None = None
     alg_temp: float | None = None
     threshold: float | None = None
     factor: float | None = None
     entropy_bound: float | None = None
     neighbour_threshold: float | None = None
-    radius: int | None = None
+    radius: Int32 | None = None
     credit_weight: float | None = None
     credit_decay: float | None = None
     credit_power: float | None = None
     edit_threshold: float | None = None
-    max_post_edits: int | None = None
+    max_post_edits: Int32 | None = None
     cfg_scale: float | None = None
     logits_eos_inf: bool | None = None
     confidence_eos_eot_inf: bool | None = None
     cache: str | None = None
     use_cache: bool | None = None
     use_dual_cache: bool | None = None
-    refresh_interval: int | None = None
-    vicinity: int | None = None
-    max_lookahead: int | None = None
+    refresh_interval: Int32 | None = None
+    vicinity: Int32 | None = None
+    max_lookahead: Int32 | None = None
     apd: bool | None = None
     apd_mixture_weight: float | None = None
-    apd_window: int | None = None
-    apd_lookahead: int | None = None
-    apd_max_parallel: int | None = None
+    apd_window: Int32 | None = None
+    apd_lookahead: Int32 | None = None
+    apd_max_parallel: Int32 | None = None
     apd_threshold: float | None = None
 
     allowed_token_ids: list[TokenId] | None = None
@@ -131,7 +133,7 @@ class GenerationFields(_Request):
     spaces_between_special_tokens: bool | None = True
     structured_outputs: dict[str, Any] | None = None
     thinking_token_budget: int | None = None
-    top_k: int | None = None
+    top_k: Int32 | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)
     truncation_side: Literal["left", "right"] | None = None
     use_beam_search: bool | None = False
@@ -143,7 +145,7 @@ class CompletionRequest(GenerationFields):
     """The body of `POST completions`."""
 
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] | None = None
-    max_tokens: int | None = DEFAULT_COMPLETION_TOKENS
+    max_tokens: Int32 | None = DEFAULT_COMPLETION_TOKENS
     add_special_tokens: bool = True
 
     echo: bool | None = False
@@ -171,8 +173,8 @@ class ChatCompletionRequest(GenerationFields):
     """The body of `POST chat/completions`."""
 
     messages: list[ChatMessageParam]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Int32 | None = None
+    max_completion_tokens: Int32 | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     continue_final_message: bool = False
