@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from hack.embedded.corpus import BASE_WEIGHTS, TrainingStream
@@ -137,7 +138,8 @@ class Trainer:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted cross-entropy of the selected positions, and which of them are right."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        # On CPUs the backward pass of the fused attention kernel takes a third of a step.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(self.device.type, dtype=torch.bfloat16):
             logits = self.logits(batch.canvas.to(self.device), batch.selected.to(self.device))
         targets, weights = batch.targets.to(self.device), batch.weights.to(self.device)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")

@@ -422,8 +422,9 @@ async def churn(rounds: int) -> None:
                 streams = engine.submit([request] * choose.randint(1, 3))
             except QueueFullError:
                 refused += 1
-                await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
-                reading = [task for task in reading if not task.done()]
+                unread = [task for task in reading if not task.done()]
+                if unread:
+                    await asyncio.wait(unread, return_when=asyncio.FIRST_COMPLETED)
                 continue
             for stream in streams:
                 if choose.random() < 0.3:

@@ -54,6 +54,10 @@ class Engine:
 
     Rows join and leave between steps; each is at its own block and step with its own parameters,
     and none waits for another.
+
+    Attributes:
+        failure: what ended the loop when nobody stopped it.
+        num_steps: denoising steps run so far, each of one or more rows.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Engine:
         self.spec = spec
         self.config = config
         self.failure: BaseException | None = None
+        self.num_steps = 0
         self._has_auxiliary = auxiliary is not None
         self._cache = self._new_cache(decoder)
         checking = None if auxiliary is None else self._new_cache(auxiliary)
@@ -173,20 +178,28 @@ class Engine:
         row which fails alone is failed alone."""
         try:
             decisions = self._runner.step(rows)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever the forward pass raised
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
             if len(rows) > 1:
                 middle = len(rows) // 2
                 self._step(rows[:middle])
                 self._step(rows[middle:])
-                return
-            logger.exception("Request %s failed.", rows[0].request.request_id)
-            self._scheduler.release(rows)
-            rows[0].sink(EngineError("The model failed on this request."))
+            else:
+                self._fail(rows[0])
             return
+        self.num_steps += 1
         for row, decision in zip(rows, decisions, strict=True):
-            row.apply(decision)
+            try:
+                row.apply(decision)
+            except Exception:  # noqa: BLE001 - one row's fault must not reach the others
+                self._fail(row)
+
+    def _fail(self, row: Row) -> None:
+        """Take out the row whose exception is being handled."""
+        logger.exception("Request %s failed.", row.request.request_id)
+        self._scheduler.release([row])
+        row.sink(EngineError("The model failed on this request."))
 
     def _close(self, reason: EngineError) -> None:
         for row in self._scheduler.close(reason):

@@ -25,8 +25,9 @@ from vdiff_kserve.sampler import (
     verify,
 )
 
-LOGITS_PER_CHUNK = 1 << 24
-"""Most logits at a time: 64 MiB in float32, so a step's scratch stays under 256 MiB."""
+LOGITS_PER_CHUNK = 1 << 22
+"""Most logits at a time: 16 MiB in float32. Sampling keeps at most seven tensors of that many
+float64 numbers, so a step's scratch stays under 256 MiB."""
 
 
 class ModelRunner:
@@ -206,4 +207,9 @@ class ModelRunner:
         without_prompt = None if unguided is None else unguided[checked]
         diffusion = self._logits(hidden[checked], without_prompt, part)
         diffusion[:, self._special.mask] = -torch.inf
+        if self._special.mask < auxiliary.shape[-1]:
+            auxiliary[:, self._special.mask] = -torch.inf
+        suppressed = part.where(lambda p: p.logits_eos_inf)
+        if suppressed is not None:
+            diffusion[suppressed, self._special.eos] = -torch.inf
         accept[checked] = verify(proposal.token[checked], diffusion, auxiliary, part)

@@ -51,7 +51,8 @@ class Scheduler:
         with self._changed:
             if self._closed is not None:
                 raise self._closed
-            free_slots = self._max_num_seqs - len(self._running)
+            occupied = sum(row.finish_reason is None for row in self._running)
+            free_slots = self._max_num_seqs - occupied
             if len(self._waiting) + len(rows) > free_slots + self._max_queue:
                 raise QueueFullError(
                     f"The server is at its limit of {self._max_num_seqs} running and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 from vdiff_kserve.engine.request import EngineError, GenerationEvent
 
@@ -25,7 +26,8 @@ class GenerationStream:
 
     def put(self, event: GenerationEvent | EngineError) -> None:
         """The engine's side; called on its thread."""
-        if not self._loop.is_closed():
+        # The loop may close at any moment, with nobody left to tell.
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def abort(self) -> None:

@@ -104,7 +104,7 @@ def _within_factor(confidence: Tensor, rank: Tensor, rows: StepRows) -> Tensor:
     failing = (confidence < 1 - factor / (rank + 2)) & (rank > 0) & masked
     masks = torch.zeros(len(rows.params), dtype=torch.int64, device=rank.device)
     masks = masks.index_add(0, rows.row, masked.long())
-    first_failure = masks.index_reduce(0, rows.row[failing], rank[failing], "amin")
+    first_failure = masks.scatter_reduce(0, rows.row[failing], rank[failing], "amin")
     first_failure = torch.where(first_failure == masks - 1, masks, first_failure)
     return (rank < first_failure[rows.row]) & masked
 
