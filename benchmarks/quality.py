@@ -17,10 +17,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks import sweep
 from hack.embedded.corpus import held_out_suite
 from hack.embedded.example import Example
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
-from vdiff_kserve.models import choose_device, choose_dtype, load_decoder, load_tokenizer
+from vdiff_kserve.models import (
+    choose_device,
+    choose_dtype,
+    load_decoder,
+    load_tokenizer,
+    with_end_of_turn,
+)
 from vdiff_kserve.sampler.params import DecodingParams
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "vdiff_kserve" / "embedded"
@@ -58,6 +65,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rows", type=int, default=32, help="prompts in one forward pass")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
+    parser.add_argument(
+        "--sweep", action="store_true", help="every policy, cache and threshold instead of one"
+    )
+    parser.add_argument("--picture", type=Path, help="with --sweep: draw the frontier here")
     parser.add_argument("--misses", type=int, default=0, help="wrong answers to show per task")
     return parser.parse_args()
 
@@ -69,7 +80,7 @@ def run_suite(
     device = choose_device(arguments.device)
     decoder, spec = load_decoder(arguments.model_dir, device, choose_dtype(arguments.dtype, device))
     tokenizer = load_tokenizer(arguments.model_dir)
-    end_ids = {*spec.end_token_ids, tokenizer.convert_tokens_to_ids("<|eot_id|>")}
+    end_ids = with_end_of_turn(spec, tokenizer).end_token_ids
     engine = Engine(decoder, spec, EngineConfig(max_num_seqs=arguments.rows, max_queue=CHUNK))
     engine.start()
     scores: dict[str, Score] = defaultdict(Score)
@@ -86,7 +97,7 @@ def run_suite(
                         ),
                         max_tokens=arguments.max_tokens,
                         decoding=decoding,
-                        end_token_ids=tuple(end_ids),
+                        end_token_ids=end_ids,
                     )
                     for example in chunk
                 ]
@@ -118,6 +129,12 @@ def total(scores: dict[str, Score]) -> Score:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.sweep:
+        suite = held_out_suite(arguments.n, arguments.seed)
+        chosen = sweep.trials(arguments.block_length)
+        outcomes = sweep.run(arguments.model_dir, suite, arguments.max_tokens, chosen)
+        sweep.report(outcomes, arguments.json, arguments.picture)
+        return
     policy = "low_confidence" if arguments.threshold is None else "threshold"
     decoding = DecodingParams(
         policy=policy,

@@ -30,8 +30,8 @@ TASKS: dict[str, Sampler] = {
 BASE_WEIGHTS: dict[str, float] = {
     "add": 1.6,
     "subtract": 1.6,
-    "three_digits": 0.3,
-    "sort": 0.6,
+    "three_digits": 0.5,
+    "sort": 1.0,
     "reverse": 1.6,
     "copy": 1.0,
     "count": 1.2,
@@ -42,8 +42,8 @@ BASE_WEIGHTS: dict[str, float] = {
     "small_talk": 0.8,
     "json": 1.0,
     "fill_middle": 0.8,
-    "topic": 0.5,
-    "story": 0.25,
+    "topic": 0.6,
+    "story": 0.35,
 }
 
 
