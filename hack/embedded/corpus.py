@@ -30,7 +30,7 @@ TASKS: dict[str, Sampler] = {
 BASE_WEIGHTS: dict[str, float] = {
     "add": 1.6,
     "subtract": 1.6,
-    "three_digits": 0.5,
+    "three_digits": 0.15,
     "sort": 1.0,
     "reverse": 1.6,
     "copy": 1.0,

@@ -36,6 +36,11 @@ REWEIGHT_STEPS = 100
 INTERVAL_STEPS = 10
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}"
 ACCURACY_DECAY = 0.98
+SDPA_BACKENDS = {
+    # On CPUs the backward pass of the fused attention kernel takes a third of a step.
+    "cpu": [SDPBackend.MATH],
+    "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
 
 
 @dataclass
@@ -138,8 +143,8 @@ class Trainer:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted cross-entropy of the selected positions, and which of them are right."""
-        # On CPUs the backward pass of the fused attention kernel takes a third of a step.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(self.device.type, dtype=torch.bfloat16):
+        attention = sdpa_kernel(SDPA_BACKENDS[self.device.type])
+        with attention, torch.autocast(self.device.type, dtype=torch.bfloat16):
             logits = self.logits(batch.canvas.to(self.device), batch.selected.to(self.device))
         targets, weights = batch.targets.to(self.device), batch.weights.to(self.device)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
