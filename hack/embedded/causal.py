@@ -16,10 +16,10 @@ from hack.embedded.objective import POOL, Batch, Row, RowEncoder
 from hack.embedded.tokenizer import BOS, EOS, EOT
 from hack.embedded.training import Trainer, initialize
 
-HIDDEN_SIZE = 160
-NUM_LAYERS = 4
+HIDDEN_SIZE = 128
+NUM_LAYERS = 3
 NUM_HEADS = 4
-INTERMEDIATE_SIZE = 416
+INTERMEDIATE_SIZE = 352
 
 
 def _config(tokenizer: Tokenizer) -> Qwen2Config:
