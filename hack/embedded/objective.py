@@ -24,7 +24,9 @@ DRILL_SHARE = 0.04
 DRILL_FACTS = 14
 DRILL_PROMPT = "Show some sums."
 LONG_SHARE = 0.05
-UNIFORM_SHARE = 0.25
+UNIFORM_SHARE = 0.15
+FRONTIER_SHARE = 0.65  # blocks whose written tokens lie mostly on the left, as decoding leaves them
+MOST_AHEAD = 0.4  # largest share of written tokens right of such a frontier
 BLOCK_LENGTHS = (32, 64, 16, 8, 512)
 BLOCK_LENGTH_ODDS = (0.62, 0.12, 0.12, 0.06, 0.08)
 EXTRA_FILL = (0, 0, 4, 8, 16, 32)
@@ -131,16 +133,21 @@ def _mask_row(rng: random.Random, row: Row, length: int) -> tuple[list[float], i
         chance per position of [prompt end, length - suffix), and the block's bounds there.
     """
     size = length - len(row.prompt) - len(row.suffix)
-    ratio = 1.0 - rng.random()
     if row.only:
         return [float(i in row.only) for i in range(size)], 0, min(size, len(row.answer))
+    ratio = 1.0 - rng.random()
     if rng.random() < UNIFORM_SHARE:
         return [ratio] * size, 0, size
     block = rng.choices(BLOCK_LENGTHS, BLOCK_LENGTH_ODDS)[0]
     reach = size if rng.random() < 0.08 else min(size, len(row.answer) + 1)
     start = rng.randrange((reach + block - 1) // block) * block
     stop = min(size, start + block)
-    return [0.0] * start + [ratio] * (stop - start) + [1.0] * (size - stop), start, stop
+    frontier = start
+    if rng.random() < FRONTIER_SHARE:
+        frontier = rng.randrange(start, stop)
+        ratio = 1.0 - MOST_AHEAD * rng.random() ** 2
+    chances = [0.0] * frontier + [ratio] * (stop - frontier) + [1.0] * (size - stop)
+    return chances, start, stop
 
 
 def make_batch(rng: random.Random, rows: list[Row], length: int, mask_id: int, eos: int) -> Batch:
