@@ -69,6 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sweep", action="store_true", help="every policy, cache and threshold instead of one"
     )
+    parser.add_argument(
+        "--curves", nargs="+", metavar="CURVE", help="with --sweep: these beside exact decoding"
+    )
     parser.add_argument("--picture", type=Path, help="with --sweep: draw the frontier here")
     parser.add_argument("--misses", type=int, default=0, help="wrong answers to show per task")
     return parser.parse_args()
@@ -133,6 +136,8 @@ def main() -> None:
     if arguments.sweep:
         suite = held_out_suite(arguments.n, arguments.seed)
         chosen = sweep.trials(arguments.block_length)
+        if arguments.curves:
+            chosen = [t for t in chosen if t.curve in ("exact", *arguments.curves)]
         outcomes = sweep.run(arguments.model_dir, suite, arguments.max_tokens, chosen)
         sweep.report(outcomes, arguments.json, arguments.picture)
         return

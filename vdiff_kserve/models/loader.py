@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
-from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
+from vdiff_kserve.models.packed_linear import can_pack, pack_if_complete, pack_linear_layers
 from vdiff_kserve.models.registry import (
     CAUSAL_FORMATS,
     FAMILIES,
@@ -90,6 +90,7 @@ def _load(
         decoder = Decoder(config)
     stored = list_tensors(folder)
     assign = _match(decoder, tensor_names, stored, folder)
+    packs = can_pack(torch.device(device), dtype)
     itemsize = torch.empty((), dtype=dtype).element_size()
     total = sum(decoder.get_parameter(name).numel() for name in assign.values()) * itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}") as progress:
@@ -99,12 +100,13 @@ def _load(
             parameter = assign[tensor_name]
             set_module_tensor_to_device(decoder, parameter, device, value=value, dtype=dtype)
             progress.update(tensor.numel() * itemsize)
+            if packs:
+                pack_if_complete(decoder, parameter)
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
-    decoder.requires_grad_(False).eval()
-    if can_pack(decoder.device, dtype):
-        pack_linear_layers(decoder)
-    return decoder
+        if packs:
+            pack_linear_layers(decoder)
+    return decoder.requires_grad_(False).eval()
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:

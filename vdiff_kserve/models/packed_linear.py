@@ -38,6 +38,18 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+def pack_if_complete(module: nn.Module, parameter: str) -> None:
+    """Replace the `nn.Linear` that `parameter` belongs to, once all its parameters are loaded.
+
+    Packing while loading lets the next tensor take the memory that the plain weight leaves.
+    """
+    path = parameter.rpartition(".")[0]
+    layer = module.get_submodule(path)
+    if isinstance(layer, nn.Linear) and not any(p.is_meta for p in layer.parameters()):
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, PackedLinear(layer))
+
+
 def pack_linear_layers(module: nn.Module) -> None:
     """Replace every `nn.Linear` inside `module` in turn; its plain weight is freed."""
     for name, child in module.named_children():
