@@ -1,5 +1,6 @@
 """From examples to training batches: chat rows filled with end tokens, and the masks on them."""
 
+import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ FRONTIER_SHARE = 0.65  # blocks whose written tokens lie mostly on the left, as 
 MOST_AHEAD = 0.4  # largest share of written tokens right of such a frontier
 BLOCK_LENGTHS = (32, 64, 16, 8, 512)
 BLOCK_LENGTH_ODDS = (0.62, 0.12, 0.12, 0.06, 0.08)
-EXTRA_FILL = (0, 0, 4, 8, 16, 32)
+TIGHT_SHARE = 0.2
+MOST_FILL = 280
 CUT_SHARE = 0.1  # batches whose canvas ends early, as with a small max_tokens or lookahead
 LEAST_CUT, LONGEST_CUT = 16, 48
 FILL_KEPT = 4  # end tokens after the answer that always count
@@ -189,24 +191,33 @@ def batches(
     mask_id, eos = tokenizer.token_to_id(MASK), tokenizer.token_to_id(EOS)
     stream = iter(examples)
     while True:
-        pool = sorted((encoder.encode(next(stream)) for _ in range(POOL)), key=lambda r: r.length)
+        rows = [encoder.encode(next(stream)) for _ in range(POOL)]
+        pool = [(min(longest, row.length + _fill(rng)), row) for row in rows]
+        pool.sort(key=lambda item: item[0])
         groups: list[tuple[list[Row], int]] = []
         while pool:
+            length = pool[-1][0]
             if rng.random() < LONG_SHARE:
-                length = rng.randint(min(longest, pool[-1].length), longest)
-                count = max(1, budget // length)
-                rows = [pool.pop(rng.randrange(len(pool))) for _ in range(min(count, len(pool)))]
-            else:
-                extra = rng.choice(EXTRA_FILL)
-                count = max(1, budget // (pool[-1].length + extra))
-                length = min(longest, pool[-1].length + extra)
-                rows = pool[-count:]
-                del pool[-count:]
-                if rng.random() < CUT_SHARE:
-                    least = max(len(row.prompt) + len(row.suffix) + LEAST_CUT for row in rows)
-                    length = max(min(length, least), length - rng.randint(1, LONGEST_CUT))
-            if len(rows) * length > budget // 3:
-                groups.append((rows, length))
+                length = rng.randint(length, longest)
+            count = max(1, budget // length)
+            group = [row for _, row in pool[-count:]]
+            del pool[-count:]
+            if rng.random() < CUT_SHARE:
+                least = max(len(row.prompt) + len(row.suffix) + LEAST_CUT for row in group)
+                length = max(min(length, least), length - rng.randint(1, LONGEST_CUT))
+            if len(group) * length > budget // 3:
+                groups.append((group, length))
         rng.shuffle(groups)
-        for rows, length in groups:
-            yield make_batch(rng, rows, length, mask_id, eos)
+        for group, length in groups:
+            yield make_batch(rng, group, length, mask_id, eos)
+
+
+def _fill(rng: random.Random) -> int:
+    """End tokens after an answer: a few, or up to `MOST_FILL`, each magnitude as often.
+
+    Drawn without regard to the answer: were canvases tight, the model would read the answer's length
+    from the canvas and run on to its end when `max_tokens` is large.
+    """
+    if rng.random() < TIGHT_SHARE:
+        return rng.randint(0, 8)
+    return round(math.exp(rng.uniform(math.log(4), math.log(MOST_FILL))))
