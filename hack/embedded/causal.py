@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hack.embedded.checkpoint import MAX_LENGTH, RMS_NORM_EPS, ROPE_THETA
+from hack.embedded.checkpoint import MAX_LENGTH, READABLE, RMS_NORM_EPS, ROPE_THETA
 from hack.embedded.corpus import TrainingStream
 from hack.embedded.example import Example
 from hack.embedded.objective import POOL, Batch, Row, RowEncoder
@@ -106,3 +106,4 @@ def export_causal(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
     eot, eos = tokenizer.token_to_id(EOT), tokenizer.token_to_id(EOS)
     model.generation_config.eos_token_id = [eot, eos]
     model.to(torch.bfloat16).save_pretrained(out)
+    (out / "model.safetensors").chmod(READABLE)

@@ -15,6 +15,7 @@ from vdiff_kserve.models.registry import FAMILIES
 MAX_LENGTH = 512
 ROPE_THETA = 10000.0
 RMS_NORM_EPS = 1e-5
+READABLE = 0o644  # a container may run as any user
 
 
 def decoder_config(
@@ -105,4 +106,5 @@ def save_llada(
     }
     temporary = folder / "model.safetensors.partial"
     save_file(tensors, str(temporary), metadata={"format": "pt"})
+    temporary.chmod(READABLE)
     temporary.rename(folder / "model.safetensors")
