@@ -9,11 +9,6 @@ import pytest
 from openai import OpenAI
 
 from tests.server.process import ServerProcess
-from vdiff_kserve.checkpoint import EMBEDDED
-
-pytestmark = pytest.mark.skipif(
-    not (EMBEDDED / "model.safetensors").is_file(), reason="the package has no embedded model"
-)
 
 TALE = [{"role": "user", "content": "Tell me about the sea."}]
 
