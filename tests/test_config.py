@@ -21,6 +21,7 @@ from vdiff_kserve.config import (
 )
 from vdiff_kserve.decoding import DECODING_FIELDS
 from vdiff_kserve.models.precision import DTYPES
+from vdiff_kserve.setting import parse_size
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,10 +92,12 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     values = {int: "3", float: "0.5", str: "text"}
     special = {"model_dir": str(tmp_path), "dtype": "float16", "device": "cuda:1"}
     special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
-    values[bool] = "true"
+    special |= {"kv_cache_memory": "3GiB"}
+    values[bool] = "false"
     text = special.get(name, values[SETTINGS[name].kind])
     value = getattr(parse(**{f"VDIFF_{name.upper()}": text}), name)
-    assert value == ((text,) if SETTINGS[name].many else SETTINGS[name].kind(text))
+    assert value == ((text,) if SETTINGS[name].many else SETTINGS[name].parse(text))
+    assert value != SETTINGS[name].default
 
 
 @pytest.mark.parametrize("flag", DECODING_FLAGS)
@@ -288,3 +291,17 @@ def test_the_configuration_page_is_current():
     assert page.partition(heading)[0] == render_docs().partition(heading)[0], "run `make docs`"
     for option in kserve_options(SETTINGS):
         assert f"`{option.option_strings[0]}`" in page, "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1B", 1), ("2KB", 2000), ("2KiB", 2048), ("1.5MiB", 3 << 19), ("4 GiB", 4 << 30)],
+)
+def test_sizes_are_read_with_their_units(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "4", "GiB", "4gb", "-1GiB", "4GiB!"])
+def test_texts_that_are_no_sizes_are_refused(text):
+    with pytest.raises(ValueError, match="such as 512MiB"):
+        parse_size(text)

@@ -23,7 +23,7 @@ from vdiff_kserve.command_line import (
     plain,
 )
 from vdiff_kserve.decoding import DECODING_FIELDS, PROFILES
-from vdiff_kserve.setting import ConfigError, Kind, Setting
+from vdiff_kserve.setting import SIZE, ConfigError, Kind, Setting
 
 MODEL_SOURCES = ("model_dir", "model_id", "model")
 WORKERS_REASON = (
@@ -135,6 +135,54 @@ class ServerConfig:
         metavar="N",
         low=1,
         help="Most requests that wait; a further one is refused with status 429.",
+    )
+    max_num_batched_tokens: int | None = _setting(
+        int,
+        None,
+        group="engine",
+        metavar="N",
+        low=1,
+        default_text="measured at start, for a quarter of a second",
+        help="Most tokens that one round spends on passes over whole canvases; a longer pass is "
+        "spread over several rounds, so that other requests go on meanwhile.",
+    )
+    gpu_memory_utilization: float = _setting(
+        float,
+        0.9,
+        group="engine",
+        metavar="SHARE",
+        low=0,
+        high=1,
+        low_open=True,
+        help="Share of the GPU's memory that the server may use; what weights and scratch leave "
+        "is for keys and values.",
+    )
+    kv_cache_memory: str | None = _setting(
+        str,
+        None,
+        group="engine",
+        metavar="SIZE",
+        pattern=SIZE,
+        default_text="what is free: on a CPU, half of it",
+        help="Memory for keys and values.",
+    )
+    enable_prefix_caching: bool = _setting(
+        bool,
+        True,
+        group="engine",
+        metavar="BOOL",
+        negation="no_enable_prefix_caching",
+        help="Block-causal models keep the keys and values of finished requests for others whose "
+        "prompts begin alike; with bidirectional models there is nothing to keep.",
+    )
+    request_timeout: float | None = _setting(
+        float,
+        None,
+        group="engine",
+        metavar="SECONDS",
+        low=0.001,
+        default_text="none",
+        help="Longest time that a request may take, also one that names a longer timeout itself.",
     )
     default_max_tokens: int = _setting(
         int,

@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-import torch
 from fastapi import Request
 from kserve import InferRequest, InferResponse, Model
 from pydantic import BaseModel
-from transformers import PreTrainedTokenizerFast
 
-from vdiff_kserve.checkpoint import EMBEDDED_AUXILIARY, auxiliary_checkpoint, find_checkpoint
 from vdiff_kserve.config import ServerConfig
-from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
-from vdiff_kserve.models import (
-    CheckpointError,
-    Decoder,
-    ModelSpec,
-    check_same_vocabulary,
-    choose_device,
-    choose_dtype,
-    load_causal_decoder,
-    load_decoder,
-    load_tokenizer,
-    with_end_of_turn,
-)
-from vdiff_kserve.observability.metrics import watch_queue
+from vdiff_kserve.engine import Engine
+from vdiff_kserve.loading import load_model
+from vdiff_kserve.observability.metrics import model_loaded, watch_engine
+from vdiff_kserve.observability.rounds import RoundMetrics
 from vdiff_kserve.openai import OpenAIGenerativeModel
-from vdiff_kserve.openai.decoding import ModelTraits, resolve
-from vdiff_kserve.openai.errors import RequestError, told_as_request_error, unavailable
+from vdiff_kserve.openai.errors import told_as_request_error, unavailable
 from vdiff_kserve.openai.infer import OUTPUTS, infer_v2, predict_v1
-from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from vdiff_kserve.openai.service import GenerationService
-from vdiff_kserve.sampler import DecodingParams
-
-logger = logging.getLogger("kserve.vdiff.model")
-
-WARM_UP_TOKENS = 4
 
 
 class State(Enum):
@@ -155,42 +133,19 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
 
     def _load(self) -> GenerationService:
         started = time.perf_counter()
-        config = self._config
-        folder = find_checkpoint(config)
-        device = choose_device(config.device)
-        dtype = choose_dtype(config.dtype, device)
-        decoder, spec = load_decoder(folder, device, dtype)
-        tokenizer = load_tokenizer(folder)
-        spec = with_end_of_turn(spec, tokenizer)
-        auxiliary = self._load_auxiliary(folder, tokenizer, device, dtype)
-        limits = _limits(config, spec, has_auxiliary=auxiliary is not None)
-        engine_config = EngineConfig(config.max_num_seqs, config.max_queue)
-        engine = Engine(decoder, spec, engine_config, auxiliary)
-        engine.start()
-        self._engine = engine
-        watch_queue(self.name, lambda: engine.num_running, lambda: engine.num_waiting)
-        engine.generate([_warm_up(spec, limits)])
-        logger.info(
-            "Loaded %s (%s, %s on %s, context %d) in %.1f s.",
-            folder, spec.family, str(dtype).removeprefix("torch."), device, limits.max_model_len,
+        loaded = load_model(self._config, RoundMetrics(self.name).observe)
+        self._engine = loaded.engine
+        watch_engine(self.name, loaded.engine)
+        loaded.warm_up()
+        model_loaded(
+            self.name,
             time.perf_counter() - started,
-        )  # fmt: skip
-        return GenerationService(engine, tokenizer, limits, self.name)
-
-    def _load_auxiliary(
-        self,
-        folder: Path,
-        tokenizer: PreTrainedTokenizerFast,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Decoder | None:
-        """The model that checks what APD proposes; None when there is none."""
-        own = auxiliary_checkpoint(self._config, folder)
-        if own is None:
-            return None
-        if own != folder / EMBEDDED_AUXILIARY:
-            check_same_vocabulary(load_tokenizer(own), tokenizer)
-        return load_causal_decoder(own, device, dtype)
+            family=loaded.spec.family,
+            dtype=loaded.dtype,
+            device=loaded.device,
+            max_model_len=str(loaded.limits.max_model_len),
+        )
+        return GenerationService(loaded.engine, loaded.tokenizer, loaded.limits, self.name)
 
     def _ready_service(self) -> GenerationService:
         if self._service is None or self._state is not State.READY:
@@ -267,45 +222,3 @@ def _tell(
 
     if not loop.is_closed():
         loop.call_soon_threadsafe(settle)
-
-
-def _limits(config: ServerConfig, spec: ModelSpec, has_auxiliary: bool) -> ServingLimits:
-    longest = config.max_model_len or spec.max_model_len
-    if longest > spec.max_model_len:
-        raise CheckpointError(
-            f"--max_model_len is {longest}, but the checkpoint's context is {spec.max_model_len}"
-        )
-    traits = ModelTraits(
-        block_causal=spec.block_causal,
-        block_length=spec.block_length,
-        has_auxiliary=has_auxiliary,
-        allows_apd=config.enable_apd,
-    )
-    profiles = {
-        name: DecodingParams(**({"block_length": spec.block_length} | dict(changes)))
-        for name, changes in spec.profiles.items()
-    }
-    try:
-        decoding = resolve(config.decoding, profiles[config.profile], profiles, traits)
-    except RequestError as error:
-        raise CheckpointError(f"the decoding options do not fit the model: {error}") from error
-    return ServingLimits(
-        max_model_len=longest,
-        default_max_tokens=config.default_max_tokens,
-        max_choices=config.max_queue + config.max_num_seqs,
-        vocab_size=spec.decoder.vocab_size,
-        decoding=decoding,
-        profiles=profiles,
-        traits=traits,
-    )
-
-
-def _warm_up(spec: ModelSpec, limits: ServingLimits) -> GenerationRequest:
-    """A request that runs every part of the engine once."""
-    room = limits.max_model_len - 1
-    return GenerationRequest(
-        prompt_ids=(spec.eos_token_id,),
-        max_tokens=min(WARM_UP_TOKENS, room),
-        decoding=limits.decoding,
-        request_id="warm-up",
-    )

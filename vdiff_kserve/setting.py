@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Kind = type[int] | type[float] | type[str] | type[bool]
+SIZE = (r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)", "a size such as 512MiB or 4GiB")
+"""What a size looks like: a regular expression, and words."""
 TRUE_WORDS = ("1", "true", "yes", "on", "y", "t")
 FALSE_WORDS = ("0", "false", "no", "off", "n", "f")
 
@@ -116,6 +118,20 @@ class Setting:
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
         return low < value <= high if self.low_open else low <= value <= high
+
+
+def parse_size(text: str) -> int:
+    """Bytes that a size such as "512MiB", "4GiB" or "4GB" stands for.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = re.fullmatch(SIZE[0], text)
+    if match is None:
+        raise ValueError(f"must be {SIZE[1]}, got {text!r}")
+    number, unit = match.groups()
+    base = 1024 if unit.endswith("iB") else 1000
+    return int(float(number) * base ** " KMGT".index(unit[0] if len(unit) > 1 else " "))
 
 
 def parse_bool(text: str) -> bool:

@@ -82,8 +82,7 @@ def tokens_of(events: Sequence[GenerationEvent]) -> tuple[int, ...]:
 def assert_empty(engine: Engine) -> None:
     """Nothing waits, runs or holds cache."""
     wait_until(lambda: engine.num_running == engine.num_waiting == 0)
-    scheduler = engine._scheduler
-    for cache in (scheduler._cache, scheduler._auxiliary_cache):
+    for cache in (engine._cache, engine._auxiliary_cache):
         if cache is not None:
             assert cache.used == 0
             assert cache.reserve(cache.capacity) == 0, "the cache is not in one piece"
@@ -117,7 +116,7 @@ async def test_abort_frees_a_running_row_before_the_next_pass() -> None:
         (stream,) = engine.submit([request_of(max_tokens=24, cache="dual", cfg_scale=1.0)])
         gated.allow(3)
         wait_until(lambda: gated.passes == 3 and gated.waiting == 1)
-        assert (engine.num_running, engine._scheduler._cache.used) == (1, 2 * 27)
+        assert (engine.num_running, engine._cache.used) == (1, 2 * 27)
         row = engine.watched[0].row
         assert row.masked[row.block_start : row.block_end].any()
         stream.abort()

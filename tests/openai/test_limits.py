@@ -7,7 +7,12 @@ from dataclasses import replace
 import pytest
 
 from tests.openai.engine import limits
-from vdiff_kserve.openai.limits import answer_length, decoding_params, with_seed_of
+from vdiff_kserve.openai.limits import (
+    answer_length,
+    decoding_params,
+    time_allowed,
+    with_seed_of,
+)
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from vdiff_kserve.sampler import DecodingParams
 
@@ -49,3 +54,11 @@ def test_lengths() -> None:
     assert answer_length(request(max_tokens=None), 10, limits()) == 16
     both = ChatCompletionRequest(messages=MESSAGES, max_tokens=5, max_completion_tokens=7)
     assert answer_length(both, 10, limits()) == 7
+
+
+@pytest.mark.parametrize(
+    ("own", "server", "allowed"),
+    [(None, None, None), (5, None, 5), (None, 7, 7), (5, 7, 5), (9, 7, 7)],
+)
+def test_time_is_the_shorter_of_the_requests_and_the_servers(own, server, allowed) -> None:
+    assert time_allowed(request(timeout=own), limits(request_timeout=server)) == allowed

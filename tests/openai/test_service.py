@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.openai.engine import ScriptedEngine, service
 from vdiff_kserve.engine import EngineError, EngineStoppedError, QueueFullError
-from vdiff_kserve.observability import metrics
+from vdiff_kserve.observability import families
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 
@@ -192,8 +192,8 @@ async def test_closing_a_stream_that_was_never_read_frees_its_row() -> None:
 
 async def test_cancelling_a_request_frees_its_row_and_counts_it() -> None:
     engine = ScriptedEngine([None])
-    labels = ("tiny", "chat", "499")
-    before = metrics.REQUESTS.labels(*labels)._value.get()
+    closed = families.ERRORS.labels("tiny", "chat", "client_closed")
+    before = closed._value.get()
     task = asyncio.create_task(service(engine).respond(chat()))
     while not engine.streams:  # noqa: ASYNC110  one turn of the loop is the event
         await asyncio.sleep(0)
@@ -201,7 +201,7 @@ async def test_cancelling_a_request_frees_its_row_and_counts_it() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert engine.streams[0].aborted
-    assert metrics.REQUESTS.labels(*labels)._value.get() == before + 1
+    assert closed._value.get() == before + 1
 
 
 async def test_a_closed_service_refuses() -> None:

@@ -1,6 +1,8 @@
 """The heart: requests in, committed tokens out, batched at the denoising step."""
 
+from vdiff_kserve.engine.budget import REFRESH_SECONDS, measured_token_budget
 from vdiff_kserve.engine.engine import Engine, EngineConfig
+from vdiff_kserve.engine.report import RoundObserver, RoundReport
 from vdiff_kserve.engine.request import (
     EngineError,
     EngineStoppedError,
@@ -9,11 +11,14 @@ from vdiff_kserve.engine.request import (
     GenerationResult,
     GenerationStats,
     QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
     RequestTooLargeError,
 )
 from vdiff_kserve.engine.stream import GenerationStream
 
 __all__ = [
+    "REFRESH_SECONDS",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -24,5 +29,10 @@ __all__ = [
     "GenerationStats",
     "GenerationStream",
     "QueueFullError",
+    "QueueTimeoutError",
+    "RequestTimeoutError",
     "RequestTooLargeError",
+    "RoundObserver",
+    "RoundReport",
+    "measured_token_budget",
 ]

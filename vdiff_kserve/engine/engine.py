@@ -11,7 +11,10 @@ from threading import Thread
 
 import torch
 
-from vdiff_kserve.engine.kv_cache import KVCache, affordable_tokens
+from vdiff_kserve.engine.kv_cache import KVCache, bytes_per_token, memory_for_cache
+from vdiff_kserve.engine.memory import RowMemory
+from vdiff_kserve.engine.prefix_cache import PrefixCache
+from vdiff_kserve.engine.report import RoundClock, RoundObserver
 from vdiff_kserve.engine.request import (
     EngineError,
     EngineStoppedError,
@@ -21,7 +24,7 @@ from vdiff_kserve.engine.request import (
     GenerationResult,
     RequestTooLargeError,
 )
-from vdiff_kserve.engine.row import Row
+from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import make_row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import Scheduler
@@ -29,6 +32,9 @@ from vdiff_kserve.engine.stream import GenerationStream
 from vdiff_kserve.models import Decoder, ModelSpec
 
 Inbox = SimpleQueue[GenerationEvent | EngineError]
+
+SCRATCH_BYTES = 1 << 30
+"""GPU memory left to a round: 256 MiB of logits, and activations."""
 
 logger = logging.getLogger("kserve.vdiff.engine")
 
@@ -40,13 +46,25 @@ class EngineConfig:
     Attributes:
         max_num_seqs: most rows in one forward pass.
         max_queue: most rows waiting for a slot; beyond it, `submit` raises `QueueFullError`.
+        max_num_batched_tokens: most tokens that a round spends on passes over whole canvases,
+            beside the short ones of rows that use a cache.
         kv_cache_tokens: canvas tokens that the key-value cache holds; None is room for
             `max_num_seqs` canvases of the model's full length, as far as memory allows.
+        kv_cache_memory: the same in bytes, for the models together; None is what is free.
+        gpu_memory_utilization: share of a GPU's memory that the process may use in all.
+        enable_prefix_caching: whether a block-causal model keeps finished requests' keys and
+            values for others that begin alike.
+        observer: told of every round.
     """
 
     max_num_seqs: int = 8
     max_queue: int = 256
+    max_num_batched_tokens: int = 2048
     kv_cache_tokens: int | None = None
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    observer: RoundObserver | None = None
 
 
 class Engine:
@@ -72,11 +90,24 @@ class Engine:
         self.failure: BaseException | None = None
         self.num_steps = 0
         self._has_auxiliary = auxiliary is not None
-        self._cache = self._new_cache(decoder)
-        checking = None if auxiliary is None else self._new_cache(auxiliary)
-        self._auxiliary_cache = checking
-        self._runner = ModelRunner(decoder, spec, self._cache, auxiliary, checking)
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_queue, self._cache, checking)
+        decoders = [decoder] if auxiliary is None else [decoder, auxiliary]
+        tokens = self._cache_tokens(decoders)
+        self._cache, *others = [
+            KVCache(each.config, tokens, each.device, each.dtype) for each in decoders
+        ]
+        self._auxiliary_cache = others[0] if others else None
+        self._prefixes: PrefixCache | None = None
+        if spec.block_causal and config.enable_prefix_caching:
+            self._prefixes = PrefixCache(self._cache, spec.block_length)
+        self._memory = RowMemory(self._cache, self._auxiliary_cache, self._prefixes)
+        self._runner = ModelRunner(decoder, spec, self._cache, auxiliary, self._auxiliary_cache)
+        self._scheduler = Scheduler(
+            self._memory,
+            config.max_num_seqs,
+            config.max_queue,
+            config.max_num_batched_tokens,
+            decoder.config.num_layers,
+        )
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
 
     @property
@@ -91,6 +122,16 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting
+
+    @property
+    def kv_tokens_total(self) -> int:
+        """Canvas tokens that the key-value cache holds."""
+        return self._cache.capacity
+
+    @property
+    def kv_tokens_used(self) -> int:
+        """Canvas tokens of the cache that are lent to running rows."""
+        return self._memory.used
 
     def start(self) -> None:
         """Start the loop. An engine is started once."""
@@ -131,13 +172,17 @@ class Engine:
         """The row that will run `request`."""
         return make_row(request, sink, self.spec, self._has_auxiliary)
 
-    def _new_cache(self, decoder: Decoder) -> KVCache:
-        tokens = self.config.kv_cache_tokens
-        if tokens is None:
-            wanted = self.config.max_num_seqs * self.spec.max_model_len
-            affordable = affordable_tokens(decoder.config, decoder.device, decoder.dtype)
-            tokens = min(wanted, affordable)
-        return KVCache(decoder.config, tokens, decoder.device, decoder.dtype)
+    def _cache_tokens(self, decoders: Sequence[Decoder]) -> int:
+        """Canvas tokens for which all models' caches have room."""
+        config = self.config
+        if config.kv_cache_tokens is not None:
+            return config.kv_cache_tokens
+        memory = config.kv_cache_memory
+        if memory is None:
+            device, utilization = decoders[0].device, config.gpu_memory_utilization
+            memory = memory_for_cache(device, utilization, SCRATCH_BYTES)
+        affordable = memory // sum(bytes_per_token(each.config, each.dtype) for each in decoders)
+        return min(config.max_num_seqs * self.spec.max_model_len, affordable)
 
     def _queue(
         self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]
@@ -159,12 +204,12 @@ class Engine:
                     f"{cache.capacity}. Ask for fewer tokens, or for cache none."
                 )
 
+    @torch.inference_mode()
     def _run(self) -> None:
         try:
             while True:
-                rows = self._scheduler.next_round()
-                self._step(rows)
-                self._scheduler.release([row for row in rows if row.finish_reason is not None])
+                self._scheduler.wait_for_work()
+                self._round()
         except EngineStoppedError:
             return
         except BaseException as error:
@@ -173,27 +218,52 @@ class Engine:
             self._close(EngineStoppedError("The engine failed."))
             raise
 
-    def _step(self, rows: Sequence[Row]) -> None:
-        """One denoising step of `rows`. One that fails is tried again with half of them, so that a
-        row which fails alone is failed alone."""
+    def _round(self) -> None:
+        """Choose rows, take one denoising step of each, and let the finished ones go."""
+        clock = RoundClock(self._runner.seconds)
+        plan = self._scheduler.next_round()
+        for row, reason in plan.expired:
+            row.sink(reason)
+        clock.planned()
+        if plan.sliced is not None:
+            self._advance(plan.sliced, plan.layers)
+        stepped = self._step(plan.rows) if plan.rows else []
+        self._scheduler.release([row for row, _ in stepped if row.finish_reason is not None])
+        if self.config.observer is not None and stepped:
+            self.config.observer(clock.report(stepped))
+
+    def _advance(self, row: Row, layers: int) -> None:
+        """Run some layers of a pass that is too long for one round."""
+        try:
+            self._runner.advance(row, layers)
+        except Exception as error:  # noqa: BLE001 - whatever the forward pass raised
+            _make_room(error)
+            self._fail(row)
+
+    def _step(self, rows: Sequence[Row]) -> list[tuple[Row, Decision]]:
+        """One denoising step of `rows`; returns those that took it. One that fails is tried again
+        with half of them, so that a row which fails alone is failed alone."""
         try:
             decisions = self._runner.step(rows)
         except Exception as error:  # noqa: BLE001 - whatever the forward pass raised
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
+            _make_room(error)
             if len(rows) > 1:
                 middle = len(rows) // 2
-                self._step(rows[:middle])
-                self._step(rows[middle:])
-            else:
-                self._fail(rows[0])
-            return
+                return self._step(rows[:middle]) + self._step(rows[middle:])
+            self._fail(rows[0])
+            return []
         self.num_steps += 1
+        stepped = []
         for row, decision in zip(rows, decisions, strict=True):
             try:
+                was_fresh = row.is_fresh
                 row.apply(decision)
+                if was_fresh or row.finish_reason is not None:
+                    self._memory.publish(row)
+                stepped.append((row, decision))
             except Exception:  # noqa: BLE001 - one row's fault must not reach the others
                 self._fail(row)
+        return stepped
 
     def _fail(self, row: Row) -> None:
         """Take out the row whose exception is being handled."""
@@ -204,6 +274,12 @@ class Engine:
     def _close(self, reason: EngineError) -> None:
         for row in self._scheduler.close(reason):
             row.sink(reason)
+
+
+def _make_room(error: Exception) -> None:
+    """Give freed memory back to the device before the next attempt."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
 
 
 def _collect(inbox: Inbox) -> GenerationResult:

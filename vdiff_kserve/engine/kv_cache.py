@@ -9,19 +9,30 @@ import torch
 
 from vdiff_kserve.models import DecoderConfig, KeyValueStore
 
-CACHE_SHARE_OF_FREE_MEMORY = 0.5
-"""What a cache may take of the memory that is free when the engine is built."""
+CPU_SHARE = 0.5
+"""What a cache may take of the host memory that is free when the engine is built."""
 
 
-def affordable_tokens(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Canvas tokens whose keys and values fit into the cache's share of the free memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    values_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    bytes_per_token = values_per_token * torch.empty((), dtype=dtype).element_size()
-    return int(free * CACHE_SHARE_OF_FREE_MEMORY) // bytes_per_token
+def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Memory of one canvas token's keys and values in all layers."""
+    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return values * torch.empty((), dtype=dtype).element_size()
+
+
+def memory_for_cache(
+    device: torch.device, gpu_memory_utilization: float, scratch_bytes: int
+) -> int:
+    """Bytes that a cache may take once the weights are loaded.
+
+    Args:
+        gpu_memory_utilization: share of a GPU's memory that the process may use in all.
+        scratch_bytes: what a forward pass and the sampler need beside it.
+    """
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available * CPU_SHARE)
+    free, total = torch.cuda.mem_get_info(device)
+    used = total - free
+    return max(0, int(total * gpu_memory_utilization) - used - scratch_bytes)
 
 
 class KVCache:
@@ -63,9 +74,24 @@ class KVCache:
                 return start
         return None
 
+    def shrink(self, offset: int, tokens: int) -> None:
+        """Take back all but the first `tokens` places of the run that starts at `offset`."""
+        size = self._lent[offset]
+        self._lent[offset] = tokens
+        self._take_back(offset + tokens, size - tokens)
+
     def release(self, offset: int) -> None:
         """Take back the run that starts at `offset`."""
-        runs = sorted([*self._free, (offset, self._lent.pop(offset))])
+        self._take_back(offset, self._lent.pop(offset))
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the keys and values of `tokens` places from one run to another."""
+        for stored in (self.store.keys, self.store.values):
+            stored[:, target : target + tokens] = stored[:, source : source + tokens]
+
+    def _take_back(self, offset: int, tokens: int) -> None:
+        runs = sorted([*self._free, (offset, tokens)])
         merged = [runs[0]]
         for start, size in runs[1:]:
             last_start, last_size = merged[-1]

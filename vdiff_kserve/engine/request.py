@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vdiff_kserve.sampler.params import DecodingParams
@@ -23,6 +23,14 @@ class RequestTooLargeError(EngineError):
     """A request that needs more cache than the engine has."""
 
 
+class QueueTimeoutError(EngineError):
+    """The request's deadline passed while it waited."""
+
+
+class RequestTimeoutError(EngineError):
+    """The request's deadline passed while it ran."""
+
+
 class EngineStoppedError(EngineError):
     """The engine is not running, or stopped before the request was done."""
 
@@ -37,6 +45,8 @@ class GenerationRequest:
         decoding: how to fill them.
         end_token_ids: tokens that end the answer; empty to fill the whole canvas.
         request_id: for logs.
+        priority: lower goes first; within one priority, first come, first served.
+        deadline: when to give up, on the clock of `time.monotonic`; None never.
     """
 
     prompt_ids: tuple[int, ...]
@@ -44,6 +54,8 @@ class GenerationRequest:
     decoding: DecodingParams
     end_token_ids: tuple[int, ...] = ()
     request_id: str = ""
+    priority: int = 0
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,8 @@ class GenerationStats:
         auxiliary: forward passes of the auxiliary model.
         steps: denoising steps that committed tokens.
         completion_tokens: generated tokens up to and including the end token.
+        queue_seconds: how long the request waited for its place in the batch.
+        cached_tokens: prompt tokens whose keys and values an earlier request left behind.
     """
 
     refreshes: int
@@ -65,6 +79,8 @@ class GenerationStats:
     auxiliary: int
     steps: int
     completion_tokens: int
+    queue_seconds: float = field(default=0.0, compare=False)
+    cached_tokens: int = 0
 
     @property
     def nfe(self) -> int:

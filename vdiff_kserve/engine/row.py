@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +16,10 @@ from vdiff_kserve.engine.request import (
     GenerationRequest,
     GenerationStats,
 )
-from vdiff_kserve.models import ModelSpec, RowSpan
+from vdiff_kserve.models import LayerwisePass, ModelSpec, RowSpan
 from vdiff_kserve.sampler import DecodingParams, Evidence, block_steps, quota
+
+PassKind = Literal["refresh", "reuse", "commit"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class Row:
 
     The canvas is the prompt followed by `max_tokens` masked positions. Which positions are masked
     is kept apart from the ids, since a prompt may hold the mask token's id.
+
+    Attributes:
+        place: order among waiting rows: priority, then arrival. Set by the scheduler.
+        last_round: number of the last round that the row took part in. Set by the scheduler.
+        begun_pass: the layers that ran so far of a pass that is spread over rounds.
+        cached_tokens: how much of the prompt was in the cache when the row was admitted.
+        pass_kind: what the latest pass was.
+        finished_block_steps: denoising steps of the block that the latest step finished, if any.
     """
 
     def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
@@ -54,6 +66,14 @@ class Row:
         self.masked = torch.arange(len(self.canvas)) >= self.prompt_length
         self.frontier = self.prompt_length
         self.aborted = False
+        self.place = (request.priority, 0)
+        self.last_round = 0
+        self.begun_pass: LayerwisePass | None = None
+        self.cached_tokens = 0
+        self.pass_kind: PassKind = "refresh"
+        self.finished_block_steps: int | None = None
+        self._created = time.monotonic()
+        self._queue_seconds = 0.0
         self.cache_offsets: tuple[int, ...] = ()
         self.auxiliary_offset: int | None = None
         self.shift = int(spec.shifted_logits)
@@ -110,7 +130,56 @@ class Row:
             auxiliary=self._auxiliary,
             steps=self._steps,
             completion_tokens=self.frontier - self.prompt_length,
+            queue_seconds=self._queue_seconds,
+            cached_tokens=self.cached_tokens,
         )
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the row's cache can begin with, and be left to, another request's."""
+        return False
+
+    @property
+    def final_tokens(self) -> int:
+        """Canvas positions from the left whose cached keys and values will not change."""
+        return 0
+
+    @property
+    def reusable_prompt(self) -> tuple[int, ...]:
+        """The part of the prompt that may come from another request's cache."""
+        return ()
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens that the next pass computes; a guided row computes its own twice."""
+        return self.next_span().queries * (2 if self.params.cfg_scale > 0 else 1)
+
+    @property
+    def refreshes_next(self) -> bool:
+        """Whether the next pass runs over the canvas from its beginning."""
+        return self.next_span().start == 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of the next pass has run."""
+        return self.begun_pass is not None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no pass has run yet."""
+        return self._refreshes + self._reuses + self._commits == 0
+
+    def layers_left(self, num_layers: int) -> int:
+        """How many of the model's layers the next pass still has to run."""
+        return num_layers if self.begun_pass is None else self.begun_pass.layers_left
+
+    def drop_pass(self) -> None:
+        """Forget the layers that ran of the next pass."""
+        self.begun_pass = None
+
+    def admitted(self) -> None:
+        """The row has its place in the batch."""
+        self._queue_seconds = time.monotonic() - self._created
 
     def next_span(self) -> RowSpan:
         """The part of the canvas that the next step runs over."""
@@ -136,6 +205,7 @@ class Row:
         """Take one step: write its tokens, send what became final, move to the next block."""
         self.canvas[decision.positions] = decision.tokens
         self.masked[decision.positions] = False
+        self.begun_pass = None
         self._count_pass(decision.span)
         self._auxiliary += decision.auxiliary
         self._steps += len(decision.positions) > 0
@@ -143,6 +213,7 @@ class Row:
         self._block_passes += 1
         self.evidence = decision.evidence
         self._advance_frontier()
+        self.finished_block_steps = self._block_passes if self._block_done else None
         if self.finish_reason is not None:
             return
         if self._block_done:
@@ -154,10 +225,13 @@ class Row:
         return self.answer_end
 
     def _count_pass(self, span: RowSpan) -> None:
-        if span.queries == span.keys:
-            self._refreshes += 1
-        else:
-            self._reuses += 1
+        self.pass_kind = self._kind_of(span)
+        self._refreshes += self.pass_kind == "refresh"
+        self._reuses += self.pass_kind == "reuse"
+        self._commits += self.pass_kind == "commit"
+
+    def _kind_of(self, span: RowSpan) -> PassKind:
+        return "refresh" if span.queries == span.keys else "reuse"
 
     @property
     def _refresh_is_due(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.engine.request import EventSink, GenerationRequest
-from vdiff_kserve.engine.row import Decision, Row
+from vdiff_kserve.engine.row import Decision, PassKind, Row
 from vdiff_kserve.models import ModelSpec, RowSpan
 from vdiff_kserve.sampler import block_steps
 
@@ -74,7 +74,7 @@ class BlockCausalRow(Row):
         end, length = self.block_end, self._block_length
         start = self.block_start
         if not self.cache_offsets or self._first_block:
-            start = 0
+            start = self.cached_tokens
         elif self._block_passes == 0:
             start -= length
         offset = self.cache_offsets[0] if self.cache_offsets else None
@@ -86,13 +86,27 @@ class BlockCausalRow(Row):
         """Whether nothing is cached yet."""
         return self.block_start <= self.prompt_length and self._block_passes == 0
 
-    def _count_pass(self, span: RowSpan) -> None:
-        if span.start == 0:
-            self._refreshes += 1
-        elif span.start < self.block_start:
-            self._commits += 1
-        else:
-            self._reuses += 1
+    @property
+    def refreshes_next(self) -> bool:
+        return not self.cache_offsets or self._first_block
+
+    @property
+    def shares_prefix(self) -> bool:
+        return self.cache_runs == 1
+
+    @property
+    def final_tokens(self) -> int:
+        behind = 0 if self._block_passes > 0 else self._block_length
+        return max(0, self.block_start - behind)
+
+    @property
+    def reusable_prompt(self) -> tuple[int, ...]:
+        return self.request.prompt_ids[: self.block_start]
+
+    def _kind_of(self, span: RowSpan) -> PassKind:
+        if self.refreshes_next:
+            return "refresh"
+        return "commit" if span.start < self.block_start else "reuse"
 
 
 class BlockCausalEditRow(EditRow, BlockCausalRow):
@@ -159,6 +173,7 @@ class ApdRow(Row):
     def apply(self, decision: Decision) -> None:
         self._accepted = len(decision.positions)
         super().apply(decision)
+        self.finished_block_steps = None  # there are no blocks
         self._set_window(self.frontier)
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
-from vdiff_kserve.models import Decoder, ForwardBatch, ModelSpec, RowSpan
+from vdiff_kserve.models import Decoder, ForwardBatch, LayerwisePass, ModelSpec, RowSpan
 from vdiff_kserve.sampler import (
     Evidence,
     Proposal,
@@ -36,6 +38,11 @@ class ModelRunner:
     The rows' canvases (or the parts that a cached step needs) lie end to end in one forward pass.
     Only the hidden states that predict open positions are computed in the last layer, and only they
     get logits, a chunk at a time.
+
+    Attributes:
+        seconds: time spent so far in forward passes of the diffusion model, and in the rest of the
+            step (logits, candidates, choices, the auxiliary model). On a GPU work is queued: what
+            a phase waits for counts as its own.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class ModelRunner:
         self._auxiliary = auxiliary
         self._auxiliary_cache = auxiliary_cache
         self._device = decoder.device
+        self.seconds = {"forward": 0.0, "sample": 0.0}
         self._mask_token_id = spec.mask_token_id
         self._special = SpecialTokens(spec.mask_token_id, spec.eos_token_id, spec.eot_token_id)
         self._positions_per_chunk = max(1, LOGITS_PER_CHUNK // spec.decoder.vocab_size)
@@ -76,7 +84,22 @@ class ModelRunner:
             quotas=[row.quota for row in rows],
             lengths=[len(row) for row in rows],
         )
-        hidden, unguided = self._hidden(rows, spans, opened)
+        with self._timed("forward"):
+            hidden, unguided = self._hidden(rows, spans, opened)
+        with self._timed("sample"):
+            return self._decide(rows, spans, opened, step_rows, hidden, unguided)
+
+    def _decide(
+        self,
+        rows: Sequence[Row],
+        spans: list[RowSpan],
+        opened: list[Tensor],
+        step_rows: StepRows,
+        hidden: Tensor,
+        unguided: Tensor | None,
+    ) -> list[Decision]:
+        """Candidates for the open positions, and which of them are committed."""
+        counts = [len(positions) for positions in opened]
         evidence = self._evidence(rows, opened)
         proposal, evidence = self._propose(hidden, unguided, step_rows, evidence)
         accept = select(proposal, step_rows)
@@ -92,33 +115,62 @@ class ModelRunner:
             )
         ]
 
+    @torch.inference_mode()
+    def advance(self, row: Row, layers: int) -> None:
+        """Run the next layers of a row's pass; `step` takes it up when all of them have run."""
+        with self._timed("forward"):
+            if row.begun_pass is None:
+                batch = self._pack(_passes([row], self._mask_token_id))
+                row.begun_pass = LayerwisePass(self._decoder, batch)
+            row.begun_pass.advance(layers)
+
     def _hidden(
         self, rows: Sequence[Row], spans: list[RowSpan], opened: list[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states that predict the open positions, with the prompt and (for guidance)
         without it. Rows without guidance have their own state in both."""
-        canvases, passes = [row.canvas for row in rows], list(spans)
-        guided = [i for i, row in enumerate(rows) if row.params.cfg_scale > 0]
-        for i in guided:
-            canvas = rows[i].canvas.clone()
-            canvas[: rows[i].prompt_length] = self._mask_token_id
-            canvases.append(canvas)
-            offset = rows[i].cache_offsets[1] if rows[i].cache_offsets else None
-            passes.append(replace(spans[i], cache_offset=offset))
-        cached = any(span.cache_offset is not None for span in passes)
-        store = self._cache.store if cached else None
-        hidden = self._decoder(ForwardBatch.pack(canvases, passes, store, self._device))
-        starts = torch.tensor([0] + [span.outputs for span in passes]).cumsum(0).tolist()
-        own = [
-            positions - row.shift - span.output_start + start
-            for row, span, positions, start in zip(rows, spans, opened, starts, strict=False)
+        begun = [row for row in rows if row.begun_pass is not None]
+        twins = _twins(rows, spans)
+        leaders = [row for row in rows if row.begun_pass is None and row not in twins]
+        starts: dict[Row, int] = {}
+        outputs, total = [], 0
+        for row in (*leaders, *begun):
+            starts[row] = total
+            total += row.next_span().outputs * (2 if row.params.cfg_scale > 0 else 1)
+        if leaders:
+            outputs.append(self._decoder(self._pack(_passes(leaders, self._mask_token_id))))
+        for row in begun:
+            assert row.begun_pass is not None
+            row.begun_pass.advance(row.begun_pass.layers_left)
+            outputs.append(row.begun_pass.outputs)
+        hidden = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        for twin, leader in twins.items():
+            starts[twin] = starts[leader]
+            for own, source in zip(twin.cache_offsets, leader.cache_offsets, strict=True):
+                self._cache.copy(source, own, leader.next_span().queries)
+        places = [
+            positions - row.shift - span.output_start + starts[row]
+            for row, span, positions in zip(rows, spans, opened, strict=True)
         ]
-        with_prompt = hidden[torch.cat(own).to(self._device)]
+        with_prompt = hidden[torch.cat(places).to(self._device)]
+        guided = [i for i, row in enumerate(rows) if row.params.cfg_scale > 0]
         if not guided:
             return with_prompt, None
-        for extra, i in enumerate(guided, start=len(rows)):
-            own[i] = own[i] - starts[i] + starts[extra]
-        return with_prompt, hidden[torch.cat(own).to(self._device)]
+        for i in guided:
+            places[i] = places[i] + spans[i].outputs
+        return with_prompt, hidden[torch.cat(places).to(self._device)]
+
+    def _pack(self, passes: Sequence[tuple[Tensor, RowSpan]]) -> ForwardBatch:
+        cached = any(span.cache_offset is not None for _, span in passes)
+        store = self._cache.store if cached else None
+        canvases, spans = zip(*passes, strict=True)
+        return ForwardBatch.pack(canvases, spans, store, self._device)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - started
 
     def _logits(self, hidden: Tensor, unguided: Tensor | None, rows: StepRows) -> Tensor:
         logits = self._decoder.logits(hidden)
@@ -213,3 +265,35 @@ class ModelRunner:
         if suppressed is not None:
             diffusion[suppressed, self._special.eos] = -torch.inf
         accept[checked] = verify(proposal.token[checked], diffusion, auxiliary, part)
+
+
+def _passes(rows: Sequence[Row], mask_token_id: int) -> list[tuple[Tensor, RowSpan]]:
+    """The canvases and spans of the rows' passes: a guided row has a second one, whose prompt is
+    masked, behind its own."""
+    passes = []
+    for row in rows:
+        span = row.next_span()
+        passes.append((row.canvas, span))
+        if row.params.cfg_scale > 0:
+            canvas = row.canvas.clone()
+            canvas[: row.prompt_length] = mask_token_id
+            offset = row.cache_offsets[1] if row.cache_offsets else None
+            passes.append((canvas, replace(span, cache_offset=offset)))
+    return passes
+
+
+def _twins(rows: Sequence[Row], spans: Sequence[RowSpan]) -> dict[Row, Row]:
+    """Rows whose first pass is that of an earlier row: the choices of one request. They differ in
+    their seeds only, and so not before the first step is sampled."""
+    twins: dict[Row, Row] = {}
+    leaders: dict[tuple[object, ...], Row] = {}
+    for row, span in zip(rows, spans, strict=True):
+        if not row.is_fresh or row.begun_pass is not None or row.cached_tokens:
+            continue
+        guided = row.params.cfg_scale > 0
+        shape = replace(span, cache_offset=None)
+        same = (row.request.prompt_ids, len(row), shape, guided, len(row.cache_offsets))
+        leader = leaders.setdefault(same, row)
+        if leader is not row:
+            twins[row] = leader
+    return twins

@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from bisect import insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 from threading import Condition
 
-from vdiff_kserve.engine.kv_cache import KVCache
-from vdiff_kserve.engine.request import EngineError, EngineStoppedError, QueueFullError
+from vdiff_kserve.engine.memory import RowMemory
+from vdiff_kserve.engine.request import (
+    EngineError,
+    EngineStoppedError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
+)
 from vdiff_kserve.engine.row import Row
+
+REFRESH_SHARE = 0.25
+"""Share of a round's token budget that refreshes get, however many rows only reuse."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the next round does.
+
+    Attributes:
+        rows: those that take a denoising step, longest pass first.
+        sliced: a row whose pass alone exceeds the budget: it runs some layers now, the rest in
+            later rounds, and takes its step when all are done.
+        layers: how many layers of it to run now.
+        expired: rows that are out because their deadline passed, with what to tell them.
+    """
+
+    rows: Sequence[Row]
+    sliced: Row | None = None
+    layers: int = 0
+    expired: Sequence[tuple[Row, EngineError]] = ()
 
 
 class Scheduler:
-    """First come, first served admission of rows to a bounded number of slots and cache places.
+    """Admission of rows to a bounded number of slots and cache places, and the rounds they run in.
 
-    `submit` and `abort` may be called from any thread; the rest belongs to the engine's thread.
+    Rows wait in order of priority, then arrival. A running row takes part in every round, except
+    that passes over whole canvases are bounded by a number of tokens per round: the row that ran
+    last longest ago goes first, and one that does not fit in any round is spread over several.
+
+    `submit`, `abort` and `close` may be called from any thread; the rest belongs to the engine's.
     """
 
     def __init__(
         self,
+        memory: RowMemory,
         max_num_seqs: int,
         max_queue: int,
-        cache: KVCache,
-        auxiliary_cache: KVCache | None = None,
+        max_num_batched_tokens: int,
+        num_layers: int,
     ) -> None:
-        self._cache = cache
-        self._auxiliary_cache = auxiliary_cache
+        self._memory = memory
         self._max_num_seqs = max_num_seqs
         self._max_queue = max_queue
-        self._waiting: deque[Row] = deque()
+        self._budget = max_num_batched_tokens
+        self._num_layers = num_layers
+        self._waiting: list[Row] = []
         self._running: list[Row] = []
+        self._submitted = 0
+        self._rounds = 0
         self._changed = Condition()
         self._closed: EngineError | None = None
 
@@ -58,7 +95,10 @@ class Scheduler:
                     f"The server is at its limit of {self._max_num_seqs} running and "
                     f"{self._max_queue} waiting requests. Try again later."
                 )
-            self._waiting.extend(rows)
+            for row in rows:
+                self._submitted += 1
+                row.place = (row.request.priority, self._submitted)
+                insort(self._waiting, row, key=lambda waiting: waiting.place)
             self._changed.notify()
 
     def abort(self, row: Row) -> None:
@@ -71,26 +111,40 @@ class Scheduler:
         """Take no more rows; returns those that were waiting or running, now forgotten."""
         with self._changed:
             self._closed = reason
-            dropped = [row for row in (*self._running, *self._waiting) if not row.aborted]
+            dropped = [
+                row
+                for row in (*self._running, *self._waiting)
+                if not row.aborted and row.finish_reason is None
+            ]
             self._leave(self._running)
             self._waiting.clear()
             self._changed.notify()
         return dropped
 
-    def next_round(self) -> list[Row]:
-        """The rows of the next round, longest first; waits until there are some.
+    def wait_for_work(self) -> None:
+        """Return when there is a row to run or to tell that its time is over.
 
         Raises:
             EngineStoppedError: the scheduler was closed.
         """
         with self._changed:
-            while True:
+            while not (self._running or self._waiting):
                 if self._closed is not None:
                     raise EngineStoppedError(str(self._closed))
-                self._admit()
-                if self._running:
-                    return sorted(self._running, key=len, reverse=True)
                 self._changed.wait()
+
+    def next_round(self) -> Round:
+        """Let rows in and out, and choose what runs; may be empty.
+
+        Raises:
+            EngineStoppedError: the scheduler was closed.
+        """
+        with self._changed:
+            if self._closed is not None:
+                raise EngineStoppedError(str(self._closed))
+            expired = self._take_out()
+            self._admit()
+            return self._plan(expired)
 
     def release(self, rows: Sequence[Row]) -> None:
         """Forget rows that finished or failed; their slots are free for the next round."""
@@ -98,37 +152,67 @@ class Scheduler:
             self._leave(rows)
 
     def _leave(self, rows: Sequence[Row]) -> None:
-        self._running = [row for row in self._running if row not in rows]
+        if rows:
+            self._running = [row for row in self._running if row not in rows]
         for row in rows:
-            self._give_back(row)
+            row.drop_pass()
+            self._memory.release(row)
+
+    def _take_out(self) -> list[tuple[Row, EngineError]]:
+        """Forget aborted rows and those whose deadline passed; returns the latter."""
+        now = time.monotonic()
+
+        def is_over(row: Row) -> bool:
+            deadline = row.request.deadline
+            return not row.aborted and deadline is not None and deadline <= now
+
+        waited = QueueTimeoutError("The request's time was over before it got a place to run.")
+        ran = RequestTimeoutError("The request's time was over before its answer was complete.")
+        late: list[tuple[Row, EngineError]] = [
+            (row, waited) for row in self._waiting if is_over(row)
+        ]
+        late += [(row, ran) for row in self._running if is_over(row)]
+        for row, _ in late:
+            row.aborted = True
+        self._waiting = [row for row in self._waiting if not row.aborted]
+        self._leave([row for row in self._running if row.aborted])
+        return late
 
     def _admit(self) -> None:
-        self._leave([row for row in self._running if row.aborted])
-        self._waiting = deque(row for row in self._waiting if not row.aborted)
         while self._waiting and len(self._running) < self._max_num_seqs:
-            if not self._reserve(self._waiting[0]):
+            if not self._memory.reserve(self._waiting[0]):
                 return
-            self._running.append(self._waiting.popleft())
+            row = self._waiting.pop(0)
+            row.admitted()
+            self._running.append(row)
 
-    def _reserve(self, row: Row) -> bool:
-        """Reserve all the cache that `row` will ever need, or nothing."""
-        for _ in range(row.cache_runs):
-            offset = self._cache.reserve(len(row))
-            if offset is None:
-                self._give_back(row)
-                return False
-            row.cache_offsets += (offset,)
-        if row.uses_auxiliary and self._auxiliary_cache is not None:
-            row.auxiliary_offset = self._auxiliary_cache.reserve(len(row))
-            if row.auxiliary_offset is None:
-                self._give_back(row)
-                return False
-        return True
+    def _plan(self, expired: Sequence[tuple[Row, EngineError]]) -> Round:
+        """All passes over parts of canvases, and those over whole ones that the budget allows.
 
-    def _give_back(self, row: Row) -> None:
-        for offset in row.cache_offsets:
-            self._cache.release(offset)
-        row.cache_offsets = ()
-        if row.auxiliary_offset is not None and self._auxiliary_cache is not None:
-            self._auxiliary_cache.release(row.auxiliary_offset)
-            row.auxiliary_offset = None
+        The first whole pass always makes progress, so that none waits forever.
+        """
+        self._rounds += 1
+        rows = [row for row in self._running if not row.refreshes_next]
+        refreshes = [row for row in self._running if row.refreshes_next]
+        refreshes.sort(key=lambda row: (not row.has_begun, row.last_round, row.place))
+        budget = self._budget - sum(row.pass_tokens for row in rows)
+        # Counted in tokens times layers: a pass may stop between layers.
+        left = max(budget, int(self._budget * REFRESH_SHARE)) * self._num_layers
+        sliced, layers = None, 0
+        for row in refreshes:
+            tokens, layers_left = row.pass_tokens, row.layers_left(self._num_layers)
+            if tokens * layers_left <= left:
+                rows.append(row)
+                left -= tokens * layers_left
+            else:
+                if row is refreshes[0]:
+                    sliced, layers = row, min(max(1, left // tokens), layers_left)
+                    row.last_round = self._rounds
+                break
+        for row in rows:
+            row.last_round = self._rounds
+        if sliced is not None and layers == sliced.layers_left(self._num_layers):
+            rows.append(sliced)
+            sliced, layers = None, 0
+        rows.sort(key=len, reverse=True)
+        return Round(rows, sliced, layers, expired)

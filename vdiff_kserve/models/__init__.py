@@ -2,7 +2,7 @@
 
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.checkpoint_config import CheckpointError
-from vdiff_kserve.models.decoder import Decoder, DecoderConfig
+from vdiff_kserve.models.decoder import Decoder, DecoderConfig, LayerwisePass
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.precision import choose_device, choose_dtype
@@ -15,6 +15,7 @@ __all__ = [
     "DecoderConfig",
     "ForwardBatch",
     "KeyValueStore",
+    "LayerwisePass",
     "ModelSpec",
     "RowSpan",
     "can_pack",

@@ -143,15 +143,44 @@ class Decoder(nn.Module):
         Returns:
             hidden states after the final norm, [outputs, hidden_size], rows end to end.
         """
-        hidden = self.embed_tokens(batch.input_ids)
-        config = self.config
-        cos, sin = rotary_angles(batch.positions, config.head_dim, config.rope_theta)
-        if not config.rope_in_float32:
-            cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
-        for layer in self.layers[:-1]:
-            hidden = layer(hidden, (cos, sin), batch)
-        return self.norm(self.layers[-1](hidden, (cos, sin), batch, batch.output_tokens))
+        whole = LayerwisePass(self, batch)
+        whole.advance(self.config.num_layers)
+        return whole.outputs
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the given hidden states: [positions, hidden_size] -> [positions, vocab]."""
         return self.lm_head(hidden)
+
+
+class LayerwisePass:
+    """A forward pass that may stop between layers, so that a long one need not run in one piece.
+
+    Attributes:
+        layers_left: layers still to run.
+    """
+
+    def __init__(self, decoder: Decoder, batch: ForwardBatch) -> None:
+        config = decoder.config
+        self._decoder = decoder
+        self._batch = batch
+        self._hidden = decoder.embed_tokens(batch.input_ids)
+        cos, sin = rotary_angles(batch.positions, config.head_dim, config.rope_theta)
+        if not config.rope_in_float32:
+            cos, sin = cos.to(self._hidden.dtype), sin.to(self._hidden.dtype)
+        self._angles = cos, sin
+        self.layers_left = config.num_layers
+
+    def advance(self, layers: int) -> None:
+        """Run the next `layers` layers, or as many as are left."""
+        first = len(self._decoder.layers) - self.layers_left
+        for layer in self._decoder.layers[first : first + layers]:
+            is_last = self.layers_left == 1
+            outputs = self._batch.output_tokens if is_last else None
+            self._hidden = layer(self._hidden, self._angles, self._batch, outputs)
+            self.layers_left -= 1
+
+    @property
+    def outputs(self) -> Tensor:
+        """Hidden states after the final norm, [outputs, hidden_size], when no layer is left."""
+        assert self.layers_left == 0, "the pass is not complete"
+        return self._decoder.norm(self._hidden)

@@ -1,55 +1,40 @@
-"""What Prometheus sees of the server. Every name begins with `vdiff_`."""
+"""What Prometheus is told: the page of all metrics, and what is set once a model is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from prometheus_client import REGISTRY, generate_latest
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, generate_latest
+from vdiff_kserve import __version__
+from vdiff_kserve.engine import Engine
+from vdiff_kserve.observability import families
+from vdiff_kserve.observability.requests import metrics_of
+from vdiff_kserve.observability.vllm import VLLMCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-TOKENS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
-
-REQUESTS = Counter(
-    "vdiff_requests", "Requests by the status that ended them.", ["model_name", "endpoint", "code"]
-)
-ANSWERS = Counter(
-    "vdiff_answers",
-    "Answers (choices) by what ended them: stop, length, abort or error.",
-    ["model_name", "finish_reason"],
-)
-PROMPT_TOKENS = Counter("vdiff_prompt_tokens", "Tokens of prompts.", ["model_name"])
-GENERATED_TOKENS = Counter("vdiff_generation_tokens", "Tokens of answers.", ["model_name"])
-FORWARDS = Counter(
-    "vdiff_nfe", "Forward passes that answers took part in, as they happen.", ["model_name"]
-)
-FIRST_TEXT = Histogram(
-    "vdiff_time_to_first_text_seconds",
-    "From a request's arrival to its first committed text.",
-    ["model_name"],
-    buckets=SECONDS,
-)
-DURATION = Histogram(
-    "vdiff_request_duration_seconds",
-    "From a request's arrival to the end of its answers.",
-    ["model_name"],
-    buckets=SECONDS,
-)
-TOKENS_PER_FORWARD = Histogram(
-    "vdiff_tokens_per_forward",
-    "Generated tokens over forward passes, per answer.",
-    ["model_name"],
-    buckets=TOKENS,
-)
-RUNNING = Gauge("vdiff_requests_running", "Answers in the batch.", ["model_name"])
-WAITING = Gauge("vdiff_requests_waiting", "Answers in the queue.", ["model_name"])
+vllm = VLLMCollector()
+REGISTRY.register(vllm)
 
 
-def watch_queue(model_name: str, running: Callable[[], int], waiting: Callable[[], int]) -> None:
-    """Read the two gauges from the engine whenever they are asked for."""
-    RUNNING.labels(model_name).set_function(running)
-    WAITING.labels(model_name).set_function(waiting)
+def watch_engine(model_name: str, engine: Engine) -> None:
+    """Read the gauges of the queue and the cache from the engine whenever they are asked for, and
+    show the counters of requests at zero."""
+    metrics_of(model_name)
+    families.RUNNING.labels(model_name).set_function(lambda: engine.num_running)
+    families.WAITING.labels(model_name).set_function(lambda: engine.num_waiting)
+    families.KV_USED.labels(model_name).set_function(lambda: engine.kv_tokens_used)
+    families.KV_TOTAL.labels(model_name).set_function(lambda: engine.kv_tokens_total)
+    vllm.block_lengths[model_name] = engine.spec.block_length
+
+
+def model_loaded(model_name: str, seconds: float, **facts: str) -> None:
+    """Tell what was loaded and how long it took.
+
+    Args:
+        facts: labels of `vdiff_model_info`, beside the name and this server's version.
+    """
+    families.LOAD_SECONDS.labels(model_name).set(seconds)
+    families.MODEL_INFO.labels(model_name).info({**facts, "version": __version__})
 
 
 def render() -> bytes:

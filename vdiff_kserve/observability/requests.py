@@ -4,82 +4,227 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import cache
+from http import HTTPStatus
 
-from vdiff_kserve.observability import metrics
+from vdiff_kserve.engine import GenerationStats, QueueTimeoutError, RequestTimeoutError
+from vdiff_kserve.observability import families
 
 logger = logging.getLogger("kserve.vdiff.requests")
 
 CLIENT_CLOSED = 499
 """Status of a request whose client went away, as nginx logs it."""
 
+ERROR_TYPES: dict[int, str] = {
+    HTTPStatus.BAD_REQUEST: "invalid_request",
+    HTTPStatus.TOO_MANY_REQUESTS: "queue_full",
+    HTTPStatus.SERVICE_UNAVAILABLE: "unavailable",
+    CLIENT_CLOSED: "client_closed",
+}
+"""What `vdiff_errors_total` calls a status; all others are `internal`."""
 
-@dataclass
+
+def error_type(status: int, error: BaseException | None) -> str:
+    """The `type` in `vdiff_errors_total` of a request that ended with this status and error."""
+    for reason in (error, error and error.__cause__):
+        if isinstance(reason, QueueTimeoutError):
+            return "queue_timeout"
+        if isinstance(reason, RequestTimeoutError):
+            return "request_timeout"
+    return ERROR_TYPES.get(status, "internal")
+
+
+class RequestMetrics:
+    """One model's share of what requests are counted by. All series are there from the start, so
+    that the first request of a kind is seen as a rise."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        for endpoint in families.ENDPOINTS:
+            families.REQUEST_SUCCESS.labels(model_name, endpoint)
+            for kind in families.ERROR_TYPES:
+                families.ERRORS.labels(model_name, endpoint, kind)
+        for reason in families.FINISH_REASONS:
+            families.ANSWERS.labels(model_name, reason)
+        self.latency = families.LATENCY.labels(model_name)
+        self.first_text = families.FIRST_TEXT.labels(model_name)
+        self.queue_time = families.QUEUE_TIME.labels(model_name)
+        self.inter_chunk = families.INTER_CHUNK.labels(model_name)
+        self.time_per_token = families.TIME_PER_TOKEN.labels(model_name)
+        self.prompt_tokens = families.PROMPT_TOKENS.labels(model_name)
+        self.generation_tokens = families.GENERATION_TOKENS.labels(model_name)
+        self.answer_prompt_tokens = families.ANSWER_PROMPT_TOKENS.labels(model_name)
+        self.answer_generation_tokens = families.ANSWER_GENERATION_TOKENS.labels(model_name)
+        self.tokens_per_forward = families.TOKENS_PER_FORWARD.labels(model_name)
+        self.prefix_queried = families.PREFIX_QUERIED.labels(model_name)
+        self.prefix_hit = families.PREFIX_HIT.labels(model_name)
+
+    def succeeded(self, endpoint: str) -> None:
+        """A request is answered."""
+        families.REQUEST_SUCCESS.labels(self._model_name, endpoint).inc()
+
+    def failed(self, endpoint: str, kind: str, count: int = 1) -> None:
+        """Requests ended without their answers."""
+        families.ERRORS.labels(self._model_name, endpoint, kind).inc(count)
+
+    def ended(self, finish_reason: str, count: int = 1) -> None:
+        """Answers ended."""
+        families.ANSWERS.labels(self._model_name, finish_reason).inc(count)
+
+
+metrics_of = cache(RequestMetrics)
+"""The metrics of a model, by its name."""
+
+
+class AnswerRecord:
+    """One answer of a request: what was heard of it, stamped when it was heard."""
+
+    def __init__(self, metrics: RequestMetrics, arrived: float, prompt_tokens: int) -> None:
+        self.tokens = 0
+        self.nfe = 0
+        self.finish_reason: str | None = None
+        self._metrics = metrics
+        self._arrived = arrived
+        self._prompt_tokens = prompt_tokens
+        self._begun = False
+        self._latest_text: float | None = None
+
+    def heard(self, stats: GenerationStats, tokens: int, has_text: bool) -> None:
+        """Tokens of the answer became final.
+
+        Args:
+            stats: what the answer has cost so far.
+            tokens: of the answer so far.
+            has_text: whether they made text that can be sent.
+        """
+        if not self._begun:
+            self._begun = True
+            self._metrics.queue_time.observe(stats.queue_seconds)
+            self._metrics.prefix_queried.inc(self._prompt_tokens)
+            self._metrics.prefix_hit.inc(stats.cached_tokens)
+        self._metrics.generation_tokens.inc(max(0, tokens - self.tokens))
+        self.tokens = tokens
+        self.nfe = stats.nfe
+        if has_text:
+            now = time.perf_counter()
+            if self._latest_text is not None:
+                self._metrics.inter_chunk.observe(now - self._latest_text)
+            self._latest_text = now
+
+    def finished(self, finish_reason: str, stats: GenerationStats) -> None:
+        """The answer is complete."""
+        self.finish_reason = finish_reason
+        metrics = self._metrics
+        metrics.ended(finish_reason)
+        metrics.answer_prompt_tokens.observe(self._prompt_tokens)
+        metrics.answer_generation_tokens.observe(self.tokens)
+        metrics.tokens_per_forward.observe(self.tokens / self.nfe if self.nfe else 0.0)
+        if self.tokens:
+            busy = time.perf_counter() - self._arrived - stats.queue_seconds
+            metrics.time_per_token.observe(busy / self.tokens)
+
+
 class RequestRecord:
     """What is known of a request so far.
 
     Attributes:
-        endpoint: which protocol asked: chat, completion, v1 or v2.
-        code: HTTP status; that of a client gone away until `close` says otherwise.
+        code: HTTP status; None until the request failed or `close` found that it succeeded.
     """
 
-    model_name: str
-    endpoint: str
-    request_id: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    nfe: int = 0
-    first_text: float | None = None
-    finish_reasons: list[str] = field(default_factory=list)
-    code: int = CLIENT_CLOSED
-    started: float = field(default_factory=time.perf_counter)
+    def __init__(
+        self,
+        model_name: str,
+        endpoint: str,
+        request_id: str,
+        prompt_tokens: int,
+        answer_prompts: Sequence[int],
+        arrived: float,
+    ) -> None:
+        """Begin the record of a request that the engine has queued.
 
-    def forwards(self, count: int) -> None:
-        """Count forward passes of the model as they are heard of."""
-        self.nfe += count
-        metrics.FORWARDS.labels(self.model_name).inc(count)
+        Args:
+            endpoint: which protocol asked: one of `families.ENDPOINTS`.
+            prompt_tokens: of all its prompts.
+            answer_prompts: prompt tokens of each of its answers.
+            arrived: when it came, by `time.perf_counter`.
+        """
+        self.code: int | None = None
+        self._endpoint = endpoint
+        self._request_id = request_id
+        self._prompt_tokens = prompt_tokens
+        self._arrived = arrived
+        self._metrics = metrics_of(model_name)
+        self._answers = [AnswerRecord(self._metrics, arrived, n) for n in answer_prompts]
+        self._first_text: float | None = None
+        self._ended: float | None = None
+        self._error_type = ""
+        self._metrics.prompt_tokens.inc(prompt_tokens)
 
-    def text(self) -> None:
-        """Committed text is there to be sent."""
-        if self.first_text is None:
-            self.first_text = time.perf_counter() - self.started
-            metrics.FIRST_TEXT.labels(self.model_name).observe(self.first_text)
+    @property
+    def is_complete(self) -> bool:
+        """Whether every answer ended by itself."""
+        return all(answer.finish_reason is not None for answer in self._answers)
 
-    def answer(self, finish_reason: str, completion_tokens: int, tokens_per_forward: float) -> None:
-        """An answer is complete."""
-        self.finish_reasons.append(finish_reason)
-        self.completion_tokens += completion_tokens
-        metrics.ANSWERS.labels(self.model_name, finish_reason).inc()
-        metrics.TOKENS_PER_FORWARD.labels(self.model_name).observe(tokens_per_forward)
+    def heard(
+        self,
+        index: int,
+        stats: GenerationStats,
+        tokens: int,
+        has_text: bool,
+        finish_reason: str | None,
+    ) -> None:
+        """Tokens of the answer `index` became final; see `AnswerRecord`."""
+        if has_text and self._first_text is None:
+            self._first_text = time.perf_counter() - self._arrived
+            self._metrics.first_text.observe(self._first_text)
+        answer = self._answers[index]
+        answer.heard(stats, tokens, has_text)
+        if finish_reason is not None:
+            answer.finished(finish_reason, stats)
+            if self.is_complete:
+                self._ended = time.perf_counter() - self._arrived
 
-    def unfinished(self, count: int) -> None:
-        """Answers that ended before they were complete."""
-        if count:
-            reason = "abort" if self.code == CLIENT_CLOSED else "error"
-            metrics.ANSWERS.labels(self.model_name, reason).inc(count)
+    def fail(self, status: int, error: BaseException | None) -> None:
+        """The request ends with a status that is not success; the first one counts."""
+        if self.code is None:
+            self.code = status
+            self._error_type = error_type(status, error)
 
     def close(self) -> None:
-        """The request is over."""
-        seconds = time.perf_counter() - self.started
-        metrics.REQUESTS.labels(self.model_name, self.endpoint, str(self.code)).inc()
-        metrics.PROMPT_TOKENS.labels(self.model_name).inc(self.prompt_tokens)
-        metrics.GENERATED_TOKENS.labels(self.model_name).inc(self.completion_tokens)
-        if self.finish_reasons:
-            metrics.DURATION.labels(self.model_name).observe(seconds)
+        """The request is over. One that is not complete and did not fail lost its client."""
+        if self._ended is None:
+            self.fail(CLIENT_CLOSED, None)
+        self._count()
+        seconds = time.perf_counter() - self._arrived
+        reasons = [a.finish_reason for a in self._answers if a.finish_reason is not None]
         logger.info(
             "%s %s %d: %d prompt tokens, %d tokens in %d forwards, first text %s, %.3f s, %s",
-            self.endpoint,
-            self.request_id,
+            self._endpoint,
+            self._request_id,
             self.code,
-            self.prompt_tokens,
-            self.completion_tokens,
-            self.nfe,
-            "never" if self.first_text is None else f"after {self.first_text:.3f} s",
+            self._prompt_tokens,
+            sum(answer.tokens for answer in self._answers),
+            sum(answer.nfe for answer in self._answers),
+            "never" if self._first_text is None else f"after {self._first_text:.3f} s",
             seconds,
-            "+".join(self.finish_reasons) or "no answer",
+            "+".join(reasons) or "no answer",
         )
 
+    def _count(self) -> None:
+        unfinished = sum(answer.finish_reason is None for answer in self._answers)
+        if self.code is None and self._ended is not None:
+            self.code = HTTPStatus.OK
+            self._metrics.succeeded(self._endpoint)
+            self._metrics.latency.observe(self._ended)
+        else:
+            self._metrics.failed(self._endpoint, self._error_type)
+            reason = "abort" if self.code == CLIENT_CLOSED else "error"
+            self._metrics.ended(reason, unfinished)
 
-def count_refusal(model_name: str, endpoint: str, code: int) -> None:
-    """Count a request that was refused before it cost anything."""
-    metrics.REQUESTS.labels(model_name, endpoint, str(code)).inc()
+
+def count_refusal(
+    model_name: str, endpoint: str, status: int, error: BaseException, count: int = 1
+) -> None:
+    """Count requests that were refused before they cost anything."""
+    metrics_of(model_name).failed(endpoint, error_type(status, error), count)

@@ -32,6 +32,8 @@ class Job:
         decoding_report: what the response tells about it.
         end_token_ids: tokens that end an answer.
         extra_end_ids: those of them that the request named itself.
+        priority: lower goes first.
+        deadline: when to give up, on the clock of `time.monotonic`; None never.
     """
 
     request_id: str
@@ -44,6 +46,8 @@ class Job:
     stops: tuple[str, ...]
     end_token_ids: tuple[int, ...]
     extra_end_ids: tuple[int, ...]
+    priority: int = 0
+    deadline: float | None = None
 
     @property
     def num_answers(self) -> int:
@@ -62,6 +66,8 @@ class Job:
                 decoding=with_seed_of(self.decoding, choice),
                 end_token_ids=self.end_token_ids,
                 request_id=self.request_id,
+                priority=self.priority,
+                deadline=self.deadline,
             )
             for prompt, length in zip(self.prompts, self.lengths, strict=True)
             for choice in range(self.n)

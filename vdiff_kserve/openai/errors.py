@@ -16,6 +16,8 @@ from vdiff_kserve.engine import (
     EngineError,
     EngineStoppedError,
     QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
     RequestTooLargeError,
 )
 from vdiff_kserve.openai.protocol import ErrorInfo, ErrorResponse
@@ -33,6 +35,7 @@ TYPES = {
     HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
     HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
     HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
+    HTTPStatus.GATEWAY_TIMEOUT: "TimeoutError",
 }
 GRPC_STATUS = {
     HTTPStatus.BAD_REQUEST: StatusCode.INVALID_ARGUMENT,
@@ -41,6 +44,7 @@ GRPC_STATUS = {
     HTTPStatus.TOO_MANY_REQUESTS: StatusCode.RESOURCE_EXHAUSTED,
     HTTPStatus.INTERNAL_SERVER_ERROR: StatusCode.INTERNAL,
     HTTPStatus.SERVICE_UNAVAILABLE: StatusCode.UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT: StatusCode.DEADLINE_EXCEEDED,
 }
 RETRIABLE = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
@@ -151,6 +155,10 @@ def from_engine(error: EngineError) -> RequestError:
         return RequestError(str(error), status=HTTPStatus.TOO_MANY_REQUESTS)
     if isinstance(error, RequestTooLargeError):
         return RequestError(str(error), param="max_tokens")
+    if isinstance(error, QueueTimeoutError):
+        return unavailable(str(error))
+    if isinstance(error, RequestTimeoutError):
+        return RequestError(str(error), status=HTTPStatus.GATEWAY_TIMEOUT, param="timeout")
     if isinstance(error, EngineStoppedError):
         return unavailable("The server is stopping or its engine is down. Try again later.")
     return RequestError(str(error), status=HTTPStatus.INTERNAL_SERVER_ERROR)

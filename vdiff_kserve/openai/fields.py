@@ -17,20 +17,19 @@ SUPPORTED = REQUEST_FIELDS | frozenset(
     (
         "add_generation_prompt", "add_special_tokens", "chat_template_kwargs",
         "confidence_eos_eot_inf", "continue_final_message", "ignore_eos", "logits_eos_inf",
-        "max_completion_tokens", "max_tokens", "messages", "model", "n", "prompt", "request_id",
-        "seed", "stop", "stop_token_ids", "stream", "stream_options",
+        "max_completion_tokens", "max_tokens", "messages", "model", "n", "priority", "prompt",
+        "request_id", "seed", "stop", "stop_token_ids", "stream", "stream_options", "timeout",
     )
 )  # fmt: skip
 
 IGNORED = {
-    "cache_salt": "there is no cache between requests",
+    "cache_salt": "prompts in the prefix cache are not kept apart",
     "include_reasoning": "the models have no separate reasoning",
     "kv_transfer_params": "keys and values are not moved between servers",
     "length_penalty": "belongs to beam search",
     "media_io_kwargs": "the models read text only",
     "mm_processor_kwargs": "the models read text only",
     "parallel_tool_calls": "matters with tools only",
-    "priority": "requests are served in the order of their arrival",
     "reasoning_effort": "the models have no separate reasoning",
     "return_tokens_as_token_ids": "matters with logprobs only",
     "spaces_between_special_tokens": "matters without skip_special_tokens only",

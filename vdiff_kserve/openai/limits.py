@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ class ServingLimits:
         decoding: the decoding of a request that says nothing about it.
         profiles: the decodings that a request may name.
         traits: what the model allows.
+        request_timeout: seconds that a request may take which sets no timeout; None is for ever.
     """
 
     max_model_len: int
@@ -40,6 +42,7 @@ class ServingLimits:
     decoding: DecodingParams
     profiles: Mapping[str, DecodingParams]
     traits: ModelTraits
+    request_timeout: float | None = None
 
 
 def check(request: GenerationFields, limits: ServingLimits) -> None:
@@ -51,6 +54,8 @@ def check(request: GenerationFields, limits: ServingLimits) -> None:
     if request.n is not None and not 1 <= request.n <= limits.max_choices:
         raise out_of_range("n", f"in [1, {limits.max_choices}]", request.n)
     _check_choices(request)
+    if request.timeout is not None and not 0 < request.timeout < math.inf:
+        raise out_of_range("timeout", "a number of seconds above 0", request.timeout)
     if any(not stop for stop in stop_strings(request)):
         raise RequestError("stop cannot contain an empty string.", param="stop")
     check_token_ids("stop_token_ids", request.stop_token_ids or (), limits)
@@ -117,6 +122,12 @@ def answer_length(
         is_chat = isinstance(request, ChatCompletionRequest)
         wanted = limits.default_max_tokens if is_chat else DEFAULT_COMPLETION_TOKENS
     return min(wanted, most - prompt_length)
+
+
+def time_allowed(request: GenerationFields, limits: ServingLimits) -> float | None:
+    """Seconds that a request may take: its own or the server's, the shorter; None is for ever."""
+    given = [each for each in (request.timeout, limits.request_timeout) if each is not None]
+    return min(given, default=None)
 
 
 def decoding_params(request: GenerationFields, limits: ServingLimits) -> DecodingParams:

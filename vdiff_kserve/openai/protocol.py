@@ -76,7 +76,9 @@ class GenerationFields(_Request):
     temperature: float | None = None
     top_p: float | None = None
     ignore_eos: bool = False
+    priority: int | None = Field(0, ge=-INT64_MAX - 1, le=INT64_MAX)
     request_id: Text | None = None
+    timeout: float | None = None
 
     profile: str | None = None
     policy: str | None = None
@@ -122,7 +124,6 @@ class GenerationFields(_Request):
     min_p: float | None = None
     min_tokens: int | None = 0
     presence_penalty: float | None = None
-    priority: int | None = Field(0, ge=-INT64_MAX - 1, le=INT64_MAX)
     prompt_logprobs: int | None = None
     repetition_detection: dict[str, Any] | None = None
     repetition_penalty: float | None = None

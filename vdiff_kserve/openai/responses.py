@@ -24,6 +24,7 @@ from vdiff_kserve.openai.protocol import (
     DiffusionInfo,
     FinishReason,
     Passes,
+    PromptTokensDetails,
     Usage,
 )
 
@@ -67,7 +68,13 @@ def usage(job: Job, ends: Sequence[Piece]) -> Usage:
         prompt_tokens=job.prompt_tokens,
         completion_tokens=completion,
         total_tokens=job.prompt_tokens + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=_cached_tokens(job, ends)),
     )
+
+
+def _cached_tokens(job: Job, ends: Sequence[Piece]) -> int:
+    """Prompt tokens that came from the prefix cache; once each, however many answers."""
+    return sum({piece.index // job.n: piece.stats.cached_tokens for piece in ends}.values())
 
 
 def diffusion_info(job: Job, ends: Sequence[Piece]) -> DiffusionInfo:

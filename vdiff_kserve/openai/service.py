@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
@@ -25,6 +27,7 @@ from vdiff_kserve.openai.limits import (
     check,
     decoding_params,
     stop_strings,
+    time_allowed,
 )
 from vdiff_kserve.openai.prompts import chat_prompt, completion_prompts
 from vdiff_kserve.openai.protocol import (
@@ -96,7 +99,7 @@ class GenerationService:
         with told_as_request_error(), ExitStack() as stack:
             for work in works:
                 stack.enter_context(work)
-            return [await _gather(work) for work in works]
+            return await _gather_all(works)
 
     def _submit(
         self, requests: Sequence[ChatCompletionRequest | CompletionRequest], endpoint: str
@@ -106,6 +109,7 @@ class GenerationService:
         Raises:
             RequestError: one of them is refused.
         """
+        arrived = time.perf_counter()
         try:
             with told_as_request_error():
                 if self.closed is not None:
@@ -113,12 +117,17 @@ class GenerationService:
                 jobs = [self._job(request) for request in requests]
                 streams = iter(self._engine.submit([r for j in jobs for r in j.engine_requests()]))
         except RequestError as error:
-            count_refusal(self._name, endpoint, error.status)
+            count_refusal(self._name, endpoint, error.status, error, len(requests))
             raise
         self.active += len(jobs)
-        return [self._work(job, endpoint, list(islice(streams, job.num_answers))) for job in jobs]
+        return [
+            self._work(job, list(islice(streams, job.num_answers)), endpoint, arrived)
+            for job in jobs
+        ]
 
-    def _work(self, job: Job, endpoint: str, streams: list[GenerationStream]) -> Work:
+    def _work(
+        self, job: Job, streams: list[GenerationStream], endpoint: str, arrived: float
+    ) -> Work:
         answers = [
             Answer(
                 i,
@@ -128,7 +137,14 @@ class GenerationService:
             )
             for i, stream in enumerate(streams)
         ]
-        record = RequestRecord(self._name, endpoint, job.request_id, job.prompt_tokens)
+        record = RequestRecord(
+            self._name,
+            endpoint,
+            job.request_id,
+            prompt_tokens=job.prompt_tokens,
+            answer_prompts=[len(prompt) for prompt in job.prompts for _ in range(job.n)],
+            arrived=arrived,
+        )
         return Work(job, record, streams, answers, self._one_less)
 
     def _one_less(self) -> None:
@@ -151,6 +167,7 @@ class GenerationService:
         extra = tuple(request.stop_token_ids or ())
         lengths = [answer_length(request, len(prompt), self.limits) for prompt in prompts]
         decoding = decoding_params(request, self.limits)
+        seconds = time_allowed(request, self.limits)
         return Job(
             request_id=(request.request_id or uuid.uuid4().hex)[:MAX_REQUEST_ID_LENGTH],
             model=request.model or self._name,
@@ -162,6 +179,8 @@ class GenerationService:
             stops=stop_strings(request),
             end_token_ids=extra if request.ignore_eos else (*own, *extra),
             extra_end_ids=extra,
+            priority=request.priority or 0,
+            deadline=None if seconds is None else time.monotonic() + seconds,
         )
 
 
@@ -171,6 +190,16 @@ async def _gather(work: Work) -> list[FinishedAnswer]:
         async for piece in pieces:
             answers[piece.index].add(piece)
     return answers
+
+
+async def _gather_all(works: Sequence[Work]) -> list[list[FinishedAnswer]]:
+    """Gather several at once, so that each is heard, and its times taken, as it comes."""
+    tasks = [asyncio.create_task(_gather(work)) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _stream(work: Work, writer: Writer, options: StreamOptions) -> AsyncGenerator[str, None]:
@@ -183,7 +212,7 @@ async def _stream(work: Work, writer: Writer, options: StreamOptions) -> AsyncGe
                     async for chunk in chunks:
                         yield f"data: {chunk.model_dump_json()}\n\n"
         except RequestError as error:
-            work.record.code = error.status
+            work.record.fail(error.status, error)
             yield f"data: {error.response.model_dump_json()}\n\n"
         yield DONE
 

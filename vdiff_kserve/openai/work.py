@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from vdiff_kserve.engine import EngineError, GenerationStream
-from vdiff_kserve.observability.requests import CLIENT_CLOSED, RequestRecord
+from vdiff_kserve.observability.requests import RequestRecord
 from vdiff_kserve.openai.answers import Answer, Job, Piece, interleave
 from vdiff_kserve.openai.errors import RequestError, from_engine
 
@@ -49,9 +49,8 @@ class Work:
     ) -> None:
         for stream in self._streams:
             stream.abort()
-        if self.record.code == CLIENT_CLOSED:
-            self.record.code = _code(error)
-        self.record.unfinished(self.num_unfinished)
+        if error is not None and not _client_left(error):
+            self.record.fail(_code(error), error)
         self.record.close()
         self._on_end()
 
@@ -79,24 +78,23 @@ class Work:
                 yield piece
 
     def _account(self, piece: Piece) -> None:
-        before = self.latest.get(piece.index)
-        self.record.forwards(piece.stats.nfe - (before.stats.nfe if before else 0))
         self.latest[piece.index] = piece
-        if piece.text:
-            self.record.text()
-        if piece.finish_reason is not None:
-            self.record.answer(
-                piece.finish_reason, piece.completion_tokens, piece.tokens_per_forward
-            )
+        self.record.heard(
+            piece.index,
+            piece.stats,
+            piece.completion_tokens,
+            has_text=bool(piece.text),
+            finish_reason=piece.finish_reason,
+        )
 
 
-def _code(error: BaseException | None) -> int:
-    if error is None:
-        return HTTPStatus.OK
+def _client_left(error: BaseException) -> bool:
+    return isinstance(error, asyncio.CancelledError | GeneratorExit)
+
+
+def _code(error: BaseException) -> int:
     if isinstance(error, EngineError):
         return from_engine(error).status
     if isinstance(error, RequestError):
         return error.status
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return CLIENT_CLOSED
     return HTTPStatus.INTERNAL_SERVER_ERROR

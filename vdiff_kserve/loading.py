@@ -1,0 +1,175 @@
+"""From a configuration to an engine that runs: checkpoint, tokenizer, auxiliary model, limits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from vdiff_kserve.checkpoint import EMBEDDED_AUXILIARY, auxiliary_checkpoint, find_checkpoint
+from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.engine import (
+    Engine,
+    EngineConfig,
+    GenerationRequest,
+    RoundObserver,
+    measured_token_budget,
+)
+from vdiff_kserve.models import (
+    CheckpointError,
+    Decoder,
+    ModelSpec,
+    check_same_vocabulary,
+    choose_device,
+    choose_dtype,
+    load_causal_decoder,
+    load_decoder,
+    load_tokenizer,
+    with_end_of_turn,
+)
+from vdiff_kserve.openai.decoding import ModelTraits, resolve
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.limits import ServingLimits
+from vdiff_kserve.sampler import DecodingParams
+from vdiff_kserve.setting import parse_size
+
+logger = logging.getLogger("kserve.vdiff.model")
+
+WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to answer.
+
+    Attributes:
+        engine: started, not yet warm.
+        spec: what the checkpoint says of itself.
+        limits: what the configuration makes of it.
+        dtype, device: where and in what it runs, in words.
+    """
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerFast
+    spec: ModelSpec
+    limits: ServingLimits
+    dtype: str
+    device: str
+
+    def warm_up(self) -> None:
+        """Run every part of the engine once.
+
+        Raises:
+            EngineError: it does not work.
+        """
+        room = self.limits.max_model_len - 1
+        request = GenerationRequest(
+            prompt_ids=(self.spec.eos_token_id,),
+            max_tokens=min(WARM_UP_TOKENS, room),
+            decoding=self.limits.decoding,
+            request_id="warm-up",
+        )
+        self.engine.generate([request])
+
+
+def load_model(config: ServerConfig, observer: RoundObserver | None = None) -> LoadedModel:
+    """Load the configured checkpoint and start an engine around it.
+
+    Raises:
+        CheckpointError: the checkpoint, or the options with it, cannot be served.
+    """
+    started = time.perf_counter()
+    folder = find_checkpoint(config)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    decoder, spec = load_decoder(folder, device, dtype)
+    tokenizer = load_tokenizer(folder)
+    spec = with_end_of_turn(spec, tokenizer)
+    auxiliary = _load_auxiliary(config, folder, tokenizer, device, dtype)
+    limits = _limits(config, spec, has_auxiliary=auxiliary is not None)
+    engine = Engine(decoder, spec, _engine_config(config, decoder, limits, observer), auxiliary)
+    engine.start()
+    loaded = LoadedModel(
+        engine, tokenizer, spec, limits, str(dtype).removeprefix("torch."), str(device)
+    )
+    logger.info(
+        "Loaded %s (%s, %s on %s, context %d) in %.1f s.",
+        folder, spec.family, loaded.dtype, loaded.device, limits.max_model_len,
+        time.perf_counter() - started,
+    )  # fmt: skip
+    logger.info(
+        "The key-value cache fits %d requests of %d tokens; whole passes take at most %d tokens "
+        "of a round.",
+        engine.kv_tokens_total // limits.max_model_len, limits.max_model_len,
+        engine.config.max_num_batched_tokens,
+    )  # fmt: skip
+    return loaded
+
+
+def _engine_config(
+    config: ServerConfig, decoder: Decoder, limits: ServingLimits, observer: RoundObserver | None
+) -> EngineConfig:
+    budget = config.max_num_batched_tokens
+    if budget is None:
+        budget = measured_token_budget(decoder, limits.max_model_len)
+    return EngineConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_queue=config.max_queue,
+        max_num_batched_tokens=budget,
+        kv_cache_memory=parse_size(config.kv_cache_memory) if config.kv_cache_memory else None,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enable_prefix_caching=config.enable_prefix_caching,
+        observer=observer,
+    )
+
+
+def _load_auxiliary(
+    config: ServerConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Decoder | None:
+    """The model that checks what APD proposes; None when there is none."""
+    own = auxiliary_checkpoint(config, folder)
+    if own is None:
+        return None
+    if own != folder / EMBEDDED_AUXILIARY:
+        check_same_vocabulary(load_tokenizer(own), tokenizer)
+    return load_causal_decoder(own, device, dtype)
+
+
+def _limits(config: ServerConfig, spec: ModelSpec, has_auxiliary: bool) -> ServingLimits:
+    longest = config.max_model_len or spec.max_model_len
+    if longest > spec.max_model_len:
+        raise CheckpointError(
+            f"--max_model_len is {longest}, but the checkpoint's context is {spec.max_model_len}"
+        )
+    traits = ModelTraits(
+        block_causal=spec.block_causal,
+        block_length=spec.block_length,
+        has_auxiliary=has_auxiliary,
+        allows_apd=config.enable_apd,
+    )
+    profiles = {
+        name: DecodingParams(**({"block_length": spec.block_length} | dict(changes)))
+        for name, changes in spec.profiles.items()
+    }
+    try:
+        decoding = resolve(config.decoding, profiles[config.profile], profiles, traits)
+    except RequestError as error:
+        raise CheckpointError(f"the decoding options do not fit the model: {error}") from error
+    return ServingLimits(
+        max_model_len=longest,
+        default_max_tokens=config.default_max_tokens,
+        max_choices=config.max_queue + config.max_num_seqs,
+        vocab_size=spec.decoder.vocab_size,
+        decoding=decoding,
+        profiles=profiles,
+        traits=traits,
+        request_timeout=config.request_timeout,
+    )
