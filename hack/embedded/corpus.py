@@ -30,8 +30,8 @@ TASKS: dict[str, Sampler] = {
 BASE_WEIGHTS: dict[str, float] = {
     "add": 1.6,
     "subtract": 1.6,
-    "three_digits": 0.15,
-    "sort": 1.2,
+    "three_digits": 0.1,
+    "sort": 1.8,
     "reverse": 1.6,
     "copy": 1.0,
     "count": 1.5,
@@ -41,7 +41,7 @@ BASE_WEIGHTS: dict[str, float] = {
     "capitals": 0.9,
     "small_talk": 0.8,
     "json": 1.0,
-    "fill_middle": 0.8,
+    "fill_middle": 1.1,
     "topic": 0.6,
     "story": 0.35,
 }

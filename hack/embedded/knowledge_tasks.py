@@ -351,12 +351,12 @@ def fill_middle(rng: random.Random, level: float) -> Example:
     which, phrasing = _choose(rng, GAP_PHRASINGS)
     blank = rng.choice(("___", "____", "__", "..."))
     draw = rng.random()
-    if draw < 0.7:
+    if draw < 0.5:
         gap = rng.choice(GAPS)
         sentence = re.sub(r"\[.*?\]", blank, gap)
         key, answer = f"{gap}|{which}", gap.replace("[", "").replace("]", "")
     else:
-        if draw < 0.85:
+        if draw < 0.75:
             start, step = rng.randint(1, 60), rng.choice((1, 1, 2, 5, 10))
             items = [str(start + step * i) for i in range(4)]
         else:

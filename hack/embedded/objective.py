@@ -4,13 +4,14 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from hack.embedded import tasks
 from hack.embedded.example import Example
-from hack.embedded.tasks import digit_fact
 from hack.embedded.tokenizer import BOS, EOS, EOT, MASK, chat_message, chat_prompt
 
 SYSTEM_PROMPTS = (
@@ -21,12 +22,18 @@ SYSTEM_PROMPTS = (
 )
 SYSTEM_SHARE = 0.05
 RAW_SHARE = 0.03
-DRILL_SHARE = 0.04
-DRILL_FACTS = 14
-DRILL_PROMPT = "Show some sums."
+DRILL_SHARE = 0.12
+DRILLS = (
+    # facts, how many in a row, odds
+    (tasks.digit_facts, 14, 0.25),
+    (tasks.sort_facts, 6, 0.5),
+    (tasks.spelling_facts, 10, 0.25),
+)
+DRILL_PROMPT = "Drill."
 LONG_SHARE = 0.05
 UNIFORM_SHARE = 0.15
 FRONTIER_SHARE = 0.65  # blocks whose written tokens lie mostly on the left, as decoding leaves them
+MOST_KNOWN = 0.6  # largest share of the results that a drill leaves in sight
 MOST_AHEAD = 0.4  # largest share of written tokens right of such a frontier
 BLOCK_LENGTHS = (32, 64, 16, 8, 512)
 BLOCK_LENGTH_ODDS = (0.62, 0.12, 0.12, 0.06, 0.08)
@@ -108,14 +115,15 @@ class RowEncoder:
         return Row("raw", ids[:start], ids[start:stop], ids[stop:])
 
     def drill(self) -> Row:
-        """Many one-digit sums and differences with only the results masked: facts, densely."""
+        """Many small facts with only their results masked: practice, densely."""
+        kind, count, _ = self.rng.choices(DRILLS, [odds for *_, odds in DRILLS])[0]
         answer: list[int] = []
         only: list[int] = []
-        for _ in range(DRILL_FACTS):
-            fact, result = digit_fact(self.rng)
+        for fact, result in islice(kind(self.rng), count):
             answer += self._ids(fact)
-            only += range(len(answer), len(answer) + len(result))
-            answer += self._ids(f"{result}, ")
+            ids = self._ids(result)
+            only += range(len(answer), len(answer) + len(ids))
+            answer += ids + self._ids("; ")
         return Row("drill", self._ids(chat_prompt(DRILL_PROMPT)), answer, [], frozenset(only))
 
     def encode(self, example: Example) -> Row:
@@ -136,7 +144,9 @@ def _mask_row(rng: random.Random, row: Row, length: int) -> tuple[list[float], i
     """
     size = length - len(row.prompt) - len(row.suffix)
     if row.only:
-        return [float(i in row.only) for i in range(size)], 0, min(size, len(row.answer))
+        ratio = 1.0 - MOST_KNOWN * rng.random() ** 2
+        chances = [ratio * (i in row.only) for i in range(size)]
+        return chances, 0, min(size, len(row.answer))
     ratio = 1.0 - rng.random()
     if rng.random() < UNIFORM_SHARE:
         return [ratio] * size, 0, size

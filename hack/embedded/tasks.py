@@ -3,7 +3,7 @@
 import json
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from hack.embedded.example import Example, typed
 from hack.embedded.words import COMMON_WORDS, NAMES
@@ -184,13 +184,15 @@ def _difference_working(a: int, b: int) -> str:
     return ", ".join(steps)
 
 
-def digit_fact(rng: random.Random) -> tuple[str, str]:
-    """One step of a column: "7 + 5 + 1 = " and "13", or "12 - 5 = " and "7"."""
-    x, y, carry = rng.randint(0, 9), rng.randint(0, 9), rng.randint(0, 1)
-    if rng.random() < 0.5:
-        return f"{x} + {y}{' + 1' if carry else ''} = ", str(x + y + carry)
-    lend = 10 if x - y - carry < 0 else 0
-    return f"{x + lend} - {y}{' - 1' if carry else ''} = ", str(x + lend - y - carry)
+def digit_facts(rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Steps of a column: "7 + 5 + 1 = " and "13", or "12 - 5 = " and "7"."""
+    while True:
+        x, y, carry = rng.randint(0, 9), rng.randint(0, 9), rng.randint(0, 1)
+        if rng.random() < 0.5:
+            yield f"{x} + {y}{' + 1' if carry else ''} = ", str(x + y + carry)
+        else:
+            lend = 10 if x - y - carry < 0 else 0
+            yield f"{x + lend} - {y}{' - 1' if carry else ''} = ", str(x + lend - y - carry)
 
 
 def sum_answer(a: int, b: int) -> str:
@@ -244,14 +246,27 @@ def three_digits(rng: random.Random, level: float) -> Example:
 
 
 def sort_answer(numbers: list[int], descending: bool) -> str:
-    """Insertion sort in words: each number is put into the list so far."""
-    done = [numbers[0]]
-    steps = [f"Start with {numbers[0]}."]
-    for number in numbers[1:]:
-        done = sorted([*done, number], reverse=descending)
-        steps.append(f"Insert {number}: {', '.join(map(str, done))}.")
-    steps.append(f"Sorted: {', '.join(map(str, done))}.")
-    return " ".join(steps)
+    """The numbers in order, and nothing else."""
+    return f"{', '.join(map(str, sorted(numbers, reverse=descending)))}."
+
+
+def sort_facts(rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Lists of a number and their order, all up or all down: "40 7 12 up: " and "7, 12, 40"."""
+    descending = rng.random() < 0.3
+    while True:
+        top = rng.choices((9, 99), (0.3, 0.7))[0]
+        numbers = rng.sample(range(top + 1), rng.randint(3, 5))
+        listed = ", ".join(map(str, numbers))
+        result = sort_answer(numbers, descending).rstrip(".")
+        yield f"{listed} {'down' if descending else 'up'}: ", result
+
+
+def spelling_facts(rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Words that are one token, and their letters: "Oliver: " and "OLIVER", or the like."""
+    change = rng.choice((str.upper, str.lower, lambda word: word[::-1], "-".join))
+    while True:
+        word = rng.choice(NAMES) if rng.random() < 0.6 else rng.choice(COMMON_WORDS)
+        yield f"{word}: ", change(word)
 
 
 def sort(rng: random.Random, level: float) -> Example:
@@ -315,12 +330,18 @@ def count(rng: random.Random, level: float) -> Example:
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice(string.ascii_lowercase)
     letter = letter.lower()
     prompt = typed(rng, rng.choice(COUNT_ONE_PHRASINGS)).format(c=letter, x=quoted(rng, word))
-    steps, total = [], 0
+    return Example("count", word, prompt, count_answer(word, letter))
+
+
+def count_answer(word: str, letter: str) -> str:
+    """How often `letter` occurs in `word`, its places numbered: "b o1 o2 k: o appears 2 times."."""
+    spelled, total = [], 0
     for other in word:
-        total += other.lower() == letter
-        steps.append(f"{other}{total}")
+        found = other.lower() == letter
+        total += found
+        spelled.append(f"{other}{total}" if found else other)
     times = "once" if total == 1 else f"{total} times"
-    return Example("count", word, prompt, f"{' '.join(steps)}: {letter} appears {times}.")
+    return f"{' '.join(spelled)}: {letter} appears {times}."
 
 
 def case(rng: random.Random, level: float) -> Example:

@@ -11,7 +11,15 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from hack.embedded.corpus import TASKS, TrainingStream, draw, held_out_suite
-from hack.embedded.tasks import difference_answer, sort_answer, sum_answer
+from hack.embedded.tasks import (
+    count_answer,
+    difference_answer,
+    digit_facts,
+    sort_answer,
+    sort_facts,
+    spelling_facts,
+    sum_answer,
+)
 from hack.embedded.tokenizer import chat_message, chat_prompt
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "vdiff_kserve" / "embedded"
@@ -63,7 +71,17 @@ def test_working_is_right():
     assert sum_answer(2, 3) == "2 + 3 = 5."
     assert difference_answer(42, 15) == "12 - 5 = 7, 4 - 1 - 1 = 2, so 42 - 15 = 27."
     assert difference_answer(15, 42).endswith("42 - 15 = 27 and 15 - 42 = -27.")
-    assert sort_answer([5, 9, 2], descending=False).endswith("Sorted: 2, 5, 9.")
+    assert sort_answer([5, 9, 2], descending=False) == "2, 5, 9."
+    assert sort_answer([5, 9, 2], descending=True) == "9, 5, 2."
+    assert count_answer("book", "o") == "b o1 o2 k: o appears 2 times."
+    assert count_answer("Bob", "b") == "B1 o b2: b appears 2 times."
+
+
+@pytest.mark.parametrize("facts", [digit_facts, sort_facts, spelling_facts])
+def test_drills_never_end_and_have_results(facts):
+    for fact, result in islice(facts(random.Random(0)), 100):
+        assert fact.endswith((": ", "= "))
+        assert result
 
 
 @pytest.mark.parametrize(
