@@ -79,6 +79,7 @@ class Piece:
     """New text of one answer.
 
     Attributes:
+        token_ids: what the text comes from; the first ones may have been held back until now.
         completion_tokens: tokens of the answer so far, its end token included.
         finish_reason: on the last piece, why the answer ended.
         stop_reason: on the last piece, the stop string or the requested token that ended it.
@@ -90,6 +91,7 @@ class Piece:
     stats: GenerationStats
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] = ()
 
     @property
     def tokens_per_forward(self) -> float:
@@ -132,10 +134,13 @@ class Answer:
                 event.stats,
                 "stop",
                 self._text.stop_string,
+                event.token_ids,
             )
         stop_id = event.end_token_id if event.end_token_id in self._extra_end_ids else None
         tokens = event.stats.completion_tokens
-        return Piece(self._index, text, tokens, event.stats, event.finish_reason, stop_id)
+        return Piece(
+            self._index, text, tokens, event.stats, event.finish_reason, stop_id, event.token_ids
+        )
 
 
 async def interleave(answers: Sequence[Answer]) -> AsyncGenerator[Piece, None]:

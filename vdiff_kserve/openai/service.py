@@ -77,7 +77,7 @@ class GenerationService:
             RequestError: the request cannot be answered.
         """
         endpoint = "chat" if isinstance(request, ChatCompletionRequest) else "completion"
-        (work,) = self._submit([request], endpoint)
+        (work,) = self.submit([request], endpoint)
         writer: Writer = (ChatWriter if endpoint == "chat" else CompletionWriter)(work.job)
         if not request.stream:
             with told_as_request_error(), work:
@@ -95,16 +95,16 @@ class GenerationService:
         Raises:
             RequestError: one of them cannot be answered; none is then.
         """
-        works = self._submit(requests, endpoint)
+        works = self.submit(requests, endpoint)
         with told_as_request_error(), ExitStack() as stack:
             for work in works:
                 stack.enter_context(work)
             return await _gather_all(works)
 
-    def _submit(
+    def submit(
         self, requests: Sequence[ChatCompletionRequest | CompletionRequest], endpoint: str
     ) -> list[Work]:
-        """Check requests and give them to the engine, all or none.
+        """Check requests and give them to the engine, all or none. Each work must be entered.
 
         Raises:
             RequestError: one of them is refused.

@@ -1,0 +1,95 @@
+"""The Python API: the server's answers without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import vdiff_kserve
+from vdiff_kserve import LLM, AsyncLLM, SamplingParams
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.setting import ConfigError
+
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(dtype="float32", device="cpu", max_num_seqs=4, max_queue=8) as llm:
+        yield llm
+
+
+def test_chat_answers(llm: LLM) -> None:
+    (output,) = llm.chat(CAPITAL, SamplingParams(max_tokens=32))
+    assert output.finished
+    assert output.outputs[0].text == "The capital of France is Paris."
+    assert output.outputs[0].finish_reason == "stop"
+    assert llm._model.tokenizer.decode(output.outputs[0].token_ids) == output.outputs[0].text
+    assert 0 < output.outputs[0].nfe <= 32
+
+
+def test_more_prompts_than_places_come_back_in_order(llm: LLM) -> None:
+    prompts = [f"word {i}" for i in range(40)]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=4, seed=1), use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    alone = llm.generate(prompts[7], SamplingParams(max_tokens=4, seed=1), use_tqdm=False)
+    assert alone[0].outputs[0].token_ids == outputs[7].outputs[0].token_ids
+
+
+def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
+    params = [
+        SamplingParams(max_tokens=3, ignore_eos=True),
+        SamplingParams(max_tokens=5, ignore_eos=True, n=2, temperature=1.0, seed=3),
+    ]
+    first, second = llm.generate(["a", {"prompt_token_ids": [5, 6]}], params, use_tqdm=False)
+    assert [len(answer.token_ids) for answer in first.outputs] == [3]
+    assert [len(answer.token_ids) for answer in second.outputs] == [5, 5]
+    assert second.prompt is None
+    assert second.prompt_token_ids == [5, 6]
+
+
+def test_progress_bar_counts_prompts(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["a", "b"], SamplingParams(max_tokens=2))
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_wrong_fields_and_values_are_named(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="max_toknes"):
+        SamplingParams(max_toknes=3)
+    with pytest.raises(RequestError, match="temperature"):
+        llm.generate("a", SamplingParams(temperature=-1))
+    with pytest.raises(ValueError, match="2 prompts need as many"):
+        llm.generate(["a", "b"], [SamplingParams()])
+    with pytest.raises(TypeError, match="prompt_token_ids"):
+        llm.generate({"text": "a"})
+    assert llm.generate("a", SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
+
+
+def test_wrong_options_are_named() -> None:
+    with pytest.raises(TypeError, match="did you mean 'max_num_seqs'"):
+        LLM(max_num_seq=3)
+    with pytest.raises(TypeError, match="'port' is not an option"):
+        LLM(port=80)
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        LLM(max_num_seqs=0)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = vdiff_kserve.nothing
+
+
+async def test_async_outputs_grow_and_leaving_frees_the_row() -> None:
+    llm = AsyncLLM(dtype="float32", device="cpu")
+    try:
+        lengths = [
+            len(output.outputs[0].text) async for output in llm.chat(CAPITAL, SamplingParams())
+        ]
+        assert lengths == sorted(lengths)
+        assert lengths[-1] == len("The capital of France is Paris.")
+        stream = llm.generate("a", SamplingParams(max_tokens=200, ignore_eos=True, block_length=8))
+        await anext(stream)
+        await stream.aclose()
+        while llm._engine.num_running:
+            pass
+        assert llm._engine.kv_tokens_used == 0
+    finally:
+        llm.shutdown()

@@ -1,0 +1,306 @@
+"""The Python API: `LLM` for scripts, `AsyncLLM` for programs with an event loop.
+
+Both run the server's own engine and check requests as the server does; the shapes are vLLM's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+from pydantic import ConfigDict, ValidationError
+from tqdm import tqdm
+
+from vdiff_kserve.config import ALL_SETTINGS, DECODING_FLAGS, SETTINGS, ServerConfig
+from vdiff_kserve.loading import load_model
+from vdiff_kserve.openai.errors import invalid_body
+from vdiff_kserve.openai.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    FinishReason,
+    GenerationFields,
+)
+from vdiff_kserve.openai.service import GenerationService
+from vdiff_kserve.openai.work import Work
+
+Prompt = str | Mapping[str, Any]
+"""A text, or `{"prompt_token_ids": [...]}`."""
+Message = Mapping[str, Any]
+Result = TypeVar("Result")
+
+SERVER_ONLY = frozenset(name for name, each in SETTINGS.items() if each.group == "server")
+
+
+class SamplingParams(GenerationFields):
+    """How answers are generated: the fields of a request, `docs/api.md` says what each does.
+
+    `max_tokens` None is the model's `default_max_tokens`.
+
+    Raises:
+        RequestError: a field that does not exist, or with a value of the wrong type.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_tokens: int | None = None
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise invalid_body(error.errors()) from None
+
+
+@dataclass
+class CompletionOutput:
+    """One answer.
+
+    Attributes:
+        token_ids: its tokens without the end token; where a stop string ended the answer, they may
+            reach beyond the text.
+        nfe: forward passes of the diffusion model that the answer took part in.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    nfe: int = 0
+
+
+@dataclass
+class RequestOutput:
+    """The answers to one prompt, as far as they are written.
+
+    Attributes:
+        prompt: the prompt's text; None for a chat, or when it was given as tokens.
+        num_cached_tokens: prompt tokens that came from the prefix cache.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    num_cached_tokens: int = 0
+
+
+class AsyncLLM:
+    """A model in this process, answering any number of requests at once.
+
+    Args:
+        model: folder of a checkpoint, or id on the hub; None is the embedded model.
+        options: the server's options by name, such as `max_num_seqs=16` or `policy="threshold"`.
+
+    Raises:
+        TypeError: an option that does not exist.
+        ConfigError: an option with a value that is not allowed.
+        CheckpointError: the checkpoint cannot be loaded.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        config = _config(model, options)
+        loaded = load_model(config)
+        self._engine = loaded.engine
+        loaded.warm_up()
+        self.tokenizer = loaded.tokenizer
+        self.max_in_flight = config.max_num_seqs + config.max_queue
+        self._default_max_tokens = config.default_max_tokens
+        self._service = GenerationService(
+            loaded.engine, loaded.tokenizer, loaded.limits, config.model_name
+        )
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Continue a text; yields the same growing output whenever text became final.
+
+        Leaving the iteration aborts the request.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        given = {"prompt": prompt} if isinstance(prompt, str) else _tokens(prompt)
+        request = CompletionRequest.model_validate(given | self._fields(sampling_params))
+        text = prompt if isinstance(prompt, str) else None
+        async for output in self._outputs(request, "completion", text):
+            yield output
+
+    async def chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a conversation; as `generate`."""
+        given = {"messages": list(messages)}
+        request = ChatCompletionRequest.model_validate(given | self._fields(sampling_params))
+        async for output in self._outputs(request, "chat", None):
+            yield output
+
+    def shutdown(self) -> None:
+        """Stop the engine; unfinished requests fail."""
+        self._engine.stop()
+
+    def _fields(self, params: SamplingParams | None) -> dict[str, Any]:
+        given = {} if params is None else params.model_dump(exclude_unset=True)
+        if given.get("max_tokens") is None:
+            given["max_tokens"] = min(
+                self._default_max_tokens, self._service.limits.max_model_len - 1
+            )
+        return given
+
+    async def _outputs(
+        self, request: CompletionRequest | ChatCompletionRequest, endpoint: str, prompt: str | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        (work,) = self._service.submit([request], endpoint)
+        output = _output_of(work, prompt)
+        with work:
+            async with aclosing(work.pieces()) as pieces:
+                async for piece in pieces:
+                    answer = output.outputs[piece.index]
+                    answer.text += piece.text
+                    answer.token_ids += piece.token_ids
+                    answer.finish_reason = piece.finish_reason
+                    answer.stop_reason = piece.stop_reason
+                    answer.nfe = piece.stats.nfe
+                    output.num_cached_tokens = piece.stats.cached_tokens
+                    output.finished = work.num_unfinished == 0
+                    if piece.text or piece.finish_reason is not None:
+                        yield output
+
+
+class LLM:
+    """A model in this process, for scripts: `LLM().generate(["What is 17 + 25?"])`.
+
+    Takes what `AsyncLLM` takes. Use it as a context manager, or call `shutdown` at the end.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        self._model = AsyncLLM(model, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="vdiff-llm", daemon=True
+        )
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue texts, all at once; the outputs are in the order of the prompts.
+
+        Args:
+            sampling_params: for all prompts, or one each.
+            use_tqdm: whether a progress bar shows the finished prompts.
+
+        Raises:
+            RequestError: one of the requests cannot be answered.
+        """
+        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        each = _one_each(sampling_params, len(many))
+        return self._run_all(
+            [self._model.generate(*pair) for pair in zip(many, each, strict=True)], each, use_tqdm
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several; as `generate`."""
+        many: list[Any] = list(messages)
+        if many and isinstance(many[0], Mapping):
+            many = [many]
+        each = _one_each(sampling_params, len(many))
+        return self._run_all(
+            [self._model.chat(*pair) for pair in zip(many, each, strict=True)], each, use_tqdm
+        )
+
+    def shutdown(self) -> None:
+        """Stop the engine."""
+        if self._loop.is_running():
+            self._model.shutdown()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _run_all(
+        self,
+        outputs: Sequence[AsyncGenerator[RequestOutput, None]],
+        params: Sequence[SamplingParams | None],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        most = max((each.n or 1 for each in params if each is not None), default=1)
+        in_flight = max(1, self._model.max_in_flight // most)
+
+        async def run() -> list[RequestOutput]:
+            places = asyncio.Semaphore(in_flight)
+            with tqdm(total=len(outputs), unit="prompt", disable=not use_tqdm) as bar:
+
+                async def last(output: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+                    async with places, aclosing(output):
+                        result = [each async for each in output][-1]
+                    bar.update()
+                    return result
+
+                tasks = [asyncio.create_task(last(output)) for output in outputs]
+                try:
+                    return await asyncio.gather(*tasks)
+                finally:
+                    for task in tasks:
+                        task.cancel()
+
+        return self._wait(run())
+
+    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def _config(model: str | None, options: Mapping[str, Any]) -> ServerConfig:
+    allowed = ALL_SETTINGS.keys() - SERVER_ONLY - {"model"}
+    for name in options.keys() - allowed:
+        near = difflib.get_close_matches(name, allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{name!r} is not an option{hint}")
+    own = {name: value for name, value in options.items() if name in SETTINGS}
+    decoding = {field: options[flag] for flag, field in DECODING_FLAGS.items() if flag in options}
+    return ServerConfig(model=model, decoding=decoding, **own)
+
+
+def _tokens(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    if prompt.keys() != {"prompt_token_ids"}:
+        raise TypeError('a prompt is a text or {"prompt_token_ids": [...]}')
+    return {"prompt": list(prompt["prompt_token_ids"])}
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"{count} prompts need as many sampling_params, got {len(params)}")
+    return params
+
+
+def _output_of(work: Work, prompt: str | None) -> RequestOutput:
+    answers = [CompletionOutput(index) for index in range(work.job.num_answers)]
+    return RequestOutput(work.job.request_id, prompt, list(work.job.prompts[0]), answers)
