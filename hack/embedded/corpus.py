@@ -28,21 +28,21 @@ TASKS: dict[str, Sampler] = {
 }
 
 BASE_WEIGHTS: dict[str, float] = {
-    "add": 1.6,
-    "subtract": 1.6,
-    "three_digits": 0.1,
-    "sort": 1.8,
-    "reverse": 1.6,
+    "add": 1.2,
+    "subtract": 1.3,
+    "three_digits": 0.05,
+    "sort": 1.5,
+    "reverse": 1.3,
     "copy": 1.0,
-    "count": 1.5,
-    "case": 1.4,
+    "count": 2.4,
+    "case": 1.6,
     "days": 0.5,
     "months": 0.6,
     "capitals": 0.9,
     "small_talk": 0.8,
     "json": 1.0,
-    "fill_middle": 1.1,
-    "topic": 0.6,
+    "fill_middle": 1.5,
+    "topic": 0.7,
     "story": 0.35,
 }
 

@@ -9,7 +9,7 @@ import string
 
 from hack.embedded.content import GAPS, SMALL_TALK, STORIES, TOPICS
 from hack.embedded.example import Example, typed
-from hack.embedded.tasks import as_json
+from hack.embedded.tasks import as_json, sequence
 from hack.embedded.words import CAPITALS, DAYS, MONTH_LENGTHS, MONTHS, NAMES, ORDINALS
 
 NEXT_PHRASINGS = (
@@ -356,13 +356,7 @@ def fill_middle(rng: random.Random, level: float) -> Example:
         sentence = re.sub(r"\[.*?\]", blank, gap)
         key, answer = f"{gap}|{which}", gap.replace("[", "").replace("]", "")
     else:
-        if draw < 0.75:
-            start, step = rng.randint(1, 60), rng.choice((1, 1, 2, 5, 10))
-            items = [str(start + step * i) for i in range(4)]
-        else:
-            cycle = rng.choice((DAYS, MONTHS))
-            start = rng.randrange(len(cycle))
-            items = [cycle[(start + i) % len(cycle)] for i in range(4)]
+        items = sequence(rng)
         hole = rng.randrange(1, 3)
         sentence = ", ".join(blank if i == hole else item for i, item in enumerate(items))
         answer = ", ".join(items)
@@ -382,7 +376,7 @@ def topic_text(name: str) -> str:
 def topic(rng: random.Random, level: float) -> Example:
     """A paragraph about one of the topics, or one each about two of them."""
     which, phrasing = _choose(rng, TOPIC_PHRASINGS)
-    if rng.random() < 0.25 * level:
+    if rng.random() < 0.1 * level:
         first, second = rng.sample(tuple(TOPICS), 2)
         prompt = typed(rng, phrasing).format(x=f"{first} and {second}")
         answer = f"{TOPICS[first]} {TOPICS[second]}"

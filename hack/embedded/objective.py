@@ -22,12 +22,14 @@ SYSTEM_PROMPTS = (
 )
 SYSTEM_SHARE = 0.05
 RAW_SHARE = 0.03
-DRILL_SHARE = 0.12
+DRILL_SHARE = 0.15
 DRILLS = (
     # facts, how many in a row, odds
-    (tasks.digit_facts, 14, 0.25),
-    (tasks.sort_facts, 6, 0.5),
+    (tasks.digit_facts, 14, 0.15),
+    (tasks.sort_facts, 6, 0.2),
     (tasks.spelling_facts, 10, 0.25),
+    (tasks.count_facts, 5, 0.25),
+    (tasks.sequence_facts, 5, 0.15),
 )
 DRILL_PROMPT = "Drill."
 LONG_SHARE = 0.05

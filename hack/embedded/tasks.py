@@ -6,7 +6,7 @@ import string
 from collections.abc import Callable, Iterator
 
 from hack.embedded.example import Example, typed
-from hack.embedded.words import COMMON_WORDS, NAMES
+from hack.embedded.words import COMMON_WORDS, DAYS, MONTHS, NAMES
 
 Sampler = Callable[[random.Random, float], Example]
 
@@ -266,7 +266,24 @@ def spelling_facts(rng: random.Random) -> Iterator[tuple[str, str]]:
     change = rng.choice((str.upper, str.lower, lambda word: word[::-1], "-".join))
     while True:
         word = rng.choice(NAMES) if rng.random() < 0.6 else rng.choice(COMMON_WORDS)
-        yield f"{word}: ", change(word)
+        yield f"{rng.choice((' ', ''))}{word}: ", change(word)
+
+
+def count_facts(rng: random.Random) -> Iterator[tuple[str, str]]:
+    """A word and a letter, and the word with that letter's places numbered."""
+    while True:
+        word = payload_word(rng, 1.0)
+        letter = rng.choice(word).lower() if rng.random() < 0.8 else rng.choice("aeioulnrst")
+        yield f"{letter} in {word}: ", number_letter(word, letter)[0]
+
+
+def sequence_facts(rng: random.Random) -> Iterator[tuple[str, str]]:
+    """A sequence of numbers, days or months with a gap, and the sequence."""
+    while True:
+        items = sequence(rng)
+        hole = rng.randrange(1, 3)
+        gapped = ", ".join("___" if i == hole else item for i, item in enumerate(items))
+        yield f"{gapped}: ", ", ".join(items)
 
 
 def sort(rng: random.Random, level: float) -> Example:
@@ -335,13 +352,19 @@ def count(rng: random.Random, level: float) -> Example:
 
 def count_answer(word: str, letter: str) -> str:
     """How often `letter` occurs in `word`, its places numbered: "b o1 o2 k: o appears 2 times."."""
+    numbered, total = number_letter(word, letter)
+    times = "once" if total == 1 else f"{total} times"
+    return f"{numbered}: {letter} appears {times}."
+
+
+def number_letter(word: str, letter: str) -> tuple[str, int]:
+    """The word spelled with the places of `letter` numbered, "b o1 o2 k", and how many there are."""
     spelled, total = [], 0
     for other in word:
         found = other.lower() == letter
         total += found
         spelled.append(f"{other}{total}" if found else other)
-    times = "once" if total == 1 else f"{total} times"
-    return f"{' '.join(spelled)}: {letter} appears {times}."
+    return " ".join(spelled), total
 
 
 def case(rng: random.Random, level: float) -> Example:
@@ -355,6 +378,16 @@ def case(rng: random.Random, level: float) -> Example:
     typed_text = rng.choices((text.upper(), text.title()), (0.7, 0.3))[0]
     prompt = typed(rng, rng.choice(LOWER_PHRASINGS)).format(x=quoted(rng, typed_text))
     return Example("case", text.lower(), prompt, text.lower())
+
+
+def sequence(rng: random.Random) -> list[str]:
+    """Four neighbours: numbers a step apart, days, or months."""
+    if rng.random() < 0.5:
+        start, step = rng.randint(1, 60), rng.choice((1, 1, 2, 5, 10))
+        return [str(start + step * i) for i in range(4)]
+    cycle = rng.choice((DAYS, MONTHS))
+    start = rng.randrange(len(cycle))
+    return [cycle[(start + i) % len(cycle)] for i in range(4)]
 
 
 def as_json(fields: dict[str, str | int]) -> str:

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer
 from hack.embedded.corpus import TASKS, TrainingStream, draw, held_out_suite
 from hack.embedded.tasks import (
     count_answer,
+    count_facts,
     difference_answer,
     digit_facts,
+    sequence_facts,
     sort_answer,
     sort_facts,
     spelling_facts,
@@ -77,7 +79,9 @@ def test_working_is_right():
     assert count_answer("Bob", "b") == "B1 o b2: b appears 2 times."
 
 
-@pytest.mark.parametrize("facts", [digit_facts, sort_facts, spelling_facts])
+@pytest.mark.parametrize(
+    "facts", [digit_facts, sort_facts, spelling_facts, count_facts, sequence_facts]
+)
 def test_drills_never_end_and_have_results(facts):
     for fact, result in islice(facts(random.Random(0)), 100):
         assert fact.endswith((": ", "= "))

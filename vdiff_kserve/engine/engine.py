@@ -229,7 +229,7 @@ class Engine:
             self._advance(plan.sliced, plan.layers)
         stepped = self._step(plan.rows) if plan.rows else []
         self._scheduler.release([row for row, _ in stepped if row.finish_reason is not None])
-        if self.config.observer is not None and stepped:
+        if self.config.observer is not None and (stepped or plan.sliced is not None):
             self.config.observer(clock.report(stepped))
 
     def _advance(self, row: Row, layers: int) -> None:

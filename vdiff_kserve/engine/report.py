@@ -15,7 +15,7 @@ class RoundReport:
     """One round of the engine's loop.
 
     Attributes:
-        rows: rows that took a denoising step.
+        rows: rows that took a denoising step; none where only layers of a long pass ran.
         refreshes: rows whose forward pass ran over their whole visible canvas.
         reuses: rows whose forward pass ran over a part, the rest read from the cache.
         commits: rows whose pass also kept the final keys and values of a finished block.

@@ -36,7 +36,8 @@ class RoundMetrics:
 
     def observe(self, report: RoundReport) -> None:
         """Count a round."""
-        self._rows.observe(report.rows)
+        if report.rows:
+            self._rows.observe(report.rows)
         self._refreshes.inc(report.refreshes)
         self._reuses.inc(report.reuses)
         self._commits.inc(report.commits)
