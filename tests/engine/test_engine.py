@@ -3,6 +3,8 @@
 import asyncio
 import random
 import threading
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
@@ -32,6 +34,8 @@ from vdiff_kserve.engine import (
     GenerationResult,
     GenerationStream,
     QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
 )
 from vdiff_kserve.engine.row import Decision
 from vdiff_kserve.models import Decoder, ForwardBatch
@@ -399,24 +403,33 @@ async def test_result_is_the_same_alone_together_and_staggered(with_auxiliary: b
     assert [watched.row.stats for watched in few.watched] == [result.stats for result in alone]
 
 
-async def churn(rounds: int) -> None:
-    """Random submits, aborts and failures from a seed; at the end nothing is left over."""
+async def churn(rounds: int, block_causal: bool = False) -> None:
+    """Random submits, aborts, failures and deadlines from a seed; at the end nothing is left."""
     choose = random.Random(11)
-    poisoned = PoisonedDecoder.around(DECODER)
-    config = EngineConfig(max_num_seqs=6, max_queue=12, kv_cache_tokens=150)
-    with running(poisoned, config, auxiliary=tiny_auxiliary()) as engine:
-        finished = failed = refused = aborted = 0
+    decoder = tiny_decoder(attention_block=8) if block_causal else DECODER
+    poisoned = PoisonedDecoder.around(decoder)
+    config = EngineConfig(
+        max_num_seqs=6, max_queue=12, kv_cache_tokens=150, max_num_batched_tokens=40
+    )
+    auxiliary = None if block_causal else tiny_auxiliary()
+    with running(poisoned, config, auxiliary=auxiliary, spec=tiny_spec(decoder)) as engine:
+        refused = aborted = 0
         reading: list[asyncio.Task[list[GenerationEvent]]] = []
-        caches = ["none", "prefix", "dual"]
+        caches = ["none", "exact"] if block_causal else ["none", "prefix", "dual"]
+        policies = ["threshold", "edit", "entropy_bound", "credit"]
+        policies += [] if block_causal else ["apd"]
         for _ in range(rounds):
             request = request_of(
                 prompt=(choose.choice([1, 2, 3, 4, POISON]),) * choose.randint(1, 5),
                 max_tokens=choose.randint(1, 20),
-                policy=choose.choice(["threshold", "apd", "edit", "entropy_bound", "credit"]),
+                policy=choose.choice(policies),
                 cache=choose.choice(caches),
                 cfg_scale=choose.choice([0.0, 0.0, 1.0]),
                 threshold=0.5,
             )
+            if choose.random() < 0.2:
+                deadline = time.monotonic() + 0.02 * choose.random()
+                request = replace(request, deadline=deadline)
             try:
                 streams = engine.submit([request] * choose.randint(1, 3))
             except QueueFullError:
@@ -435,26 +448,30 @@ async def churn(rounds: int) -> None:
                     aborted += 1
                 else:
                     reading.append(asyncio.ensure_future(collect(stream)))
-        for outcome in await asyncio.gather(*reading, return_exceptions=True):
-            if isinstance(outcome, EngineError):
-                failed += 1
-            else:
-                assert isinstance(outcome, list)
-                finished += 1
+        ends = Counter(map(type, await asyncio.gather(*reading, return_exceptions=True)))
+        wait_until(lambda: engine.num_running == engine.num_waiting == 0)
+        if engine._prefixes is not None:
+            engine._prefixes.clear()
         assert_empty(engine)
         assert engine.alive
-        assert min(finished, failed, aborted) > 0
+        late = ends[QueueTimeoutError] + ends[RequestTimeoutError]
+        assert min(ends[list], ends[EngineError], aborted, late) > 0
+        assert ends[list] + ends[EngineError] + late == len(reading)
         assert not engine._scheduler._running
         assert not engine._scheduler._waiting
 
 
-async def test_nothing_is_left_after_many_submits_aborts_and_failures() -> None:
-    await churn(150)
+@pytest.mark.parametrize("block_causal", [False, True])
+async def test_nothing_is_left_after_many_submits_aborts_failures_and_deadlines(
+    block_causal: bool,
+) -> None:
+    await churn(150, block_causal)
 
 
 @pytest.mark.slow
-async def test_nothing_is_left_after_a_thousand_submits_aborts_and_failures() -> None:
-    await churn(1000)
+@pytest.mark.parametrize("block_causal", [False, True])
+async def test_nothing_is_left_after_a_thousand_of_them(block_causal: bool) -> None:
+    await churn(1000, block_causal)
 
 
 async def test_requests_from_many_threads_get_their_own_answers() -> None:
