@@ -270,11 +270,11 @@ def spelling_facts(rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def count_facts(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """A word and a letter, and the word with that letter's places numbered."""
+    """A word and a letter, and how often it occurs: "o in book: " and "bOOk 2"."""
     while True:
         word = payload_word(rng, 1.0)
         letter = rng.choice(word).lower() if rng.random() < 0.8 else rng.choice("aeioulnrst")
-        yield f"{letter} in {word}: ", number_letter(word, letter)[0]
+        yield f"{letter} in {word}: ", f"{mark_letter(word, letter)} {word.lower().count(letter)}"
 
 
 def sequence_facts(rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -338,7 +338,7 @@ def copy(rng: random.Random, level: float) -> Example:
 
 
 def count(rng: random.Random, level: float) -> Example:
-    """The letters of a word, or how often one letter occurs, with a running count."""
+    """The letters of a word, numbered, or how often one of them occurs."""
     word = payload_word(rng, level)
     if rng.random() < 0.5:
         prompt = typed(rng, rng.choice(COUNT_PHRASINGS)).format(x=quoted(rng, word))
@@ -351,20 +351,15 @@ def count(rng: random.Random, level: float) -> Example:
 
 
 def count_answer(word: str, letter: str) -> str:
-    """How often `letter` occurs in `word`, its places numbered: "b o1 o2 k: o appears 2 times."."""
-    numbered, total = number_letter(word, letter)
+    """How often `letter` occurs in `word`, its places in capitals: "bOOk: o appears 2 times."."""
+    total = word.lower().count(letter)
     times = "once" if total == 1 else f"{total} times"
-    return f"{numbered}: {letter} appears {times}."
+    return f"{mark_letter(word, letter)}: {letter} appears {times}."
 
 
-def number_letter(word: str, letter: str) -> tuple[str, int]:
-    """The word spelled with the places of `letter` numbered, "b o1 o2 k", and how many there are."""
-    spelled, total = [], 0
-    for other in word:
-        found = other.lower() == letter
-        total += found
-        spelled.append(f"{other}{total}" if found else other)
-    return " ".join(spelled), total
+def mark_letter(word: str, letter: str) -> str:
+    """The word in small letters, only `letter` in capitals."""
+    return word.lower().replace(letter, letter.upper())
 
 
 def case(rng: random.Random, level: float) -> Example:

@@ -75,8 +75,9 @@ def test_working_is_right():
     assert difference_answer(15, 42).endswith("42 - 15 = 27 and 15 - 42 = -27.")
     assert sort_answer([5, 9, 2], descending=False) == "2, 5, 9."
     assert sort_answer([5, 9, 2], descending=True) == "9, 5, 2."
-    assert count_answer("book", "o") == "b o1 o2 k: o appears 2 times."
-    assert count_answer("Bob", "b") == "B1 o b2: b appears 2 times."
+    assert count_answer("book", "o") == "bOOk: o appears 2 times."
+    assert count_answer("Eve", "x") == "eve: x appears 0 times."
+    assert count_answer("Bob", "b") == "BoB: b appears 2 times."
 
 
 @pytest.mark.parametrize(
