@@ -1,0 +1,139 @@
+"""The Slurm scripts: what they would submit, and a real job on a cluster of one node."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.hack.slurm import Slurm
+from vdiff_kserve.config import parse_args
+
+FOLDER = Path(__file__).parents[2] / "hack/slurm"
+SERVE, CONNECT = str(FOLDER / "serve.sh"), str(FOLDER / "connect.sh")
+
+
+def dry_run(*options: str) -> str:
+    done = subprocess.run(
+        ["bash", SERVE, "--dry-run", *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def server_options(job: str) -> list[str]:
+    return job.splitlines()[-1].partition("-m vdiff_kserve ")[2].split()
+
+
+def test_a_dry_run_prints_a_job_that_bash_and_the_server_read(tmp_path):
+    job = dry_run("--model", str(tmp_path), "--", "--max_num_seqs", "4")
+    assert subprocess.run(["bash", "-n"], input=job, text=True, check=False).returncode == 0
+    config = parse_args(server_options(job), {})
+    assert config.checkpoint_dir == tmp_path
+    assert (config.model_name, config.port, config.max_num_seqs) == ("llada", 0, 4)
+
+
+def test_options_become_sbatch_s():
+    job = dry_run(
+        "--account", "a", "--partition", "p", "--gpus", "2", "--cpus", "3", "--memory", "9G",
+        "--time", "01:00:00", "--name", "dream",
+    )  # fmt: skip
+    directives = set(re.findall(r"^#SBATCH (.*)$", job, re.MULTILINE))
+    assert directives >= {
+        "--account=a", "--partition=p", "--gres=gpu:2", "--cpus-per-task=3", "--mem=9G",
+        "--time=01:00:00", "--job-name=dream",
+    }  # fmt: skip
+
+
+def test_nothing_is_asked_for_that_was_not_given():
+    job = dry_run("--gpus", "0")
+    for absent in ("--account", "--partition", "--gres", "--model "):
+        assert absent not in job
+
+
+def test_values_with_spaces_stay_whole():
+    job = dry_run("--python", "/my env/bin/python", "--model", "a model")
+    assert r"/my\ env/bin/python" in job
+    assert r"--model a\ model" in job
+
+
+@pytest.mark.parametrize(
+    ("image", "runner"),
+    [
+        ("/images/vdiff.sif", "exec apptainer exec --nv /images/vdiff.sif python"),
+        ("registry#vdiff:cuda", "exec srun --container-image=registry#vdiff:cuda python"),
+    ],
+)
+def test_a_container_image_runs_the_server(image, runner):
+    assert runner in dry_run("--container", image)
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--gpu", "1"), ("--gpus", "one"), ("--model",), ("--name", "a b"), ("--port", "x")]
+)
+def test_wrong_options_are_refused(wrong):
+    done = subprocess.run(
+        ["bash", SERVE, "--dry-run", *wrong], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "serve.sh:" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with (
+        tempfile.TemporaryDirectory(prefix="vdiff-slurm-") as name,  # a socket's path is short
+        Slurm(Path(name)) as slurm,
+    ):
+        slurm.env["VDIFF_SLURM_DIR"] = str(Path(name) / "jobs")
+        slurm.env["WAIT_SECONDS"] = "120"
+        yield slurm
+
+
+LOCAL = ("--gpus", "0", "--cpus", "1", "--memory", "1G", "--time", "00:10:00")
+
+
+@pytest.mark.slow
+def test_a_job_serves_and_connect_says_how_to_reach_it(slurm):
+    submitted = slurm.run("bash", SERVE, *LOCAL, "--python", sys.executable, "--name", "tiny")
+    assert submitted.returncode == 0, submitted.stderr
+    number = submitted.stdout.strip()
+
+    found = slurm.run("bash", CONNECT)
+    assert found.returncode == 0, found.stderr
+    port = re.search(r"is ready on \S+, port (\d+)", found.stdout)[1]
+    assert re.search(rf"ssh -N -L 8080:\S+:{port} root@\S+", found.stdout)
+    assert f"scancel {number}" in found.stdout
+    models = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=30).json()
+    assert models["data"][0]["id"] == "tiny"
+    assert slurm.run("scancel", number).returncode == 0
+
+
+@pytest.mark.slow
+def test_connect_tells_of_a_job_that_failed(slurm):
+    submitted = slurm.run(
+        "bash", SERVE, *LOCAL, "--python", sys.executable, "--model", "/no/such folder"
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    found = slurm.run("bash", CONNECT, submitted.stdout.strip())
+    assert found.returncode == 1
+    assert "has ended" in found.stderr
+    assert "/no/such folder" in found.stderr
+
+
+def test_connect_needs_a_job(tmp_path):
+    done = subprocess.run(
+        ["bash", CONNECT],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "start one with serve.sh" in done.stderr

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from vdiff_kserve import sizing
+from vdiff_kserve.checkpoint import EMBEDDED
+from vdiff_kserve.engine.engine import SCRATCH_BYTES
+from vdiff_kserve.engine.kv_cache import KVCache, bytes_per_token
+from vdiff_kserve.models import DecoderConfig
+from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.registry import FAMILIES, find_by_architecture
+
+GIB = 1 << 30
+LLADA_8B = {
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "d_model": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "mlp_hidden_size": 12288,
+    "max_sequence_length": 4096,
+    "weight_tying": False,
+}
+"""The sizes of LLaDA-8B-Instruct, in the fields of the embedded model's config.json."""
+
+
+@pytest.fixture(scope="module")
+def llada_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llada-8b")
+    fields = json.loads((EMBEDDED / "config.json").read_text(encoding="utf-8"))
+    tokens = {"mask_token_id": 126336, "eos_token_id": 126081, "pad_token_id": 126081}
+    (folder / "config.json").write_text(json.dumps(fields | LLADA_8B | tokens), encoding="utf-8")
+    return folder
+
+
+def decoder(folder: Path) -> DecoderConfig:
+    config = CheckpointConfig.read(folder)
+    return find_by_architecture(config, FAMILIES).read_spec(config).decoder
+
+
+def test_llada_8b_on_an_80_gib_gpu(llada_8b):
+    found = sizing.size(llada_8b, 80 * GIB)
+    assert found.weights == 2 * 8_015_581_184
+    assert found.per_token == 2 * 32 * 4096 * 2
+    assert found.request_tokens == 4096
+    assert found.requests == 27
+
+
+def test_a_model_that_does_not_fit(llada_8b, capsys):
+    arguments = ["--model_dir", str(llada_8b), "--gpu_memory", "16GiB"]
+    assert sizing.main(arguments) == 1
+    assert "requests that fit with a cache                 0" in capsys.readouterr().out
+
+
+def test_the_least_memory_is_just_enough(llada_8b):
+    least = sizing.size(llada_8b, 80 * GIB).least_memory
+    assert sizing.size(llada_8b, least + 8).requests == 1
+    assert sizing.size(llada_8b, least - (1 << 20)).requests == 0
+
+
+def test_weights_are_those_in_the_checkpoint():
+    stored = 0
+    with safe_open(EMBEDDED / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_slice(name)
+            stored += torch.Size(tensor.get_shape()).numel()
+    assert sizing.weight_bytes(decoder(EMBEDDED), torch.float32) == stored * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_cache_is_counted_as_the_engine_takes_it(dtype):
+    config = decoder(EMBEDDED)
+    per_token = sizing.cache_bytes_per_token(config, dtype)
+    assert per_token == bytes_per_token(config, dtype)
+    store = KVCache(config, 10, torch.device("cpu"), dtype).store
+    assert store.keys.nbytes + store.values.nbytes == 10 * per_token
+
+
+def test_the_scratch_is_what_the_engine_leaves():
+    assert sizing.SCRATCH_BYTES == SCRATCH_BYTES
+
+
+def test_an_auxiliary_model_adds_its_weights_and_its_cache():
+    alone = sizing.size(EMBEDDED, GIB)
+    both = sizing.size(EMBEDDED, GIB, auxiliary_dir=EMBEDDED / "apd")
+    assert both.weights > alone.weights
+    assert both.per_token > alone.per_token
+
+
+def test_shorter_requests_and_other_numbers_are_asked_for(llada_8b, capsys):
+    arguments = ["--model_dir", str(llada_8b), "--gpu_memory", "40GiB"]
+    arguments += ["--max_model_len", "1024", "--gpu_memory_utilization", "0.8"]
+    assert sizing.main(arguments) == 0
+    assert "of a request of 1024 tokens           512.00 MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["lots", "-3GiB"])
+def test_memory_that_is_no_size_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        sizing.main(["--model_dir", str(EMBEDDED), f"--gpu_memory={wrong}"])
+    assert "--gpu_memory" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_config_is_an_error(tmp_path, capsys):
+    assert sizing.main(["--model_dir", str(tmp_path), "--gpu_memory", "8GiB"]) == 1
+    assert "config.json" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""`python -m vdiff_kserve.sizing`: what a checkpoint needs of a GPU's memory, before one is there.
+
+Reads `config.json` alone, so the weights need not be downloaded. The rule is the engine's own:
+
+    cache = utilization x memory - context - weights - scratch
+    requests that fit = cache / (bytes per token x tokens of a request)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vdiff_kserve.models import CheckpointError, Decoder, DecoderConfig
+from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.registry import CAUSAL_FORMATS, FAMILIES, find_by_architecture
+from vdiff_kserve.setting import parse_size
+
+SCRATCH_BYTES = 1 << 30
+"""What the engine leaves for a forward pass and the sampler, logits included."""
+CONTEXT_BYTES = 600 << 20
+"""What CUDA itself and the libraries' code take of a GPU; 400 to 700 MiB, by GPU and driver."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What a server needs, in bytes, and what then fits.
+
+    Attributes:
+        weights: of the model, and of the auxiliary model if there is one.
+        per_token: keys and values of one token in all layers of all models.
+        request_tokens: tokens of a request, prompt and answer together.
+        memory: of the GPU.
+        utilization: share of it that the server may use.
+    """
+
+    weights: int
+    per_token: int
+    request_tokens: int
+    memory: int
+    utilization: float
+
+    @property
+    def cache(self) -> int:
+        """What is left for keys and values; negative when the model does not fit."""
+        allowed = int(self.memory * self.utilization)
+        return allowed - CONTEXT_BYTES - self.weights - SCRATCH_BYTES
+
+    @property
+    def per_request(self) -> int:
+        """Keys and values of one request."""
+        return self.per_token * self.request_tokens
+
+    @property
+    def requests(self) -> int:
+        """Requests whose keys and values fit at the same time."""
+        return max(0, self.cache) // self.per_request
+
+    @property
+    def least_memory(self) -> int:
+        """The smallest GPU that serves one request."""
+        needed = CONTEXT_BYTES + self.weights + SCRATCH_BYTES + self.per_request
+        return round(needed / self.utilization)
+
+    def lines(self) -> list[str]:
+        """The result for people."""
+        rows = [
+            ("weights", _text(self.weights)),
+            ("CUDA and libraries", _text(CONTEXT_BYTES)),
+            ("scratch (activations, logits)", _text(SCRATCH_BYTES)),
+            ("left for keys and values", _text(max(0, self.cache))),
+            ("keys and values of a token", _text(self.per_token)),
+            (f"of a request of {self.request_tokens} tokens", _text(self.per_request)),
+            ("requests that fit with a cache", str(self.requests)),
+            ("least GPU memory for one", _text(self.least_memory)),
+        ]
+        return [f"{name:<36}{value:>12}" for name, value in rows]
+
+
+def size(
+    model_dir: Path,
+    memory: int,
+    *,
+    auxiliary_dir: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    request_tokens: int | None = None,
+    utilization: float = 0.9,
+) -> Sizing:
+    """What the checkpoint in `model_dir` needs.
+
+    Args:
+        memory: of the GPU, in bytes.
+        auxiliary_dir: the model that checks drafts (`--apd_model`).
+        request_tokens: prompt and answer together; None is the model's whole context.
+
+    Raises:
+        CheckpointError: a `config.json` that is missing, or of no family that is served.
+    """
+    config = CheckpointConfig.read(model_dir)
+    spec = find_by_architecture(config, FAMILIES).read_spec(config)
+    decoders = [spec.decoder]
+    if auxiliary_dir is not None:
+        causal = CheckpointConfig.read(auxiliary_dir)
+        decoders.append(find_by_architecture(causal, CAUSAL_FORMATS).read_decoder(causal))
+    return Sizing(
+        weights=sum(weight_bytes(each, dtype) for each in decoders),
+        per_token=sum(cache_bytes_per_token(each, dtype) for each in decoders),
+        request_tokens=request_tokens or spec.max_model_len,
+        memory=memory,
+        utilization=utilization,
+    )
+
+
+def weight_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Memory of a decoder's parameters; tied ones count once."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    return sum(each.numel() for each in decoder.parameters()) * dtype.itemsize
+
+
+def cache_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Memory of one token's keys and values in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def _text(count: int) -> str:
+    for unit, size_of_unit in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if count >= size_of_unit:
+            return f"{count / size_of_unit:.2f} {unit}"
+    return f"{count / 1024:.1f} KiB"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the sizing of a checkpoint. Returns the process's exit code: 1 when nothing fits."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vdiff_kserve.sizing",
+        description="What a checkpoint needs of a GPU's memory.",
+    )
+    parser.add_argument("--model_dir", type=Path, required=True, help="folder with config.json")
+    parser.add_argument("--gpu_memory", type=_size, required=True, help="such as 80GiB")
+    parser.add_argument("--apd_model", type=Path, help="folder of the auxiliary model")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--max_model_len", type=int, help="tokens of a request (the model's own)")
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0.9)
+    arguments = parser.parse_args(argv)
+    try:
+        sizing = size(
+            arguments.model_dir,
+            arguments.gpu_memory,
+            auxiliary_dir=arguments.apd_model,
+            dtype=DTYPES[arguments.dtype],
+            request_tokens=arguments.max_model_len,
+            utilization=arguments.gpu_memory_utilization,
+        )
+    except CheckpointError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write("\n".join(sizing.lines()) + "\n")
+    return 0 if sizing.requests else 1
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
