@@ -28,21 +28,21 @@ TASKS: dict[str, Sampler] = {
 }
 
 BASE_WEIGHTS: dict[str, float] = {
-    "add": 1.2,
-    "subtract": 1.3,
+    "add": 1.5,
+    "subtract": 1.7,
     "three_digits": 0.05,
     "sort": 1.5,
     "reverse": 1.3,
     "copy": 1.0,
     "count": 2.4,
     "case": 1.6,
-    "days": 0.5,
+    "days": 0.6,
     "months": 0.6,
     "capitals": 0.9,
     "small_talk": 0.8,
     "json": 1.0,
     "fill_middle": 1.5,
-    "topic": 0.7,
+    "topic": 0.9,
     "story": 0.35,
 }
 
