@@ -66,13 +66,15 @@ class KVCache:
         return sum(self._lent.values())
 
     def reserve(self, tokens: int) -> int | None:
-        """Lend the first run of `tokens` places; its offset, or None when none is long enough."""
-        for i, (start, size) in enumerate(self._free):
-            if size >= tokens:
-                self._free[i] = (start + tokens, size - tokens)
-                self._lent[start] = tokens
-                return start
-        return None
+        """Lend `tokens` places of the shortest free run that has them; its offset, or None when
+        none is long enough."""
+        fitting = [(size, start) for start, size in self._free if size >= tokens]
+        if not fitting:
+            return None
+        size, start = min(fitting)
+        self._free[self._free.index((start, size))] = (start + tokens, size - tokens)
+        self._lent[start] = tokens
+        return start
 
     def shrink(self, offset: int, tokens: int) -> None:
         """Take back all but the first `tokens` places of the run that starts at `offset`."""

@@ -189,12 +189,13 @@ class Scheduler:
     def _plan(self, expired: Sequence[tuple[Row, EngineError]]) -> Round:
         """All passes over parts of canvases, and those over whole ones that the budget allows.
 
-        The first whole pass always makes progress, so that none waits forever.
+        The whole pass that waited longest always makes progress, with half the budget when it does
+        not fit, so that none waits forever and a long one leaves room for others.
         """
         self._rounds += 1
         rows = [row for row in self._running if not row.refreshes_next]
         refreshes = [row for row in self._running if row.refreshes_next]
-        refreshes.sort(key=lambda row: (not row.has_begun, row.last_round, row.place))
+        refreshes.sort(key=lambda row: (row.last_round, row.place))
         budget = self._budget - sum(row.pass_tokens for row in rows)
         # Counted in tokens times layers: a pass may stop between layers.
         left = max(budget, int(self._budget * REFRESH_SHARE)) * self._num_layers
@@ -204,11 +205,11 @@ class Scheduler:
             if tokens * layers_left <= left:
                 rows.append(row)
                 left -= tokens * layers_left
-            else:
-                if row is refreshes[0]:
-                    sliced, layers = row, min(max(1, left // tokens), layers_left)
-                    row.last_round = self._rounds
-                break
+            elif row is refreshes[0]:
+                share = left // 2 if len(refreshes) > 1 else left
+                sliced, layers = row, min(max(1, share // tokens), layers_left)
+                row.last_round = self._rounds
+                left = max(0, left - tokens * layers)
         for row in rows:
             row.last_round = self._rounds
         if sliced is not None and layers == sliced.layers_left(self._num_layers):

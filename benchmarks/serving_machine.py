@@ -1,0 +1,98 @@
+"""How fast this machine multiplies matrices, and how much of that a model's rounds ask for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.serving_server import Rounds
+from vdiff_kserve.models import DecoderConfig, can_pack, pack_linear_layers
+
+ROWS = (32, 128, 512, 1024)
+SQUARE = 2048
+MEASURE_S = 0.4
+
+
+def round_flops(config: DecoderConfig, block: int, rounds: Rounds) -> float:
+    """Floating-point operations of the matrix products in some rounds.
+
+    Counted are the linear layers, two operations per parameter and token, and the logits. The last
+    layer computes keys and values for every token, the rest only for the active block. Logits are
+    computed for open positions, of which a block has on average (block + tokens per step) / 2. What
+    attention adds is left out, so the truth is somewhat above this.
+
+    Args:
+        block: block length of the requests.
+    """
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    key_value = 2 * config.hidden_size * keys
+    layer = (
+        2 * config.hidden_size * queries
+        + key_value
+        + 3 * config.hidden_size * config.intermediate_size
+    )
+    outputs = min(rounds.computed, rounds.passes * block)
+    parameters_times_tokens = (
+        (config.num_layers - 1) * layer * rounds.computed
+        + key_value * rounds.computed
+        + (layer - key_value) * outputs
+    )
+    per_step = rounds.committed / rounds.passes if rounds.passes else 0.0
+    logits = rounds.passes * (block + per_step) / 2 * config.hidden_size * config.vocab_size
+    return 2 * (parameters_times_tokens + logits)
+
+
+@torch.inference_mode()
+def matrix_rates(
+    config: DecoderConfig, device: torch.device, dtype: torch.dtype, rows: Sequence[int] = ROWS
+) -> dict[str, float]:
+    """Operations per second of matrix products, by what is multiplied.
+
+    One entry per number of tokens, for the matrices of one of the model's layers as the server
+    multiplies them, and `square` for one large square product.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer = nn.ModuleList(
+        nn.Linear(i, o, bias=False, device=device, dtype=dtype)
+        for i, o in ((hidden, hidden), (hidden, inner), (inner, hidden))
+    )
+    if can_pack(device, dtype):
+        pack_linear_layers(layer)
+    attend, widen, narrow = layer
+    parameters = hidden * hidden + 2 * hidden * inner
+
+    def through(x: Tensor) -> Callable[[], Tensor]:
+        return lambda: narrow(widen(attend(x)))
+
+    rates = {
+        f"{n} tokens": 2 * n * parameters / _seconds(through(_random(n, hidden, device, dtype)))
+        for n in rows
+    }
+    square = _random(SQUARE, SQUARE, device, dtype)
+    rates["square"] = 2 * SQUARE**3 / _seconds(lambda: square @ square)
+    return rates
+
+
+def best_layer_rate(rates: dict[str, float]) -> float:
+    """The highest rate at the model's own shapes."""
+    return max(rate for name, rate in rates.items() if name != "square")
+
+
+def _random(n: int, m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n, m, device=device).to(dtype)
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    """The shortest time of a run, of those that fit in `MEASURE_S`."""
+    run()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < MEASURE_S:
+        start = time.perf_counter()
+        if run().is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
