@@ -92,7 +92,8 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     values = {int: "3", float: "0.5", str: "text"}
     special = {"model_dir": str(tmp_path), "dtype": "float16", "device": "cuda:1"}
     special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
-    special |= {"kv_cache_memory": "3GiB"}
+    special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
+    special |= {"enable_repository_control": "true"}
     values[bool] = "false"
     text = special.get(name, values[SETTINGS[name].kind])
     value = getattr(parse(**{f"VDIFF_{name.upper()}": text}), name)
@@ -154,6 +155,18 @@ def test_the_variables_kubernetes_makes_for_a_service_named_vdiff_are_not_settin
 
 def test_a_wrong_variable_is_not_read_when_the_command_line_has_the_setting():
     assert parse("--port", "80", VDIFF_PORT="abc").port == 80
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--rate_limit 60", "--rate_limit: must be a rate such as 60/minute, got '60'"),
+        ("--rate_limit 5/second 0/hour", "must be a rate such as 60/minute, got '0/hour'"),
+        ("--max_body_bytes 0", "--max_body_bytes: must be an integer of at least 1, got 0"),
+    ],
+)
+def test_a_wrong_guard_is_refused(capsys, argv, said):
+    assert said in refusal(capsys, *argv.split())
 
 
 @pytest.mark.parametrize("separator", [" ", ",", ", "])
@@ -243,6 +256,42 @@ def test_an_unknown_flag_is_refused_with_a_suggestion(capsys, argv, message):
 def test_a_configuration_made_in_code_is_checked_too(value):
     with pytest.raises(ConfigError, match="--max_queue must be an integer of at least 1"):
         ServerConfig(max_queue=value)
+
+
+KEYS = {
+    "--api_key good, sk-1": "--api_key: must be letters, digits and signs",
+    "--api_key sk-1 -sk-2": "an argument is unknown; it may be a secret",
+    "--api_key=good sk-1": "an argument is unknown; it may be a secret",
+    "--api_kei=sk-1": "unknown option --api_kei; did you mean --api_key?",
+    "--api_key sk-1 --port sk": "--port/--http_port: must be an integer",
+}
+
+
+@pytest.mark.parametrize("argv", KEYS)
+def test_a_key_is_never_shown_when_the_command_line_is_refused(capsys, argv):
+    with pytest.raises(SystemExit):
+        parse(*argv.split())
+    said = capsys.readouterr()
+    assert KEYS[argv] in said.err
+    assert "sk-" not in said.err + said.out
+
+
+@pytest.mark.parametrize("text", ["sk-1 -sk-2", "sk-ü", "sk-1 --port sk-2"])
+def test_a_key_of_the_environment_is_never_shown(capsys, text):
+    try:
+        config = parse(VDIFF_API_KEY=text)
+    except SystemExit:
+        assert "VDIFF_API_KEY" in (said := capsys.readouterr().err)
+        assert "sk-" not in said
+    else:
+        assert config.api_key == tuple(text.split())
+        assert "sk-" not in repr(config)
+
+
+def test_help_does_not_show_the_keys_of_the_environment(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", VDIFF_API_KEY="sk-1")
+    assert "sk-1" not in capsys.readouterr().out
 
 
 def test_names_of_number_types_are_those_the_models_know():

@@ -49,6 +49,23 @@ def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
     assert second.prompt_token_ids == [5, 6]
 
 
+def test_log_probabilities_have_an_entry_per_token_and_for_the_end(llm: LLM) -> None:
+    (chat,) = llm.chat(CAPITAL, SamplingParams(max_tokens=32, logprobs=2), use_tqdm=False)
+    answer = chat.outputs[0]
+    assert answer.finish_reason == "stop"
+    assert len(answer.logprobs) == len(answer.token_ids) + 1
+    for token, told in zip(answer.token_ids, answer.logprobs, strict=False):
+        assert token in told
+        assert 2 <= len(told) <= 3
+        assert all(each.logprob <= 0 for each in told.values())
+        assert told[token].rank == 1, "the likeliest token is committed at temperature 0"
+        assert told[token].decoded_token == llm._model.tokenizer.decode([token])
+    (text,) = llm.generate("a", SamplingParams(max_tokens=2, logprobs=0), use_tqdm=False)
+    assert [len(told) for told in text.outputs[0].logprobs] == [1] * len(text.outputs[0].logprobs)
+    (plain,) = llm.generate("a", SamplingParams(max_tokens=2), use_tqdm=False)
+    assert plain.outputs[0].logprobs is None
+
+
 def test_progress_bar_counts_prompts(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate(["a", "b"], SamplingParams(max_tokens=2))
     assert "2/2" in capsys.readouterr().err

@@ -46,6 +46,7 @@ class CommandLine(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
         )
         self.exclusive = frozenset(exclusive)
+        self._secrets = frozenset(name for name, setting in settings.items() if setting.secret)
         self._origin = ""
         headings = {key: self.add_argument_group(title) for key, title in groups.items()}
         for name, setting in settings.items():
@@ -96,6 +97,8 @@ class CommandLine(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(spelled)
         if unknown:
             name = unknown[0].partition("=")[0]
+            if self._secrets & vars(given).keys() and not name.startswith("--"):
+                self.error("an argument is unknown; it may be a secret, so it is not shown")
             close = difflib.get_close_matches(plain(name), flags, n=1)
             hint = f"did you mean {flags[close[0]]}?" if close else "see --help"
             self.error(f"unknown {'option' if name[0] == '-' else 'argument'} {name}; {hint}")
@@ -111,14 +114,22 @@ class CommandLine(argparse.ArgumentParser):
                 text = environ.get(variable, "").strip()
                 if text and not SERVICE_LINK.match(text):
                     self._origin = f" (from the environment variable {variable})"
-                    found |= vars(self.parse_args(self._tokens(action, flag, text)))
+                    if action.nargs == "+":
+                        found[action.dest] = self._several(action, flag, text)
+                    else:
+                        found |= vars(self.parse_args(self._tokens(action, flag, text)))
                     break
         self._origin = ""
         return found
 
+    def _several(self, action: argparse.Action, flag: str, text: str) -> list[Any]:
+        parse: Any = action.type
+        try:
+            return [parse(each) for each in re.split(r"[,\s]+", text) if each]
+        except argparse.ArgumentTypeError as error:
+            self.error(f"argument {flag}: {error}")
+
     def _tokens(self, action: argparse.Action, flag: str, text: str) -> list[str]:
-        if action.nargs == "+":
-            return [flag, *re.split(r"[,\s]+", text)]
         if action.nargs != 0:
             return [f"{flag}={text}"]
         try:

@@ -33,7 +33,8 @@ WORKERS_REASON = (
 
 
 def _setting(kind: Kind, default: Any, **facts: Any) -> Any:
-    return field(default=default, metadata={"setting": Setting(kind, default, **facts)})
+    setting = Setting(kind, default, **facts)
+    return field(default=default, repr=not setting.secret, metadata={"setting": setting})
 
 
 def _kserve_defaults() -> argparse.Namespace:
@@ -237,6 +238,57 @@ class ServerConfig:
         high=65535,
         aliases=("http_port",),
         help="Port that HTTP listens on; 0 takes a free one and prints it.",
+    )
+    api_key: tuple[str, ...] = _setting(
+        str,
+        (),
+        group="server",
+        metavar="KEY",
+        many=True,
+        secret=True,
+        pattern=(r"[!-+\--~]+", "letters, digits and signs without spaces and commas"),
+        default_text="none: everyone is let in",
+        help="Keys of which requests must send one, in the header Authorization: Bearer KEY, over "
+        "gRPC in the metadata. Other users of the machine see the command line: prefer the "
+        "environment.",
+    )
+    rate_limit: tuple[str, ...] = _setting(
+        str,
+        (),
+        group="server",
+        metavar="RATE",
+        many=True,
+        pattern=(r"[1-9]\d{0,8}/(second|minute|hour|day)", "a rate such as 60/minute"),
+        default_text="none",
+        help="Most requests of one key, or of one address where there are no keys; several rates "
+        "hold together. Further requests are refused with status 429.",
+    )
+    max_body_bytes: int = _setting(
+        int,
+        16 * 2**20,
+        group="server",
+        metavar="N",
+        low=1,
+        help="Longest body of a request; a longer one is refused with status 413. For gRPC there "
+        "is --grpc_max_receive_message_length.",
+    )
+    allowed_origins: tuple[str, ...] = _setting(
+        str,
+        (),
+        group="server",
+        metavar="ORIGIN",
+        many=True,
+        default_text="none",
+        help="Web origins, such as https://chat.example.org, whose pages may call the server from "
+        "a browser; * is all.",
+    )
+    enable_repository_control: bool = _setting(
+        bool,
+        False,
+        group="server",
+        metavar="BOOL",
+        help="Let requests unload the model and load it again, by /v2/repository and gRPC; else "
+        "they are refused with status 403.",
     )
     grace_period: int = _setting(
         int,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from vdiff_kserve.config import ALL_SETTINGS, DECODING_FLAGS, SETTINGS, ServerConfig
 from vdiff_kserve.loading import load_model
 from vdiff_kserve.openai.errors import invalid_body
+from vdiff_kserve.openai.logprobs import ScoredToken
 from vdiff_kserve.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -39,7 +40,8 @@ SERVER_ONLY = frozenset(name for name, each in SETTINGS.items() if each.group ==
 class SamplingParams(GenerationFields):
     """How answers are generated: the fields of a request, `docs/api.md` says what each does.
 
-    `max_tokens` None is the model's `default_max_tokens`.
+    `max_tokens` None is the model's `default_max_tokens`. `logprobs` is how many of the likeliest
+    tokens to tell beside each token's log probability.
 
     Raises:
         RequestError: a field that does not exist, or with a value of the wrong type.
@@ -48,6 +50,7 @@ class SamplingParams(GenerationFields):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_tokens: int | None = None
+    logprobs: int | None = None
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -56,13 +59,29 @@ class SamplingParams(GenerationFields):
             raise invalid_body(error.errors()) from None
 
 
+@dataclass(frozen=True)
+class Logprob:
+    """How likely a token was when the answer's token was committed.
+
+    Attributes:
+        rank: among the tokens that could have been written, from 1.
+        decoded_token: the token alone as text.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 @dataclass
 class CompletionOutput:
     """One answer.
 
     Attributes:
-        token_ids: its tokens without the end token; where a stop string ended the answer, they may
-            reach beyond the text.
+        token_ids: its tokens without the end token; where a stop string ended the answer, up to the
+            one that completed it.
+        logprobs: of each token, and of the end token behind them: the token itself, then the
+            likeliest in its place, by token id. None when not asked for.
         nfe: forward passes of the diffusion model that the answer took part in.
     """
 
@@ -72,6 +91,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     nfe: int = 0
+    logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass
@@ -136,8 +156,10 @@ class AsyncLLM:
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation; as `generate`."""
-        given = {"messages": list(messages)}
-        request = ChatCompletionRequest.model_validate(given | self._fields(sampling_params))
+        given = {"messages": list(messages)} | self._fields(sampling_params)
+        if (count := given.pop("logprobs", None)) is not None:
+            given |= {"logprobs": True, "top_logprobs": count}
+        request = ChatCompletionRequest.model_validate(given)
         async for output in self._outputs(request, "chat", None):
             yield output
 
@@ -164,6 +186,8 @@ class AsyncLLM:
                     answer = output.outputs[piece.index]
                     answer.text += piece.text
                     answer.token_ids += piece.token_ids
+                    if answer.logprobs is not None:
+                        answer.logprobs += [_by_token(each) for each in piece.logprobs]
                     answer.finish_reason = piece.finish_reason
                     answer.stop_reason = piece.stop_reason
                     answer.nfe = piece.stats.nfe
@@ -302,5 +326,15 @@ def _one_each(
 
 
 def _output_of(work: Work, prompt: str | None) -> RequestOutput:
-    answers = [CompletionOutput(index) for index in range(work.job.num_answers)]
+    told = work.job.tells_logprobs
+    answers = [
+        CompletionOutput(index, logprobs=[] if told else None)
+        for index in range(work.job.num_answers)
+    ]
     return RequestOutput(work.job.request_id, prompt, list(work.job.prompts[0]), answers)
+
+
+def _by_token(chosen: ScoredToken) -> dict[int, Logprob]:
+    return {
+        each.token_id: Logprob(each.logprob, each.rank, each.text) for each in (chosen, *chosen.top)
+    }

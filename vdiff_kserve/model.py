@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from enum import Enum
 from typing import Any
 
@@ -16,13 +17,19 @@ from pydantic import BaseModel
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.engine import Engine
 from vdiff_kserve.loading import load_model
-from vdiff_kserve.observability.metrics import model_loaded, watch_engine
+from vdiff_kserve.observability.metrics import forget_engine, model_loaded, watch_engine
 from vdiff_kserve.observability.rounds import RoundMetrics
 from vdiff_kserve.openai import OpenAIGenerativeModel
 from vdiff_kserve.openai.errors import told_as_request_error, unavailable
 from vdiff_kserve.openai.infer import OUTPUTS, infer_v2, predict_v1
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+from vdiff_kserve.openai.request_ids import clean_id, new_id
 from vdiff_kserve.openai.service import GenerationService
+from vdiff_kserve.openai.tokens import Tokens
+
+logger = logging.getLogger("kserve.vdiff.model")
+
+DRAIN_POLL_SECONDS = 0.05
 
 
 class State(Enum):
@@ -30,6 +37,7 @@ class State(Enum):
 
     LOADING = "The model is still loading."
     READY = "The model is ready."
+    UNLOADED = "The model is not loaded."
     STOPPING = "The server is stopping and takes no new requests."
     STOPPED = "The server has stopped."
 
@@ -50,6 +58,8 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
         self._engine: Engine | None = None
         self._loader: threading.Thread | None = None
         self._service: GenerationService | None = None
+        self._tokens: Tokens | None = None
+        self._change: asyncio.Task[None] | None = None
 
     @property
     def alive(self) -> bool:
@@ -77,6 +87,17 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
     def active(self) -> int:
         """Requests that are being answered."""
         return self._service.active if self._service else 0
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokenizer, for clients.
+
+        Raises:
+            RequestError: the model is not loaded.
+        """
+        if self._tokens is None:
+            raise unavailable(self._state.value)
+        return self._tokens
 
     async def healthy(self) -> bool:
         """Whether requests are answered."""
@@ -113,9 +134,63 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
         if self._state is State.LOADING:
             self._state = State.READY
 
+    async def load_again(self) -> None:
+        """Load a model that was unloaded; a model that is loaded stays as it is.
+
+        Raises:
+            RequestError: it fails, or the model is being loaded or unloaded, or the server stops.
+        """
+        if self._state is State.READY:
+            return
+        if self._state is not State.UNLOADED or self._is_changing:
+            raise unavailable(self._state.value)
+        self._state = State.LOADING
+        await self._changed_by(self._load_again())
+
+    async def unload(self) -> None:
+        """Finish what runs, for `grace_period` seconds at most, and free the model's memory.
+
+        Raises:
+            RequestError: the model is not loaded.
+        """
+        if self._state is not State.READY or self._is_changing:
+            raise unavailable(self._state.value)
+        self._state = State.UNLOADED
+        await self._changed_by(self._unload())
+
+    @property
+    def _is_changing(self) -> bool:
+        return self._change is not None and not self._change.done()
+
+    async def _changed_by(self, change: Coroutine[Any, Any, None]) -> None:
+        """Loading and unloading go on when the client that asked for them leaves."""
+        self._change = asyncio.create_task(change)
+        await asyncio.shield(self._change)
+
+    async def _load_again(self) -> None:
+        with told_as_request_error():
+            try:
+                await self.start_engine()
+            finally:
+                if self._state is State.LOADING:
+                    self._state = State.UNLOADED
+
+    async def _unload(self) -> None:
+        service, engine = self._service, self._engine
+        assert service is not None
+        assert engine is not None
+        service.closed = State.UNLOADED.value
+        deadline = time.monotonic() + self._config.grace_period
+        while service.active and time.monotonic() < deadline:  # noqa: ASYNC110  as the server's end
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        await asyncio.to_thread(engine.stop)
+        forget_engine(self.name)
+        self._service = self._engine = self._tokens = None
+        logger.info("The model is unloaded.")
+
     def refuse(self) -> None:
         """Take no new requests; those that are running go on."""
-        if self._state in (State.LOADING, State.READY):
+        if self._state in (State.LOADING, State.READY, State.UNLOADED):
             self._state = State.STOPPING
             if self._service is not None:
                 self._service.closed = State.STOPPING.value
@@ -145,6 +220,7 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
             device=loaded.device,
             max_model_len=str(loaded.limits.max_model_len),
         )
+        self._tokens = Tokens(loaded.tokenizer, loaded.limits.max_model_len)
         return GenerationService(loaded.engine, loaded.tokenizer, loaded.limits, self.name)
 
     def _ready_service(self) -> GenerationService:
@@ -181,19 +257,20 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
     async def predict(
         self,
         payload: Any,
-        headers: Mapping[str, str] | None = None,  # noqa: ARG002  KServe's signature
-        response_headers: Mapping[str, str] | None = None,  # noqa: ARG002
+        headers: Mapping[str, str] | None = None,
+        response_headers: Mapping[str, str] | None = None,  # noqa: ARG002  KServe's signature
     ) -> dict[str, Any] | InferResponse:
         """Answer KServe's V1 and V2 inference requests, over REST and gRPC.
 
         Raises:
             RequestError: the request cannot be answered.
         """
+        request_id = clean_id((headers or {}).get("x-request-id")) or new_id()
         with told_as_request_error():
             service = self._ready_service()
             if isinstance(payload, InferRequest):
-                return await infer_v2(payload, service)
-            return await predict_v1(payload, service)
+                return await infer_v2(payload, service, request_id)
+            return await predict_v1(payload, service, request_id)
 
     def get_input_types(self) -> list[dict[str, Any]]:
         """V2 metadata: the input of `infer`."""

@@ -26,8 +26,12 @@ from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
 
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.model import DiffusionModel
+from vdiff_kserve.observability.requests import count_refusal
 from vdiff_kserve.openai import handlers
-from vdiff_kserve.openai.dataplane import EngineDataPlane, FixedRepository
+from vdiff_kserve.openai.dataplane import EngineDataPlane, FixedRepository, OpenRepository
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.guards import Access, RpcGuard
+from vdiff_kserve.openai.paths import PAGES
 from vdiff_kserve.openai.routes import build_router
 
 logger = logging.getLogger("kserve.vdiff.server")
@@ -64,7 +68,9 @@ class Server(ModelServer):  # type: ignore[misc]
             ssl_keyfile=options.ssl_keyfile,
         )
         self.dataplane = EngineDataPlane(self.registered_models)
-        self.model_repository_extension = FixedRepository(self.registered_models)
+        repository = OpenRepository if config.enable_repository_control else FixedRepository
+        self.model_repository_extension = repository(self.registered_models)
+        self.access = Access(config.api_key, config.rate_limit)
         self._config = config
         self._model = model
         model.enable_latency_logging = self.enable_latency_logging
@@ -126,6 +132,10 @@ class HttpServer(RESTServer):  # type: ignore[misc]
         )
         self.config.host = config.host
         self._default_model = config.model_name
+        self._access = server.access
+        self._max_body_bytes = config.max_body_bytes
+        self._allowed_origins = config.allowed_origins
+        self._open_paths = PAGES if server.enable_docs_url else ()
         self._server = DrainingServer(self.config, model, config.grace_period)
 
     async def url(self) -> str:
@@ -151,7 +161,14 @@ class HttpServer(RESTServer):  # type: ignore[misc]
 
     def _add_exception_handlers(self, app: FastAPI) -> None:
         super()._add_exception_handlers(app)
-        handlers.install(app)
+        handlers.install(
+            app,
+            self._default_model,
+            self._access,
+            self._max_body_bytes,
+            self._allowed_origins,
+            self._open_paths,
+        )
 
     def _add_middlewares(self, app: FastAPI) -> None:
         """KServe's middleware logs two lines per request; it comes with its access log only."""
@@ -218,6 +235,12 @@ class RpcServer(GRPCServer):  # type: ignore[misc]
             grace_period=FLUSH_SECONDS,
         )
         self._host = config.host
+        self._model_name = config.model_name
+        self._access = server.access
+
+    def _count(self, method: str, error: RequestError) -> None:
+        if method == "ModelInfer" and not error.counted:
+            count_refusal(self._model_name, "v2", error.status, error)
 
     async def start(self, max_workers: int) -> None:
         """Serve until `stop`.
@@ -227,7 +250,10 @@ class RpcServer(GRPCServer):  # type: ignore[misc]
         """
         self._server = aio.server(
             ThreadPoolExecutor(max_workers=max_workers),
-            interceptors=(ExceptionToStatusInterceptor(),),
+            interceptors=(
+                ExceptionToStatusInterceptor(),
+                RpcGuard(self._access, self._count),
+            ),
             options=[
                 ("grpc.so_reuseport", 0),  # else a taken port is shared with its owner
                 *(

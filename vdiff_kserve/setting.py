@@ -37,6 +37,7 @@ class Setting:
         aliases: further names of the same setting.
         many: whether it takes several values.
         negation: for a bool, the flag that turns it off.
+        secret: the value is never shown.
     """
 
     kind: Kind
@@ -53,6 +54,7 @@ class Setting:
     aliases: tuple[str, ...] = ()
     many: bool = False
     negation: str = ""
+    secret: bool = False
 
     @property
     def allowed(self) -> str:
@@ -102,7 +104,8 @@ class Setting:
             fits = self._text_fits(value) if self.kind is str else self._number_fits(value)
         if fits:
             return ""
-        return f"must be {self.allowed or 'a non-empty text'}, got {value!r}"
+        given = "" if self.secret else f", got {value!r}"
+        return f"must be {self.allowed or 'a non-empty text'}{given}"
 
     def _text_fits(self, value: object) -> bool:
         if not isinstance(value, str) or not value.strip():

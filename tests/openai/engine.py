@@ -12,6 +12,7 @@ from vdiff_kserve.engine import (
     GenerationEvent,
     GenerationRequest,
     GenerationStats,
+    TokenLogprob,
 )
 from vdiff_kserve.openai.decoding import ModelTraits
 from vdiff_kserve.openai.limits import ServingLimits
@@ -19,7 +20,7 @@ from vdiff_kserve.openai.service import GenerationService
 from vdiff_kserve.sampler import DecodingParams
 
 TOKENIZER = make_tokenizer()
-EOS, EOT = 314, 319
+EOS, EOT, MASK = 314, 319, 318
 Script = Sequence[str | EngineError | None]
 
 
@@ -39,8 +40,9 @@ def limits(**changes: object) -> ServingLimits:
 class ScriptedStream:
     """Plays a script: texts are events, an error is raised, None waits for ever."""
 
-    def __init__(self, script: Script, finish_reason: str) -> None:
+    def __init__(self, script: Script, finish_reason: str, top_logprobs: int | None = None) -> None:
         self._script = script
+        self._top_logprobs = top_logprobs
         self._finish_reason = finish_reason
         self.aborted = False
 
@@ -59,6 +61,7 @@ class ScriptedStream:
             tokens += len(ids)
             is_last = step == len(self._script)
             stopped = is_last and self._finish_reason == "stop"
+            told = ids + (EOS,) * stopped
             yield GenerationEvent(
                 ids,
                 GenerationStats(
@@ -71,13 +74,19 @@ class ScriptedStream:
                 ),
                 self._finish_reason if is_last else None,
                 EOS if stopped else None,
+                () if self._top_logprobs is None else tuple(map(self._told, told)),
             )
+
+    def _told(self, token: int) -> TokenLogprob:
+        """The token is the second likeliest, behind `a`."""
+        top = ((TOKENIZER.convert_tokens_to_ids("a"), -0.5), (token, -1.5))
+        return TokenLogprob(token, -1.5, 2, top[: self._top_logprobs])
 
 
 class ScriptedEngine:
     """Gives every request the next script, or refuses them all."""
 
-    spec = SimpleNamespace(end_token_ids=(EOS, EOT))
+    spec = SimpleNamespace(end_token_ids=(EOS, EOT), mask_token_id=MASK, eos_token_id=EOS)
 
     def __init__(
         self,
@@ -95,7 +104,10 @@ class ScriptedEngine:
         if self._refusal is not None:
             raise self._refusal
         self.requests += requests
-        streams = [ScriptedStream(self._scripts.pop(0), self._finish_reason) for _ in requests]
+        streams = [
+            ScriptedStream(self._scripts.pop(0), self._finish_reason, each.decoding.top_logprobs)
+            for each in requests
+        ]
         self.streams += streams
         return streams
 

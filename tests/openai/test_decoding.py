@@ -44,7 +44,10 @@ def test_the_table_knows_every_policy_and_cache_of_the_sampler() -> None:
 
 
 def test_every_decoding_parameter_is_a_field_of_requests() -> None:
-    apart = {"logits_eos_inf", "confidence_eos_eot_inf", "seed"}
+    apart = {
+        *("logits_eos_inf", "confidence_eos_eot_inf", "seed"),
+        *("constraints", "top_logprobs"),  # made of several fields each
+    }
     assert {f.name for f in fields(DecodingParams)} - apart == DECODING_FIELDS.keys()
     assert DECODING_FIELDS.keys() <= CompletionRequest.model_fields.keys()
 

@@ -18,8 +18,10 @@ from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.v1_endpoints import register_v1_endpoints
 from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
 
+from vdiff_kserve.observability import families
 from vdiff_kserve.openai import OpenAIGenerativeModel, handlers
 from vdiff_kserve.openai.dataplane import EngineDataPlane, FixedRepository
+from vdiff_kserve.openai.guards import Access
 from vdiff_kserve.openai.routes import build_router
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -59,7 +61,7 @@ async def http(model: StubModel) -> AsyncIterator[httpx.AsyncClient]:
     registry.update(model)
     dataplane = EngineDataPlane(registry)
     app = FastAPI()
-    handlers.install(app)
+    handlers.install(app, "stub", Access((), ()), max_body_bytes=1 << 20)
     app.include_router(build_router(dataplane, "stub"))
     register_v1_endpoints(app, dataplane, FixedRepository(registry))
     register_v2_endpoints(app, dataplane, FixedRepository(registry))
@@ -106,6 +108,25 @@ async def test_grpc_to_a_model_that_is_not_ready_is_unavailable(model: StubModel
     assert caught.value.status_code is StatusCode.UNAVAILABLE
     assert not (await servicer.ModelReady(pb.ModelReadyRequest(name="stub"), context)).ready
     assert not (await servicer.ServerReady(pb.ServerReadyRequest(), context)).ready
+
+
+async def test_requests_refused_while_the_model_loads_are_counted_once(
+    http: httpx.AsyncClient, model: StubModel
+) -> None:
+    def counted() -> list[float]:
+        return [
+            families.ERRORS.labels("stub", endpoint, "unavailable")._value.get()
+            for endpoint in families.ENDPOINTS
+        ]
+
+    before = counted()
+    model.not_ready_reason = "The model is still loading."
+    for path in ("/v1/chat/completions", "/openai/v1/completions"):
+        assert (await http.post(path, json=CHAT | {"prompt": "x"})).status_code == 503
+    assert (await http.post("/v1/models/stub:predict", json={})).status_code == 503
+    assert (await http.post("/v2/models/stub/infer", json={"inputs": []})).status_code == 503
+    assert (await http.get("/v2/models/stub/ready")).status_code == 503
+    assert counted() == [count + 1 for count in before]
 
 
 async def test_the_server_is_not_live_when_the_engine_died(

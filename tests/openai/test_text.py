@@ -106,6 +106,30 @@ def test_an_answer_that_ends_within_a_character_says_so() -> None:
     assert text.add(encode("a世")[:-1]) + text.finish() == "a\ufffd"
 
 
+def test_the_stop_string_may_be_the_end_of_the_text() -> None:
+    for ids in ([encode("a stop.")], [[i] for i in encode("a stop.")]):
+        text = AnswerText(Detokenizer(TOKENIZER), ["op"], include_stop=True)
+        assert "".join(run(text, ids)) == "a stop"
+        assert text.stop_string == "op"
+
+
+@given(st.lists(st.integers(0, 1000)), st.integers(0, 9))
+def test_stop_strings_do_not_count_within_the_first_tokens(cuts: list[int], least: int) -> None:
+    """A match counts when it is complete behind them, wherever it began."""
+    ids = encode("xbxbxbx")
+    text = AnswerText(Detokenizer(TOKENIZER), ["xb"], min_tokens=least)
+    sent = "".join(run(text, pieces_of(ids, cuts)))
+    ends = [end for end in (2, 4, 6) if end > least]
+    assert sent == ("xbxbxbx"[: ends[0] - 2] if ends else "xbxbxbx")
+    assert text.num_tokens == (ends[0] if ends else 7)
+
+
+def test_special_tokens_appear_when_they_are_asked_for() -> None:
+    ids = [*encode("ab"), TOKENIZER.convert_tokens_to_ids(SPECIAL_TOKENS[0]), *encode("cd")]
+    text = AnswerText(Detokenizer(TOKENIZER, skip_special_tokens=False))
+    assert "".join(run(text, [[i] for i in ids])) == f"ab{SPECIAL_TOKENS[0]}cd"
+
+
 @pytest.mark.parametrize("token", SPECIAL_TOKENS)
 def test_special_tokens_never_appear(token: str) -> None:
     ids = [*encode("ab"), TOKENIZER.convert_tokens_to_ids(token), *encode("cd")]

@@ -14,6 +14,7 @@ from vdiff_kserve.engine.request import (
     QueueTimeoutError,
     RequestTimeoutError,
     RequestTooLargeError,
+    TokenLogprob,
 )
 from vdiff_kserve.engine.stream import GenerationStream
 
@@ -34,5 +35,6 @@ __all__ = [
     "RequestTooLargeError",
     "RoundObserver",
     "RoundReport",
+    "TokenLogprob",
     "measured_token_budget",
 ]

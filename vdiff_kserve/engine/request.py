@@ -93,6 +93,22 @@ class GenerationStats:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was to the model when it was committed, before any filter or constraint.
+
+    Attributes:
+        rank: its rank among the tokens that may be written, from 1.
+        top: the likeliest tokens with their log probabilities, likeliest first; as many as the
+            request's `top_logprobs`.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class GenerationEvent:
     """Tokens that became final, left to right.
 
@@ -103,12 +119,14 @@ class GenerationEvent:
             `length`.
         end_token_id: the end token, on a last event whose reason is `stop`.
         stats: what the answer has cost so far.
+        logprobs: one for each of the tokens, the end token included; empty when not asked for.
     """
 
     token_ids: tuple[int, ...]
     stats: GenerationStats
     finish_reason: FinishReason | None = None
     end_token_id: int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

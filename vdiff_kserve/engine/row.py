@@ -15,9 +15,17 @@ from vdiff_kserve.engine.request import (
     GenerationEvent,
     GenerationRequest,
     GenerationStats,
+    TokenLogprob,
 )
 from vdiff_kserve.models import LayerwisePass, ModelSpec, RowSpan
-from vdiff_kserve.sampler import DecodingParams, Evidence, block_steps, quota
+from vdiff_kserve.sampler import (
+    DecodingParams,
+    Evidence,
+    Logprobs,
+    TokenRules,
+    block_steps,
+    quota,
+)
 
 PassKind = Literal["refresh", "reuse", "commit"]
 
@@ -32,6 +40,7 @@ class Decision:
         tokens: int64 [n], what to write there.
         evidence: of the active block, for the `credit` policy.
         auxiliary: forward passes of the auxiliary model.
+        logprobs: of the written positions, when the row asks for them.
     """
 
     span: RowSpan
@@ -39,6 +48,7 @@ class Decision:
     tokens: Tensor
     evidence: Evidence | None = None
     auxiliary: int = 0
+    logprobs: Logprobs | None = None
 
 
 class Row:
@@ -54,6 +64,7 @@ class Row:
         cached_tokens: how much of the prompt was in the cache when the row was admitted.
         pass_kind: what the latest pass was.
         finished_block_steps: denoising steps of the block that the latest step finished, if any.
+        token_rules: what the request's constraints come to over the vocabulary, once it is known.
     """
 
     def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
@@ -72,6 +83,8 @@ class Row:
         self.cached_tokens = 0
         self.pass_kind: PassKind = "refresh"
         self.finished_block_steps: int | None = None
+        self.token_rules: TokenRules | None = None
+        self._logprobs: dict[int, TokenLogprob] = {}
         self._created = time.monotonic()
         self._queue_seconds = 0.0
         self.cache_offsets: tuple[int, ...] = ()
@@ -196,6 +209,12 @@ class Row:
         offset = self.cache_offsets[0] if self.cache_offsets else None
         return RowSpan(start, end - start, visible, output_start, outputs, offset)
 
+    @property
+    def written_answer(self) -> Tensor:
+        """The answer's committed tokens, -1 for a mask: int64 [max_tokens]."""
+        answer = slice(self.prompt_length, self.answer_end)
+        return torch.where(self.masked[answer], -1, self.canvas[answer])
+
     def open_positions(self) -> Tensor:
         """Positions that the next step may write: int64 [n], absolute, ascending."""
         start, end = self.block_start, self.block_end
@@ -205,6 +224,8 @@ class Row:
         """Take one step: write its tokens, send what became final, move to the next block."""
         self.canvas[decision.positions] = decision.tokens
         self.masked[decision.positions] = False
+        if decision.logprobs is not None:
+            self._note_logprobs(decision, decision.logprobs)
         self.begun_pass = None
         self._count_pass(decision.span)
         self._auxiliary += decision.auxiliary
@@ -259,11 +280,26 @@ class Row:
         while self.quota == 0 and self._block_step < self._block_steps:
             self._block_step += 1
 
+    def _note_logprobs(self, decision: Decision, told: Logprobs) -> None:
+        count = self.params.top_logprobs or 0
+        tops = zip(told.top_tokens[:, :count].tolist(), told.top[:, :count].tolist(), strict=True)
+        for position, token, chosen, rank, (top_tokens, top) in zip(
+            decision.positions.tolist(),
+            decision.tokens.tolist(),
+            told.chosen.tolist(),
+            told.rank.tolist(),
+            tops,
+            strict=True,
+        ):
+            best = tuple(zip(top_tokens, top, strict=True))
+            self._logprobs[position] = TokenLogprob(token, chosen, rank, best)
+
     def _advance_frontier(self) -> None:
         """Move the frontier to the first mask, or past the first end token; send what it passed."""
         masks = self.masked[self.frontier :].nonzero()
         reached = self.frontier + int(masks[0]) if len(masks) else len(self)
         reached = min(reached, self.answer_end)
+        first = self.frontier
         fresh = self.canvas[self.frontier : reached].tolist()
         ends = [i for i, token in enumerate(fresh) if token in self.request.end_token_ids]
         if ends:
@@ -273,7 +309,8 @@ class Row:
         else:
             self.frontier = reached
         if fresh or self.finish_reason is not None:
+            told = [self._logprobs.pop(p) for p in range(first, self.frontier) if self._logprobs]
             event = GenerationEvent(
-                tuple(fresh), self.stats, self.finish_reason, self._end_token_id
+                tuple(fresh), self.stats, self.finish_reason, self._end_token_id, tuple(told)
             )
             self.sink(event)

@@ -15,15 +15,23 @@ from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
 from vdiff_kserve.models import Decoder, ForwardBatch, LayerwisePass, ModelSpec, RowSpan
 from vdiff_kserve.sampler import (
+    ConstrainedRow,
+    ConstraintTable,
     Evidence,
+    Logprobs,
     Proposal,
     SpecialTokens,
     StepRows,
+    TokenRules,
     accumulate,
+    constrain,
     fuse,
     guide,
+    hold_back,
     propose,
+    raw_logprobs,
     select,
+    tell,
     verify,
 )
 
@@ -61,7 +69,8 @@ class ModelRunner:
         self.seconds = {"forward": 0.0, "sample": 0.0}
         self._mask_token_id = spec.mask_token_id
         self._special = SpecialTokens(spec.mask_token_id, spec.eos_token_id, spec.eot_token_id)
-        self._positions_per_chunk = max(1, LOGITS_PER_CHUNK // spec.decoder.vocab_size)
+        self._vocab_size = spec.decoder.vocab_size
+        self._positions_per_chunk = max(1, LOGITS_PER_CHUNK // self._vocab_size)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[Decision]:
@@ -83,6 +92,7 @@ class ModelRunner:
             params=[row.params for row in rows],
             quotas=[row.quota for row in rows],
             lengths=[len(row) for row in rows],
+            constraints=self._constraints(rows, opened),
         )
         with self._timed("forward"):
             hidden, unguided = self._hidden(rows, spans, opened)
@@ -101,17 +111,19 @@ class ModelRunner:
         """Candidates for the open positions, and which of them are committed."""
         counts = [len(positions) for positions in opened]
         evidence = self._evidence(rows, opened)
-        proposal, evidence = self._propose(hidden, unguided, step_rows, evidence)
+        proposal, evidence, told = self._propose(hidden, unguided, step_rows, evidence)
         accept = select(proposal, step_rows)
         drafted = [i for i, row in enumerate(rows) if row.uses_auxiliary]
         if drafted:
             self._verify(accept, proposal, hidden, unguided, step_rows, rows)
+        accept = hold_back(accept, proposal, step_rows)
         accepted, tokens = accept.cpu().split(counts), proposal.token.cpu().split(counts)
         kept = [None] * len(rows) if evidence is None else self._keep(rows, opened, evidence)
+        logprobs = [None] * len(rows) if told is None else _of_rows(told, rows, accepted)
         return [
-            Decision(span, positions[yes], token[yes], credit, int(row.uses_auxiliary))
-            for row, span, positions, yes, token, credit in zip(
-                rows, spans, opened, accepted, tokens, kept, strict=True
+            Decision(span, positions[yes], token[yes], credit, int(row.uses_auxiliary), scores)
+            for row, span, positions, yes, token, credit, scores in zip(
+                rows, spans, opened, accepted, tokens, kept, logprobs, strict=True
             )
         ]
 
@@ -181,18 +193,45 @@ class ModelRunner:
 
     def _propose(
         self, hidden: Tensor, unguided: Tensor | None, rows: StepRows, evidence: Evidence | None
-    ) -> tuple[Proposal, Evidence | None]:
-        parts, evidence_parts = [], []
+    ) -> tuple[Proposal, Evidence | None, Logprobs | None]:
+        """Candidates, what the rows' evidence becomes, and log probabilities where asked for."""
+        parts, evidence_parts, told = [], [], []
         for start in range(0, max(1, len(hidden)), self._positions_per_chunk):
             chunk = slice(start, min(start + self._positions_per_chunk, len(hidden)))
-            part = rows.part(chunk.start, chunk.stop)
+            part = rows.part(chunk)
             without_prompt = None if unguided is None else unguided[chunk]
             logits = self._logits(hidden[chunk], without_prompt, part)
+            raw = raw_logprobs(logits, part)
+            logits = constrain(logits, part)
             if evidence is not None:
                 evidence_parts.append(accumulate(evidence.part(chunk), logits, part))
                 logits = fuse(logits, evidence_parts[-1], part)
             parts.append(propose(logits, part, self._special))
-        return Proposal.join(parts), Evidence.join(evidence_parts) if evidence_parts else None
+            if raw is not None:
+                told.append(tell(raw, parts[-1].token, part, self._special.mask))
+        return (
+            Proposal.join(parts),
+            Evidence.join(evidence_parts) if evidence_parts else None,
+            Logprobs.join(told).cpu() if told else None,
+        )
+
+    def _constraints(self, rows: Sequence[Row], opened: list[Tensor]) -> ConstraintTable | None:
+        """What rows ask of their tokens; None when none does."""
+        asking = []
+        for i, (row, positions) in enumerate(zip(rows, opened, strict=True)):
+            asked = row.params.constraints
+            if asked is None:
+                continue
+            if row.token_rules is None:
+                row.token_rules = TokenRules.of(
+                    asked, row.request.prompt_ids, self._vocab_size, self._device
+                )
+            asking.append(
+                ConstrainedRow(
+                    i, asked, row.token_rules, row.prompt_length, row.written_answer, positions
+                )
+            )
+        return ConstraintTable.of(asking, len(rows))
 
     def _evidence(self, rows: Sequence[Row], opened: list[Tensor]) -> Evidence | None:
         """What earlier steps of the rows' blocks left behind; None when no row keeps any."""
@@ -250,14 +289,10 @@ class ModelRunner:
         store = self._auxiliary_cache.store
         batch = ForwardBatch.pack(canvases, spans, store, self._device)
         auxiliary = self._auxiliary.logits(self._auxiliary(batch))
-        part = replace(
-            step_rows,
-            row=step_rows.row[checked],
-            position=step_rows.position[checked],
-            written=step_rows.written[checked],
-        )
+        part = step_rows.part(checked)
         without_prompt = None if unguided is None else unguided[checked]
-        diffusion = self._logits(hidden[checked], without_prompt, part)
+        diffusion = constrain(self._logits(hidden[checked], without_prompt, part), part)
+        auxiliary = constrain(auxiliary[:, : self._vocab_size], part)
         diffusion[:, self._special.mask] = -torch.inf
         if self._special.mask < auxiliary.shape[-1]:
             auxiliary[:, self._special.mask] = -torch.inf
@@ -280,6 +315,21 @@ def _passes(rows: Sequence[Row], mask_token_id: int) -> list[tuple[Tensor, RowSp
             offset = row.cache_offsets[1] if row.cache_offsets else None
             passes.append((canvas, replace(span, cache_offset=offset)))
     return passes
+
+
+def _of_rows(
+    told: Logprobs, rows: Sequence[Row], accepted: Sequence[Tensor]
+) -> list[Logprobs | None]:
+    """The log probabilities of what each row writes; None for those that did not ask."""
+    found: list[Logprobs | None] = []
+    start = 0
+    for row, yes in zip(rows, accepted, strict=True):
+        if row.params.top_logprobs is None:
+            found.append(None)
+            continue
+        found.append(told.part(slice(start, start + len(yes))).part(yes))
+        start += len(yes)
+    return found
 
 
 def _twins(rows: Sequence[Row], spans: Sequence[RowSpan]) -> dict[Row, Row]:

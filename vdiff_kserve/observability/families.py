@@ -21,6 +21,10 @@ TOKEN_SOURCES = ("computed", "cached")
 PHASES = ("plan", "forward", "sample", "apply")
 ERROR_TYPES = (
     "invalid_request",
+    "unauthorized",
+    "unknown_model",
+    "too_large",
+    "rate_limited",
     "queue_full",
     "queue_timeout",
     "request_timeout",

@@ -27,6 +27,12 @@ def watch_engine(model_name: str, engine: Engine) -> None:
     vllm.block_lengths[model_name] = engine.spec.block_length
 
 
+def forget_engine(model_name: str) -> None:
+    """Read nothing more from a model's engine, so that its memory can be freed."""
+    for gauge in (families.RUNNING, families.WAITING, families.KV_USED, families.KV_TOTAL):
+        gauge.labels(model_name).set_function(lambda: 0)
+
+
 def model_loaded(model_name: str, seconds: float, **facts: str) -> None:
     """Tell what was loaded and how long it took.
 

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from functools import cache
 from http import HTTPStatus
 
-from vdiff_kserve.engine import GenerationStats, QueueTimeoutError, RequestTimeoutError
+from vdiff_kserve.engine import (
+    GenerationStats,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
+)
 from vdiff_kserve.observability import families
 
 logger = logging.getLogger("kserve.vdiff.requests")
@@ -18,7 +23,10 @@ CLIENT_CLOSED = 499
 
 ERROR_TYPES: dict[int, str] = {
     HTTPStatus.BAD_REQUEST: "invalid_request",
-    HTTPStatus.TOO_MANY_REQUESTS: "queue_full",
+    HTTPStatus.UNAUTHORIZED: "unauthorized",
+    HTTPStatus.NOT_FOUND: "unknown_model",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limited",
     HTTPStatus.SERVICE_UNAVAILABLE: "unavailable",
     CLIENT_CLOSED: "client_closed",
 }
@@ -28,6 +36,8 @@ ERROR_TYPES: dict[int, str] = {
 def error_type(status: int, error: BaseException | None) -> str:
     """The `type` in `vdiff_errors_total` of a request that ended with this status and error."""
     for reason in (error, error and error.__cause__):
+        if isinstance(reason, QueueFullError):
+            return "queue_full"
         if isinstance(reason, QueueTimeoutError):
             return "queue_timeout"
         if isinstance(reason, RequestTimeoutError):

@@ -8,7 +8,8 @@ from typing import NoReturn, Protocol, runtime_checkable
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from kserve.protocol.rest.openai.dataplane import OpenAIDataPlane
 
-from vdiff_kserve.openai.errors import RequestError, unavailable, unknown_model
+from vdiff_kserve.openai.errors import RequestError, shorten, unavailable, unknown_model
+from vdiff_kserve.openai.tokens import Tokens
 
 
 @runtime_checkable
@@ -30,6 +31,32 @@ class ServedModel(Protocol):
     @property
     def max_model_len(self) -> int | None:
         """Most tokens of a request; None before the model is loaded."""
+        ...
+
+    @property
+    def active(self) -> int:
+        """Requests that are being answered."""
+        ...
+
+    @property
+    def tokens(self) -> Tokens:
+        """The model's tokenizer, for clients. Only a ready model has one."""
+        ...
+
+    async def load_again(self) -> None:
+        """Load a model that was unloaded.
+
+        Raises:
+            RequestError: it cannot be loaded now.
+        """
+        ...
+
+    async def unload(self) -> None:
+        """Finish what runs and free the model's memory.
+
+        Raises:
+            RequestError: it is not loaded.
+        """
         ...
 
 
@@ -79,6 +106,11 @@ class EngineDataPlane(OpenAIDataPlane):  # type: ignore[misc]
         models = self._models()
         return bool(models) and all(m.not_ready_reason is None for m in models)
 
+    @property
+    def active(self) -> int:
+        """Requests that are being answered; a model with several names counts once."""
+        return sum(model.active for model in {id(m): m for m in self._models()}.values())
+
     def _models(self) -> list[ServedModel]:
         return list(self.model_registry.get_models().values())
 
@@ -96,8 +128,39 @@ class FixedRepository(ModelRepositoryExtension):  # type: ignore[misc]
         raise _fixed(model_name)
 
 
+class OpenRepository(ModelRepositoryExtension):  # type: ignore[misc]
+    """A model repository whose models clients load and unload, over REST and gRPC alike.
+
+    An unloaded model keeps its names: requests for it are refused until it is loaded again.
+    """
+
+    async def load(self, model_name: str) -> None:
+        """Load a model that was unloaded.
+
+        Raises:
+            RequestError: there is none of that name, or it cannot be loaded now.
+        """
+        await self._model(model_name).load_again()
+
+    async def unload(self, model_name: str) -> None:
+        """Free a model's memory once what runs is finished.
+
+        Raises:
+            RequestError: there is none of that name, or it is not loaded.
+        """
+        await self._model(model_name).unload()
+
+    def _model(self, name: str) -> ServedModel:
+        known = self._model_registry.get_models()
+        if name not in known:
+            raise unknown_model(name, tuple(known))
+        model: ServedModel = known[name]
+        return model
+
+
 def _fixed(model_name: str) -> RequestError:
     return RequestError(
-        f"The models of this server are fixed; requests do not load or unload `{model_name}`.",
+        f"The models of this server are fixed; requests do not load or unload "
+        f"`{shorten(model_name)}`.",
         status=HTTPStatus.FORBIDDEN,
     )

@@ -30,8 +30,11 @@ MAX_INPUT_SHOWN = 80
 
 TYPES = {
     HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.UNAUTHORIZED: "AuthenticationError",
     HTTPStatus.FORBIDDEN: "PermissionDeniedError",
     HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.METHOD_NOT_ALLOWED: "MethodNotAllowedError",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "RequestTooLargeError",
     HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
     HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
     HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
@@ -39,8 +42,11 @@ TYPES = {
 }
 GRPC_STATUS = {
     HTTPStatus.BAD_REQUEST: StatusCode.INVALID_ARGUMENT,
+    HTTPStatus.UNAUTHORIZED: StatusCode.UNAUTHENTICATED,
     HTTPStatus.FORBIDDEN: StatusCode.PERMISSION_DENIED,
     HTTPStatus.NOT_FOUND: StatusCode.NOT_FOUND,
+    HTTPStatus.METHOD_NOT_ALLOWED: StatusCode.UNIMPLEMENTED,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: StatusCode.RESOURCE_EXHAUSTED,
     HTTPStatus.TOO_MANY_REQUESTS: StatusCode.RESOURCE_EXHAUSTED,
     HTTPStatus.INTERNAL_SERVER_ERROR: StatusCode.INTERNAL,
     HTTPStatus.SERVICE_UNAVAILABLE: StatusCode.UNAVAILABLE,
@@ -55,6 +61,7 @@ class RequestError(OpenAIError, GrpcException):  # type: ignore[misc]
     Attributes:
         status: the HTTP status; `GRPC_STATUS` has its gRPC counterpart.
         response: the body in OpenAI's shape.
+        counted: whether the metrics have it already.
     """
 
     def __init__(
@@ -64,9 +71,12 @@ class RequestError(OpenAIError, GrpcException):  # type: ignore[misc]
         status: HTTPStatus = HTTPStatus.BAD_REQUEST,
         param: str | None = None,
         error_type: str | None = None,
+        retry_after: int = RETRY_AFTER_SECONDS,
     ) -> None:
         GrpcException.__init__(self, details=message, status_code=GRPC_STATUS[status])
         self.status = status
+        self.counted = False
+        self._retry_after = retry_after
         self.response = ErrorResponse(
             error=ErrorInfo(
                 message=message.encode(errors="backslashreplace").decode(),
@@ -81,6 +91,11 @@ class RequestError(OpenAIError, GrpcException):  # type: ignore[misc]
         return str(self.response.error.message)
 
     @property
+    def type(self) -> str:
+        """The kind of refusal, in OpenAI's words."""
+        return str(self.response.error.type)
+
+    @property
     def param(self) -> str | None:
         """The field at fault."""
         param: str | None = self.response.error.param
@@ -89,7 +104,9 @@ class RequestError(OpenAIError, GrpcException):  # type: ignore[misc]
     @property
     def headers(self) -> dict[str, str]:
         """HTTP headers that go with the refusal."""
-        return {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status in RETRIABLE else {}
+        if self.status is HTTPStatus.UNAUTHORIZED:
+            return {"WWW-Authenticate": "Bearer"}
+        return {"Retry-After": str(self._retry_after)} if self.status in RETRIABLE else {}
 
 
 def unavailable(message: str) -> RequestError:
@@ -189,3 +206,13 @@ def told_as_request_error() -> Iterator[None]:
     except Exception as error:
         logger.exception("A request failed unexpectedly.")
         raise internal_error() from error
+
+
+@contextmanager
+def counted_here() -> Iterator[None]:
+    """Mark refusals from inside as counted: nobody else counts them on their way out."""
+    try:
+        yield
+    except RequestError as error:
+        error.counted = True
+        raise

@@ -1,11 +1,14 @@
 """What every request field does: it is supported, refused with a reason, or ignored.
 
 A field that would change the answer is never dropped silently. A refused field may still hold its
-neutral value, which asks for nothing.
+neutral value, which asks for nothing. `python -m vdiff_kserve.openai.fields` writes the table of
+`docs/api.md`.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -13,14 +16,44 @@ from pydantic import BaseModel
 from vdiff_kserve.openai.decoding import REQUEST_FIELDS
 from vdiff_kserve.openai.errors import RequestError
 
-SUPPORTED = REQUEST_FIELDS | frozenset(
-    (
-        "add_generation_prompt", "add_special_tokens", "chat_template_kwargs",
-        "confidence_eos_eot_inf", "continue_final_message", "ignore_eos", "logits_eos_inf",
-        "max_completion_tokens", "max_tokens", "messages", "model", "n", "priority", "prompt",
-        "request_id", "seed", "stop", "stop_token_ids", "stream", "stream_options", "timeout",
-    )
-)  # fmt: skip
+DECODING = "see [decoding](decoding.md)"
+
+SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
+    "add_generation_prompt": "whether the chat template opens the answer",
+    "add_special_tokens": "whether the prompt gets the tokenizer's own special tokens",
+    "allowed_token_ids": "only these tokens are written",
+    "bad_words": "words that are not written: at most 128 runs of tokens; see below",
+    "chat_template_kwargs": "variables of the chat template",
+    "confidence_eos_eot_inf": DECODING,
+    "continue_final_message": "the answer goes on where the last message stops",
+    "frequency_penalty": "in [-2, 2], for every time the answer has the token; see below",
+    "ignore_eos": "the model's end tokens do not end the answer",
+    "include_stop_str_in_output": "the stop string, or the end token's text, ends the text",
+    "logit_bias": "token id to a bias, cut to [-100, 100]",
+    "logits_eos_inf": DECODING,
+    "logprobs": "true in chats; in completions, how many likeliest tokens, in [0, 20]; see below",
+    "max_completion_tokens": "as `max_tokens`, and goes before it",
+    "max_tokens": "masks behind the prompt, see [decoding](decoding.md)",
+    "messages": "the conversation: text, or lists of text parts",
+    "min_tokens": "answer positions from the left without end token or stop string",
+    "model": "one of the served names, or left out",
+    "n": "answers per prompt",
+    "presence_penalty": "in [-2, 2], for tokens that the answer has; see below",
+    "priority": "lower goes first, see [batching](batching.md)",
+    "prompt": "a text, a list of texts, token ids, or a list of them",
+    "repetition_penalty": "above 0, for tokens that the prompt or the answer has; see below",
+    "request_id": "part of the response's id, and in the log",
+    "return_token_ids": "adds `token_ids`, the end token included, and `prompt_token_ids`",
+    "return_tokens_as_token_ids": "`token_id:5` in place of a token's text in `logprobs`",
+    "seed": "of the sampling noise; answer j has `seed + j`",
+    "skip_special_tokens": "false leaves special tokens in the text",
+    "stop": "strings that end the answer",
+    "stop_token_ids": "further tokens that end the answer",
+    "stream": "answer in chunks",
+    "stream_options": "`include_usage`, `continuous_usage_stats`",
+    "timeout": "seconds that the request may take, see [batching](batching.md)",
+    "top_logprobs": "how many likeliest tokens chats tell per token, in [0, 20]; needs `logprobs`",
+}
 
 IGNORED = {
     "cache_salt": "prompts in the prefix cache are not kept apart",
@@ -31,64 +64,92 @@ IGNORED = {
     "mm_processor_kwargs": "the models read text only",
     "parallel_tool_calls": "matters with tools only",
     "reasoning_effort": "the models have no separate reasoning",
-    "return_tokens_as_token_ids": "matters with logprobs only",
-    "spaces_between_special_tokens": "matters without skip_special_tokens only",
+    "spaces_between_special_tokens": "has no effect with fast tokenizers, the only ones there are",
     "truncation_side": "matters with truncate_prompt_tokens only",
     "user": "informs only",
 }
 
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
-    "best_of": (None, 1),
-    "chat_template": (None,),
-    "documents": (None, []),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
-    "function_call": (None, "none", "auto"),
-    "functions": (None, []),
-    "include_stop_str_in_output": (None, False),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "min_tokens": (None, 0),
-    "presence_penalty": (None, 0),
-    "prompt_embeds": (None,),
-    "prompt_logprobs": (None,),
-    "repetition_detection": (None,),
-    "repetition_penalty": (None, 1),
-    "response_format": (None, {"type": "text"}),
-    "return_prompt_text": (None, False),
-    "return_token_ids": (None, False),
-    "skip_special_tokens": (None, True),
-    "structured_outputs": (None,),
-    "suffix": (None,),
-    "thinking_token_budget": (None,),
-    "tool_choice": (None, "none"),
-    "tools": (None,),
-    "top_logprobs": (None, 0),
-    "truncate_prompt_tokens": (None,),
-    "use_beam_search": (None, False),
-    "vllm_xargs": (None, {}),
+
+@dataclass(frozen=True)
+class Refused:
+    """A field that is refused.
+
+    Attributes:
+        reason: why, after the field's name.
+        neutral: the values that ask for nothing.
+    """
+
+    reason: str
+    neutral: tuple[Any, ...] = (None,)
+
+
+_NOT_BUILT = "this server does not have it"
+_NO_TOOLS = "this server has no tool calls"
+
+REFUSED = {
+    "best_of": Refused("no answers are compared; ask for n of them", (None, 1)),
+    "chat_template": Refused("templates come from the checkpoint only"),
+    "documents": Refused("chat templates get messages only", (None, [])),
+    "echo": Refused(_NOT_BUILT, (None, False)),
+    "function_call": Refused(_NO_TOOLS, (None, "none", "auto")),
+    "functions": Refused(_NO_TOOLS, (None, [])),
+    "prompt_embeds": Refused("prompts are text or token ids"),
+    "prompt_logprobs": Refused(
+        "a diffusion model does not predict its prompt token by token, so that there is no such "
+        "probability to tell"
+    ),
+    "repetition_detection": Refused(
+        "an answer is not written from left to right; see repetition_penalty"
+    ),
+    "response_format": Refused(
+        "answers cannot be constrained to a format", (None, {"type": "text"})
+    ),
+    "return_prompt_text": Refused(_NOT_BUILT, (None, False)),
+    "structured_outputs": Refused("answers cannot be constrained to a format"),
+    "suffix": Refused(_NOT_BUILT),
+    "thinking_token_budget": Refused("the models have no separate reasoning"),
+    "tool_choice": Refused(_NO_TOOLS, (None, "none")),
+    "tools": Refused(_NO_TOOLS),
+    "truncate_prompt_tokens": Refused("a prompt that is too long is refused, not cut"),
+    "use_beam_search": Refused("diffusion models have no beams", (None, False)),
+    "vllm_xargs": Refused("there are no plugins that would read it", (None, {})),
 }
-"""Refused fields, each with the values that ask for nothing."""
 
 
 def refuse_unsupported(request: BaseModel) -> None:
     """Refuse the first field that asks for what this server cannot do.
 
     Raises:
-        RequestError: naming the field.
+        RequestError: naming the field and the reason.
     """
     for field in sorted(request.model_fields_set & REFUSED.keys()):
         value = getattr(request, field)
-        if _is_neutral(value, REFUSED[field]) or (
+        if _is_neutral(value, REFUSED[field].neutral) or (
             field == "tools" and value and getattr(request, "tool_choice", None) == "none"
         ):
             continue
-        raise RequestError(f"`{field}` is not supported by this server.", param=field)
+        raise RequestError(f"`{field}` is not supported: {REFUSED[field].reason}.", param=field)
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     return any(
         value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral
     )
+
+
+def render_table() -> str:
+    """Every request field of the table in the documentation, in Markdown."""
+    rows = {name: f"supported | {text}" for name, text in SUPPORTED.items()}
+    rows |= {name: f"ignored | {text}" for name, text in IGNORED.items()}
+    rows |= {name: f"refused | {each.reason}" for name, each in REFUSED.items()}
+    lines = [f"| `{name}` | {rows[name]} |" for name in sorted(rows) if name not in _OWN]
+    return "\n".join(["| field | here | what it does, or why not |", "|---|---|---|", *lines])
+
+
+_OWN = REQUEST_FIELDS.union(("logits_eos_inf", "confidence_eos_eot_inf")).difference(
+    ("temperature", "top_p", "top_k", "min_p")
+)
+"""Fields that only this server has; the decoding page explains them."""
+
+if __name__ == "__main__":
+    sys.stdout.write(render_table() + "\n")

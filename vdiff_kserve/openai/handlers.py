@@ -1,9 +1,11 @@
-"""How refusals reach HTTP clients, and the boundary that lets no exception through."""
+"""How refusals reach HTTP clients and the metrics, and the boundary that no exception passes."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from http import HTTPStatus
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exception_handlers import http_exception_handler
@@ -16,11 +18,16 @@ from kserve.errors import (
     ServerNotReady,
 )
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vdiff_kserve.observability.requests import count_refusal
 from vdiff_kserve.openai.cancellation import CancelOnDisconnect
-from vdiff_kserve.openai.errors import RequestError, internal_error, invalid_body
+from vdiff_kserve.openai.errors import RequestError, internal_error, invalid_body, shorten
+from vdiff_kserve.openai.guards import Access, Guard, Refuse
+from vdiff_kserve.openai.paths import endpoint_of, is_open, is_openais, speaks_openai
+from vdiff_kserve.openai.request_ids import HEADER, RequestIds
 
 logger = logging.getLogger("kserve.vdiff.openai")
 
@@ -34,53 +41,99 @@ KSERVE_ERRORS: dict[type[Exception], HTTPStatus] = {
 """KServe's own handlers for these answer the same, but log each with a traceback."""
 
 
-def install(app: FastAPI) -> None:
-    """Make `app` tell refusals in OpenAI's shape on OpenAI's paths, in KServe's on the others."""
-    app.add_exception_handler(RequestError, _refuse)
+def install(
+    app: FastAPI,
+    model_name: str,
+    access: Access,
+    max_body_bytes: int,
+    allowed_origins: Sequence[str] = (),
+    open_paths: Sequence[str] = (),
+) -> None:
+    """Put the guards before `app`, and make it tell refusals in OpenAI's shape on OpenAI's paths,
+    in KServe's on the others.
+
+    Args:
+        model_name: whose refusals the metrics count.
+        access: lets requests in.
+        max_body_bytes: longest body of a request.
+        allowed_origins: whose pages may read answers in a browser.
+        open_paths: paths that need no key, beside those of probes.
+    """
+    refusals = Refusals(model_name)
+    app.add_exception_handler(RequestError, refusals.refuse)
     for kind in KSERVE_ERRORS:
-        app.add_exception_handler(kind, _refuse_as_kserve)
-    app.add_exception_handler(RequestValidationError, _refuse_body)
-    app.add_exception_handler(HTTPException, _refuse_http)
+        app.add_exception_handler(kind, refusals.refuse_as_kserve)
+    app.add_exception_handler(RequestValidationError, refusals.refuse_body)
+    app.add_exception_handler(HTTPException, refusals.refuse_http)
+    # Each one goes around those before it.
     app.add_middleware(CancelOnDisconnect)
-    app.add_middleware(ErrorBoundary)
-
-
-def _speaks_openai(path: str) -> bool:
-    return ":" not in path.rpartition("/")[2] and not path.startswith("/v2/")
-
-
-def _response(request: Request, error: RequestError) -> Response:
-    content = (
-        error.response.model_dump()
-        if _speaks_openai(request.url.path)
-        else {"error": error.message}
+    app.add_middleware(
+        Guard,
+        access=access,
+        max_body_bytes=max_body_bytes,
+        refuse=refusals.response,
+        open_paths=open_paths,
     )
-    return JSONResponse(content, error.status, error.headers)
+    app.add_middleware(ErrorBoundary, refuse=refusals.response)
+    if allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[HEADER, "Retry-After"],
+        )
+    app.add_middleware(RequestIds)
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return _response(request, error)
+class Refusals:
+    """Turns refusals into responses, and counts and logs them: each once."""
 
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
 
-async def _refuse_as_kserve(request: Request, error: Exception) -> Response:
-    return _response(request, RequestError(str(error), status=_kserve_status(error)))
+    def response(self, scope: Scope, error: RequestError) -> Response:
+        """The response that tells a refusal in the shape of its path."""
+        path = scope["path"]
+        endpoint = endpoint_of(scope["method"], path)
+        if endpoint is not None and not error.counted:
+            count_refusal(self._model_name, endpoint, error.status, error)
+        if not is_open(path):
+            request_id = scope["state"]["request_id"]
+            what = endpoint or shorten(quote(path))
+            logger.info("%s %s %d: refused, %s", what, request_id, error.status, error.type)
+        content = error.response.model_dump() if speaks_openai(path) else {"error": error.message}
+        return JSONResponse(content, error.status, error.headers)
 
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        """Tell a refusal of ours."""
+        assert isinstance(error, RequestError)
+        return self.response(request.scope, error)
 
-def _kserve_status(error: Exception) -> HTTPStatus:
-    return next(status for kind, status in KSERVE_ERRORS.items() if isinstance(error, kind))
+    async def refuse_as_kserve(self, request: Request, error: Exception) -> Response:
+        """Tell a refusal of KServe's."""
+        status = next(s for kind, s in KSERVE_ERRORS.items() if isinstance(error, kind))
+        return self.response(request.scope, RequestError(str(error), status=status))
 
+    async def refuse_body(self, request: Request, error: Exception) -> Response:
+        """Tell that a body is not the route's."""
+        assert isinstance(error, RequestValidationError)
+        return self.response(request.scope, invalid_body(error.errors()))
 
-async def _refuse_body(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return _response(request, invalid_body(error.errors()))
-
-
-async def _refuse_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == HTTPStatus.BAD_REQUEST:
-        return _response(request, RequestError(str(error.detail), param="body"))
-    return await http_exception_handler(request, error)
+    async def refuse_http(self, request: Request, error: Exception) -> Response:
+        """Tell what the router or FastAPI refuses."""
+        assert isinstance(error, HTTPException)
+        status, path = error.status_code, request.url.path
+        if status == HTTPStatus.BAD_REQUEST:
+            return self.response(request.scope, RequestError(str(error.detail), param="body"))
+        if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED) and is_openais(path):
+            message = f"There is no route {request.method} {shorten(path)}."
+            response = self.response(
+                request.scope, RequestError(message, status=HTTPStatus(status))
+            )
+            response.headers.update(error.headers or {})
+            return response
+        return await http_exception_handler(request, error)
 
 
 class ErrorBoundary:
@@ -90,8 +143,9 @@ class ErrorBoundary:
     client, and uvicorn would close the connection under the client's next request.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, refuse: Refuse) -> None:
         self._app = app
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application."""
@@ -108,4 +162,4 @@ class ErrorBoundary:
             if begun or scope["type"] != "http":
                 raise
             logger.exception("%s %s failed unexpectedly.", scope["method"], scope["path"])
-            await _response(Request(scope), internal_error())(scope, receive, send)
+            await self._refuse(scope, internal_error())(scope, receive, send)

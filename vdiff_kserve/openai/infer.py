@@ -28,11 +28,16 @@ OUTPUTS = {
 AnyRequest = ChatCompletionRequest | CompletionRequest
 
 
-async def predict_v1(payload: Any, service: GenerationService) -> dict[str, list[Any]]:
+async def predict_v1(
+    payload: Any, service: GenerationService, request_id: str
+) -> dict[str, list[Any]]:
     """Answer `{"instances": [...], "parameters": {...}}`.
 
     An instance is a prompt, or an object with `prompt` or `messages` and parameters of its own. A
     prompt's prediction is the text of its answer, an object's is an object.
+
+    Args:
+        request_id: for the log, of instances that have none.
 
     Raises:
         RequestError: the payload is wrong or cannot be answered.
@@ -43,6 +48,7 @@ async def predict_v1(payload: Any, service: GenerationService) -> dict[str, list
         raise RequestError("instances must be a list with at least one entry.", param="instances")
     if not isinstance(parameters, dict):
         raise RequestError("parameters must be an object.", param="parameters")
+    parameters = {"request_id": request_id, **parameters}
     requests = [_instance(each, parameters, i) for i, each in enumerate(instances)]
     answers = await service.answer(requests, "v1")
     return {
@@ -84,9 +90,15 @@ def _instance(instance: Any, parameters: Mapping[str, Any], index: int) -> AnyRe
 def _request(fields: dict[str, Any]) -> AnyRequest:
     kind = ChatCompletionRequest if "messages" in fields else CompletionRequest
     try:
-        return kind.model_validate({**fields, "stream": False, "stream_options": None})
+        request = kind.model_validate({**fields, "stream": False, "stream_options": None})
     except ValidationError as error:
         raise invalid_body(error.errors()) from error
+    for name in ("logprobs", "return_token_ids"):
+        if getattr(request, name) is not None and getattr(request, name) is not False:
+            raise RequestError(
+                f"`{name}` has no place in KServe's answers; OpenAI's routes tell it.", param=name
+            )
+    return request
 
 
 def _prediction(answers: list[FinishedAnswer]) -> dict[str, Any]:
@@ -106,8 +118,13 @@ def _facts(answer: FinishedAnswer) -> dict[str, Any]:
     }
 
 
-async def infer_v2(request: InferRequest, service: GenerationService) -> InferResponse:
+async def infer_v2(
+    request: InferRequest, service: GenerationService, request_id: str
+) -> InferResponse:
     """Answer a V2 request: one BYTES tensor of prompts, the same parameters for all.
+
+    Args:
+        request_id: for the log, when the parameters have none.
 
     Raises:
         RequestError: the request is wrong or cannot be answered.
@@ -116,7 +133,7 @@ async def infer_v2(request: InferRequest, service: GenerationService) -> InferRe
         raise RequestError(
             "inputs must hold one tensor of prompts, of datatype BYTES.", param="inputs"
         )
-    parameters = to_http_parameters(request.parameters or {})
+    parameters = {"request_id": request_id, **to_http_parameters(request.parameters or {})}
     prompts = _prompts(request.inputs[0])
     requests = [_request({**parameters, "prompt": prompt}) for prompt in prompts]
     answers = [a for given in await service.answer(requests, "v2") for a in given]

@@ -17,7 +17,7 @@ from vdiff_kserve.openai.protocol import (
     CompletionRequest,
     GenerationFields,
 )
-from vdiff_kserve.sampler import DecodingParams
+from vdiff_kserve.sampler import MAX_TOP_LOGPROBS, DecodingParams
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,25 @@ def decoding_params(request: GenerationFields, limits: ServingLimits) -> Decodin
         if (value := getattr(request, name)) is not None:
             params = replace(params, **{name: value})
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    return replace(params, seed=seed)
+    return replace(params, seed=seed, top_logprobs=wanted_logprobs(request))
+
+
+def wanted_logprobs(request: GenerationFields) -> int | None:
+    """How many of the likeliest tokens to tell beside each token's log probability; None is none.
+
+    Raises:
+        RequestError: more than there may be, or a number of them without log probabilities.
+    """
+    field, count = "logprobs", getattr(request, "logprobs", None)
+    if isinstance(request, ChatCompletionRequest):
+        wants, count = request.logprobs, request.top_logprobs or 0
+        if not wants:
+            if count:
+                raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
+            return None
+    if count is not None and not 0 <= count <= MAX_TOP_LOGPROBS:
+        raise out_of_range(field, f"for at most {MAX_TOP_LOGPROBS} tokens, from 0 on", count)
+    return count
 
 
 def with_seed_of(params: DecodingParams, choice: int) -> DecodingParams:

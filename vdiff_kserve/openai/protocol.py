@@ -251,6 +251,35 @@ class _Response(BaseModel):
     system_fingerprint: str | None = None
 
 
+class ChatTopLogprob(BaseModel):
+    """One of the likeliest tokens of a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(ChatTopLogprob):
+    """One token of an answer and the likeliest in its place."""
+
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """How likely the tokens of a chat's answer were, each when it was committed."""
+
+    content: list[ChatTokenLogprob]
+
+
+class CompletionLogprobs(BaseModel):
+    """The same of a completion, a list per fact."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
 class ChatMessage(BaseModel):
     """The answer of a chat."""
 
@@ -259,24 +288,30 @@ class ChatMessage(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(_OmitsAbsent):
     """One answer of a chat."""
+
+    optional = frozenset({"token_ids"})
 
     index: int
     message: ChatMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
     stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
 
 
-class ChatCompletion(_Response):
+class ChatCompletion(_OmitsAbsent, _Response):
     """The response of `POST chat/completions`."""
+
+    optional = frozenset({"prompt_token_ids"})
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     service_tier: None = None
     usage: Usage
     vdiff: DiffusionInfo
+    prompt_token_ids: list[int] | None = None
 
 
 class ChatDelta(_OmitsAbsent):
@@ -288,35 +323,43 @@ class ChatDelta(_OmitsAbsent):
     content: str | None = None
 
 
-class ChatChunkChoice(BaseModel):
+class ChatChunkChoice(_OmitsAbsent):
     """New text of one answer of a chat."""
+
+    optional = frozenset({"token_ids"})
 
     index: int
     delta: ChatDelta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletionChunk(_OmitsAbsent, _Response):
     """One chunk of a streamed chat."""
 
-    optional = frozenset({"usage", "vdiff"})
+    optional = frozenset({"usage", "vdiff", "prompt_token_ids"})
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     vdiff: DiffusionInfo | None = None
+    prompt_token_ids: list[int] | None = None
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(_OmitsAbsent):
     """One answer, or a part of it in a stream."""
+
+    optional = frozenset({"token_ids", "prompt_token_ids"})
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Completion(_Response):

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from vdiff_kserve import __version__
 from vdiff_kserve.openai.answers import Job, Piece
+from vdiff_kserve.openai.logprobs import ScoredToken, chat_logprobs, completion_logprobs
 from vdiff_kserve.openai.protocol import (
     ChatChoice,
     ChatChunkChoice,
@@ -21,6 +22,7 @@ from vdiff_kserve.openai.protocol import (
     Completion,
     CompletionChoice,
     CompletionChunk,
+    CompletionLogprobs,
     DiffusionInfo,
     FinishReason,
     Passes,
@@ -32,15 +34,24 @@ FINGERPRINT = f"vdiff-{__version__}"
 
 
 class FinishedAnswer:
-    """A whole answer, gathered from its pieces."""
+    """A whole answer, gathered from its pieces.
+
+    Attributes:
+        token_ids: the tokens that the usage counts.
+        logprobs: of each of them, when the request asks for them.
+    """
 
     def __init__(self) -> None:
         self._texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[ScoredToken] = []
         self.last: Piece | None = None
 
     def add(self, piece: Piece) -> None:
         """Append a piece."""
         self._texts.append(piece.text)
+        self.token_ids += piece.counted_token_ids
+        self.logprobs += piece.logprobs
         self.last = piece
 
     @property
@@ -124,6 +135,15 @@ class Writer(Protocol):
         ...
 
 
+def _prompt_ids(job: Job, index: int) -> list[int] | None:
+    """The prompt of answer number `index`, for a request that wants to see tokens."""
+    return list(job.prompts[index // job.n]) if job.output.return_token_ids else None
+
+
+def _token_ids(job: Job, piece: Piece) -> list[int] | None:
+    return list(piece.counted_token_ids) if job.output.return_token_ids else None
+
+
 class ChatWriter:
     """Writes `chat.completion` objects."""
 
@@ -145,13 +165,16 @@ class ChatWriter:
                 ChatChoice(
                     index=index,
                     message=ChatMessage(content=answer.text),
+                    logprobs=chat_logprobs(answer.logprobs) if self._job.tells_logprobs else None,
                     finish_reason=answer.finish_reason,
                     stop_reason=answer.end.stop_reason,
+                    token_ids=answer.token_ids if self._job.output.return_token_ids else None,
                 )
                 for index, answer in enumerate(answers)
             ],
             usage=usage(self._job, ends),
             vdiff=diffusion_info(self._job, ends),
+            prompt_token_ids=_prompt_ids(self._job, 0),
         )
 
     def chunk(
@@ -159,6 +182,7 @@ class ChatWriter:
     ) -> ChatCompletionChunk:
         """One chunk; the first of each answer carries the role beside its text."""
         choices = []
+        prompt_ids = None if self._opened else _prompt_ids(self._job, 0)
         if piece is not None:
             is_first = piece.index not in self._opened
             self._opened.add(piece.index)
@@ -167,8 +191,10 @@ class ChatWriter:
                 ChatChunkChoice(
                     index=piece.index,
                     delta=delta,
+                    logprobs=chat_logprobs(piece.logprobs) if self._job.tells_logprobs else None,
                     finish_reason=piece.finish_reason,
                     stop_reason=piece.stop_reason,
+                    token_ids=_token_ids(self._job, piece),
                 )
             ]
         return ChatCompletionChunk(
@@ -179,6 +205,7 @@ class ChatWriter:
             choices=choices,
             usage=usage,
             vdiff=info,
+            prompt_token_ids=prompt_ids,
         )
 
 
@@ -189,6 +216,7 @@ class CompletionWriter:
         self._job = job
         self._id = f"cmpl-{job.request_id}"
         self._created = int(time.time())
+        self._offsets: dict[int, int] = {}
 
     def response(self, answers: Sequence[FinishedAnswer]) -> Completion:
         """The whole response."""
@@ -202,8 +230,11 @@ class CompletionWriter:
                 CompletionChoice(
                     index=index,
                     text=answer.text,
+                    logprobs=self._logprobs(answer.logprobs),
                     finish_reason=answer.finish_reason,
                     stop_reason=answer.end.stop_reason,
+                    token_ids=answer.token_ids if self._job.output.return_token_ids else None,
+                    prompt_token_ids=_prompt_ids(self._job, index),
                 )
                 for index, answer in enumerate(answers)
             ],
@@ -217,12 +248,18 @@ class CompletionWriter:
         """One chunk of a stream."""
         choices = []
         if piece is not None:
+            is_first = piece.index not in self._offsets
+            offset = self._offsets.setdefault(piece.index, 0)
+            self._offsets[piece.index] += sum(len(each.text) for each in piece.logprobs)
             choices = [
                 CompletionChoice(
                     index=piece.index,
                     text=piece.text,
+                    logprobs=self._logprobs(piece.logprobs, offset),
                     finish_reason=piece.finish_reason,
                     stop_reason=piece.stop_reason,
+                    token_ids=_token_ids(self._job, piece),
+                    prompt_token_ids=_prompt_ids(self._job, piece.index) if is_first else None,
                 )
             ]
         return CompletionChunk(
@@ -234,3 +271,8 @@ class CompletionWriter:
             usage=usage,
             vdiff=info,
         )
+
+    def _logprobs(
+        self, tokens: Sequence[ScoredToken], offset: int = 0
+    ) -> CompletionLogprobs | None:
+        return completion_logprobs(tokens, offset) if self._job.tells_logprobs else None

@@ -15,6 +15,7 @@ from vdiff_kserve.observability import metrics
 from vdiff_kserve.openai.cancellation import EventStream
 from vdiff_kserve.openai.dataplane import EngineDataPlane, ServedModel
 from vdiff_kserve.openai.errors import RequestError, unavailable, unknown_model
+from vdiff_kserve.openai.paths import CHAT, COMPLETIONS, PREFIXES
 from vdiff_kserve.openai.protocol import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -24,14 +25,29 @@ from vdiff_kserve.openai.protocol import (
     ModelCard,
     ModelList,
 )
+from vdiff_kserve.openai.request_ids import choose_id
+from vdiff_kserve.openai.tokens import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 
-PREFIXES = ("/openai/v1", "/v1")
 REFUSALS: dict[int | str, dict[str, Any]] = {
     HTTPStatus.BAD_REQUEST.value: {"model": ErrorResponse, "description": "The request is wrong."},
+    HTTPStatus.UNAUTHORIZED.value: {
+        "model": ErrorResponse,
+        "description": "The server wants an API key, and this is none.",
+    },
     HTTPStatus.NOT_FOUND.value: {"model": ErrorResponse, "description": "No such model."},
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value: {
+        "model": ErrorResponse,
+        "description": "The body is too long.",
+    },
     HTTPStatus.TOO_MANY_REQUESTS.value: {
         "model": ErrorResponse,
-        "description": "The queue is full; `Retry-After` says when to try again.",
+        "description": "The queue is full, or you asked too often; `Retry-After` says when to try "
+        "again.",
     },
     HTTPStatus.INTERNAL_SERVER_ERROR.value: {
         "model": ErrorResponse,
@@ -66,8 +82,8 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
     models = _Models(dataplane)
     for prefix in PREFIXES:
         for path, handler, answer in (
-            ("/chat/completions", generation.chat, ChatCompletion),
-            ("/completions", generation.completion, Completion),
+            (CHAT, generation.chat, ChatCompletion),
+            (COMPLETIONS, generation.completion, Completion),
         ):
             router.add_api_route(
                 prefix + path,
@@ -83,12 +99,23 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
             f"{prefix}/models/{{model_name:path}}",
             models.one,
             methods=["GET"],
-            responses={code: REFUSALS[code] for code in (404, 503)},
+            responses={code: REFUSALS[code] for code in (401, 404, 429, 503)},
             tags=["OpenAI"],
+        )
+    tokens = _Tokens(dataplane, default_model)
+    for path, convert in (("/tokenize", tokens.tokenize), ("/detokenize", tokens.detokenize)):
+        router.add_api_route(
+            path,
+            convert,
+            methods=["POST"],
+            responses=REFUSALS,
+            dependencies=[Depends(only_json)],
+            tags=["Tokens"],
         )
     server = _Server(dataplane)
     router.add_api_route("/health", server.health, methods=["GET"], tags=["Server"])
     router.add_api_route("/ping", server.health, methods=["GET", "POST"], tags=["Server"])
+    router.add_api_route("/load", server.load, methods=["GET"], tags=["Server"])
     router.add_api_route("/version", server.version, methods=["GET"], tags=["Server"])
     router.add_api_route("/metrics", server.metrics, methods=["GET"], tags=["Server"])
     return router
@@ -104,6 +131,7 @@ class _Generation:
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         body.model = body.model or self._default_model
+        body.request_id = choose_id(request, body.request_id)
         return _respond(
             await self._dataplane.create_chat_completion(
                 body.model, body, request, request.headers, Response()
@@ -113,6 +141,7 @@ class _Generation:
     async def completion(self, body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt, or several."""
         body.model = body.model or self._default_model
+        body.request_id = choose_id(request, body.request_id)
         return _respond(
             await self._dataplane.create_completion(
                 body.model, body, request, request.headers, Response()
@@ -124,6 +153,24 @@ def _respond(result: BaseModel | AsyncGenerator[str, None]) -> Response:
     if isinstance(result, AsyncGenerator):
         return EventStream(result)
     return Response(result.model_dump_json(), media_type="application/json")
+
+
+class _Tokens:
+    """Texts to tokens and back, without an answer."""
+
+    def __init__(self, dataplane: EngineDataPlane, default_model: str) -> None:
+        self._dataplane = dataplane
+        self._default_model = default_model
+
+    async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
+        """The tokens of a prompt, or of a conversation as the chat template writes it."""
+        model = await self._dataplane.get_model(body.model or self._default_model)
+        return await model.tokens.tokenize(body)
+
+    async def detokenize(self, body: DetokenizeRequest) -> DetokenizeResponse:
+        """The text of tokens."""
+        model = await self._dataplane.get_model(body.model or self._default_model)
+        return await model.tokens.detokenize(body)
 
 
 class _Models:
@@ -163,6 +210,10 @@ class _Server:
         if not await self._dataplane.ready():
             raise unavailable("The server is not ready.")
         return Response()
+
+    async def load(self) -> JSONResponse:
+        """How many requests are being answered."""
+        return JSONResponse({"server_load": self._dataplane.active})
 
     async def version(self) -> JSONResponse:
         """The version of this server."""

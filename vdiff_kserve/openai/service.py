@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
+from dataclasses import replace
 from itertools import islice
 
 from pydantic import BaseModel
@@ -14,10 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.engine import Engine, GenerationStream
 from vdiff_kserve.observability.requests import RequestRecord, count_refusal
-from vdiff_kserve.openai.answers import Answer, Job
+from vdiff_kserve.openai.answers import Answer, Job, Output
+from vdiff_kserve.openai.bounds import check_bounds
+from vdiff_kserve.openai.constraints import constraints_of
 from vdiff_kserve.openai.decoding import report
 from vdiff_kserve.openai.errors import (
     RequestError,
+    counted_here,
     told_as_request_error,
     unavailable,
 )
@@ -29,12 +32,14 @@ from vdiff_kserve.openai.limits import (
     stop_strings,
     time_allowed,
 )
+from vdiff_kserve.openai.logprobs import TokenTexts
 from vdiff_kserve.openai.prompts import chat_prompt, completion_prompts
 from vdiff_kserve.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     StreamOptions,
 )
+from vdiff_kserve.openai.request_ids import clean_id, new_id
 from vdiff_kserve.openai.responses import (
     ChatWriter,
     CompletionWriter,
@@ -47,7 +52,6 @@ from vdiff_kserve.openai.text import AnswerText, Detokenizer
 from vdiff_kserve.openai.work import Work
 
 DONE = "data: [DONE]\n\n"
-MAX_REQUEST_ID_LENGTH = 64
 
 
 class GenerationService:
@@ -64,6 +68,7 @@ class GenerationService:
         self._engine = engine
         self._tokenizer = tokenizer
         self._name = name
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
         self.limits = limits
         self.active = 0
         self.closed: str | None = None
@@ -80,7 +85,7 @@ class GenerationService:
         (work,) = self.submit([request], endpoint)
         writer: Writer = (ChatWriter if endpoint == "chat" else CompletionWriter)(work.job)
         if not request.stream:
-            with told_as_request_error(), work:
+            with counted_here(), told_as_request_error(), work:
                 return writer.response(await _gather(work))
         events = _stream(work, writer, request.stream_options or StreamOptions())
         # Begun here: a generator that never ran would not free its work when it is closed.
@@ -96,7 +101,7 @@ class GenerationService:
             RequestError: one of them cannot be answered; none is then.
         """
         works = self.submit(requests, endpoint)
-        with told_as_request_error(), ExitStack() as stack:
+        with counted_here(), told_as_request_error(), ExitStack() as stack:
             for work in works:
                 stack.enter_context(work)
             return await _gather_all(works)
@@ -118,6 +123,7 @@ class GenerationService:
                 streams = iter(self._engine.submit([r for j in jobs for r in j.engine_requests()]))
         except RequestError as error:
             count_refusal(self._name, endpoint, error.status, error, len(requests))
+            error.counted = True
             raise
         self.active += len(jobs)
         return [
@@ -128,15 +134,7 @@ class GenerationService:
     def _work(
         self, job: Job, streams: list[GenerationStream], endpoint: str, arrived: float
     ) -> Work:
-        answers = [
-            Answer(
-                i,
-                stream,
-                AnswerText(Detokenizer(self._tokenizer), job.stops),
-                job.extra_end_ids,
-            )
-            for i, stream in enumerate(streams)
-        ]
+        answers = [self._answer(job, i, stream) for i, stream in enumerate(streams)]
         record = RequestRecord(
             self._name,
             endpoint,
@@ -147,41 +145,79 @@ class GenerationService:
         )
         return Work(job, record, streams, answers, self._one_less)
 
+    def _answer(self, job: Job, index: int, stream: GenerationStream) -> Answer:
+        wanted = job.output
+        detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=wanted.skip_special_tokens)
+        text = AnswerText(
+            detokenizer,
+            job.stops,
+            include_stop=wanted.include_stop_str_in_output,
+            min_tokens=wanted.min_tokens,
+        )
+        texts = TokenTexts(self._tokenizer, as_ids=wanted.return_tokens_as_token_ids)
+        return Answer(
+            index,
+            stream,
+            text,
+            job.extra_end_ids,
+            include_stop=wanted.include_stop_str_in_output,
+            texts=texts if job.tells_logprobs else None,
+        )
+
     def _one_less(self) -> None:
         self.active -= 1
 
     def _job(self, request: ChatCompletionRequest | CompletionRequest) -> Job:
         check(request, self.limits)
+        check_bounds(request, self.limits, self._longest_token)
         if isinstance(request, ChatCompletionRequest):
             prompts = [chat_prompt(request, self._tokenizer)]
         else:
             prompts = completion_prompts(request, self._tokenizer, self.limits)
         n = request.n or 1
-        most = self.limits.max_choices
-        if n * len(prompts) > most:
-            raise RequestError(
-                f"n times the number of prompts must be at most {most}, got {n * len(prompts)}.",
-                param="prompt",
-            )
-        own = self._engine.spec.end_token_ids
+        spec = self._engine.spec
         extra = tuple(request.stop_token_ids or ())
+        ends = extra if request.ignore_eos else (*spec.end_token_ids, *extra)
         lengths = [answer_length(request, len(prompt), self.limits) for prompt in prompts]
         decoding = decoding_params(request, self.limits)
+        unwritten = {spec.mask_token_id} | (
+            {spec.eos_token_id} if decoding.logits_eos_inf else set()
+        )
+        constraints = constraints_of(
+            request,
+            self._tokenizer,
+            vocab_size=self.limits.vocab_size,
+            never_written=frozenset(unwritten),
+            end_token_ids=ends,
+            max_tokens=min(lengths),
+        )
         seconds = time_allowed(request, self.limits)
         return Job(
-            request_id=(request.request_id or uuid.uuid4().hex)[:MAX_REQUEST_ID_LENGTH],
+            request_id=clean_id(request.request_id) or new_id(),
             model=request.model or self._name,
             prompts=prompts,
             lengths=lengths,
             n=n,
-            decoding=decoding,
+            decoding=replace(decoding, constraints=constraints),
             decoding_report=report(decoding, max(lengths), self.limits.traits),
             stops=stop_strings(request),
-            end_token_ids=extra if request.ignore_eos else (*own, *extra),
+            end_token_ids=ends,
             extra_end_ids=extra,
             priority=request.priority or 0,
             deadline=None if seconds is None else time.monotonic() + seconds,
+            output=_output(request),
         )
+
+
+def _output(request: ChatCompletionRequest | CompletionRequest) -> Output:
+    """How the request wants to see its answers; null is the field's default."""
+    return Output(
+        include_stop_str_in_output=bool(request.include_stop_str_in_output),
+        skip_special_tokens=request.skip_special_tokens is not False,
+        return_token_ids=bool(request.return_token_ids),
+        return_tokens_as_token_ids=bool(request.return_tokens_as_token_ids),
+        min_tokens=request.min_tokens or 0,
+    )
 
 
 async def _gather(work: Work) -> list[FinishedAnswer]:

@@ -30,8 +30,9 @@ class Detokenizer:
     text differently.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._tokens: list[int] = []
         self._context = 0
         self._whole = 0
@@ -56,7 +57,9 @@ class Detokenizer:
 
     def _decode(self, start: int) -> str:
         return self._tokenizer.decode(
-            self._tokens[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._tokens[start:],
+            skip_special_tokens=self._skip_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
 
 
@@ -66,15 +69,29 @@ class AnswerText:
     The last character is always kept back until more follows or the answer ends, so that the piece
     which carries the finish reason also carries text.
 
+    Args:
+        include_stop: whether the stop string is the text's end, or comes after it.
+        min_tokens: a stop string that is complete within so many tokens does not count.
+
     Attributes:
         num_tokens: tokens read; with stop strings, up to the one that completed the match.
         stop_string: the stop string that ended the answer.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
         self._detokenizer = detokenizer
         self._stops = tuple(stops)
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
         self._kept = ""
+        self._early = 0  # characters of `_kept` in which no stop string may end
         self.num_tokens = 0
         self.stop_string: str | None = None
 
@@ -86,6 +103,8 @@ class AnswerText:
                 break
             self.num_tokens += len(piece)
             self._kept += self._detokenizer.add(piece)
+            if self.num_tokens <= self._min_tokens:
+                self._early = len(self._kept)
             self._cut_at_stop()
         return "" if self.stop_string is not None else self._release()
 
@@ -100,6 +119,7 @@ class AnswerText:
     def _release(self) -> str:
         end = len(self._kept) - max(1, self._possible_stop())
         text, self._kept = self._kept[: max(0, end)], self._kept[max(0, end) :]
+        self._early = max(0, self._early - len(text))
         return text
 
     def _cut_at_stop(self) -> None:
@@ -107,11 +127,11 @@ class AnswerText:
         found = [
             (start + len(stop), start, stop)
             for stop in self._stops
-            if (start := self._kept.find(stop)) >= 0
+            if (start := self._kept.find(stop, max(0, self._early - len(stop) + 1))) >= 0
         ]
         if found:
-            _, start, self.stop_string = min(found)
-            self._kept = self._kept[:start]
+            end, start, self.stop_string = min(found)
+            self._kept = self._kept[: end if self._include_stop else start]
 
     def _possible_stop(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""

@@ -1,11 +1,21 @@
 """One denoising step: logits -> probabilities -> which positions commit."""
 
 from vdiff_kserve.sampler.apd import verify
+from vdiff_kserve.sampler.constrain import (
+    ConstrainedRow,
+    ConstraintTable,
+    TokenRules,
+    constrain,
+    hold_back,
+)
 from vdiff_kserve.sampler.credit import Evidence, accumulate, fuse
+from vdiff_kserve.sampler.logprobs import Logprobs, raw_logprobs, tell
 from vdiff_kserve.sampler.params import (
     DREAM_POLICIES,
+    MAX_TOP_LOGPROBS,
     SCHEDULED_POLICIES,
     CacheMode,
+    Constraints,
     DecodingParams,
     Policy,
 )
@@ -15,20 +25,30 @@ from vdiff_kserve.sampler.step import Proposal, SpecialTokens, StepRows, guide, 
 
 __all__ = [
     "DREAM_POLICIES",
+    "MAX_TOP_LOGPROBS",
     "SCHEDULED_POLICIES",
     "CacheMode",
+    "ConstrainedRow",
+    "ConstraintTable",
+    "Constraints",
     "DecodingParams",
     "Evidence",
+    "Logprobs",
     "Policy",
     "Proposal",
     "SpecialTokens",
     "StepRows",
+    "TokenRules",
     "accumulate",
     "block_steps",
+    "constrain",
     "fuse",
     "guide",
+    "hold_back",
     "propose",
     "quota",
+    "raw_logprobs",
     "select",
+    "tell",
     "verify",
 ]

@@ -31,6 +31,42 @@ SCHEDULED_POLICIES: frozenset[Policy] = DREAM_POLICIES | {"low_confidence", "ran
 """Policies that commit a fixed number of tokens per step."""
 
 
+MAX_TOP_LOGPROBS = 20
+"""Most likely tokens that a row's log probabilities tell per position, at most."""
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a request asks of its tokens, whatever the policy; `constrain` says how each is meant.
+
+    Attributes:
+        logit_bias: (token, what is added to its logit).
+        allowed_token_ids: the only tokens that may be written; None is all.
+        bad_words: runs of tokens that must not stand in the answer.
+        min_tokens: answer positions from the left where no end token may stand.
+        end_token_ids: which tokens these are, for `min_tokens`; they are never counted either.
+        presence_penalty: taken from the logit of every token that the answer has.
+        frequency_penalty: taken once for every time that it has it.
+        repetition_penalty: divides the logits of the prompt's and the answer's tokens when they
+            are positive, multiplies them when not; 1 is off.
+    """
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    end_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether what the answer has so far matters for each token alone."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return any(penalties)
+
+
 @dataclass(frozen=True)
 class DecodingParams:
     """The parameters of one request's denoising; every row of a batch has its own.
@@ -86,6 +122,9 @@ class DecodingParams:
         vicinity: positions on either side of the block that a cached step recomputes too.
         max_lookahead: most masked positions right of the active block that the model sees; None is
             the whole canvas, as the published loops have it.
+        constraints: what is asked of the tokens; None is nothing.
+        top_logprobs: how many of the likeliest tokens to tell beside each committed token's log
+            probability, at most `MAX_TOP_LOGPROBS`; None tells neither.
     """
 
     policy: Policy = "low_confidence"
@@ -119,3 +158,5 @@ class DecodingParams:
     refresh_interval: int | None = None
     vicinity: int = 0
     max_lookahead: int | None = None
+    constraints: Constraints | None = None
+    top_logprobs: int | None = None

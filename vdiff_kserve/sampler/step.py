@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vdiff_kserve.sampler.noise import gumbel
 from vdiff_kserve.sampler.params import DREAM_POLICIES, DecodingParams, Policy
+
+if TYPE_CHECKING:
+    from vdiff_kserve.sampler.constrain import ConstraintTable
 
 LEAST_SCORE = -1e9
 """Score of a position of which nothing can be said."""
@@ -40,6 +44,7 @@ class StepRows:
         params: one per row.
         quotas: tokens to commit per row in a scheduled step.
         lengths: tokens of each row's canvas.
+        constraints: of the rows that ask something of their tokens; None when none does.
     """
 
     row: Tensor
@@ -48,14 +53,15 @@ class StepRows:
     params: Sequence[DecodingParams]
     quotas: Sequence[int]
     lengths: Sequence[int]
+    constraints: ConstraintTable | None = None
 
-    def part(self, start: int, end: int) -> StepRows:
+    def part(self, index: slice | Tensor) -> StepRows:
         """The same rows, with only some of the positions."""
         return replace(
             self,
-            row=self.row[start:end],
-            position=self.position[start:end],
-            written=self.written[start:end],
+            row=self.row[index],
+            position=self.position[index],
+            written=self.written[index],
         )
 
     def per_position(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:

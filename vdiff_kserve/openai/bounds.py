@@ -1,0 +1,71 @@
+"""How much one request may hold: checked before any of it costs time."""
+
+from __future__ import annotations
+
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.limits import ServingLimits, stop_strings
+from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
+"""Characters of one stop string."""
+MAX_STOP_TOKEN_IDS = 1024
+
+
+def check_bounds(
+    request: ChatCompletionRequest | CompletionRequest, limits: ServingLimits, longest_token: int
+) -> None:
+    """Refuse a request that holds more than the server would ever work on.
+
+    Args:
+        longest_token: characters of the longest token, which tells how many tokens a text has at
+            least without tokenizing it.
+
+    Raises:
+        RequestError: naming the field and how much is allowed.
+    """
+    stops = stop_strings(request)
+    if len(stops) > MAX_STOP_STRINGS:
+        raise _too_many("stop", MAX_STOP_STRINGS, "strings", len(stops))
+    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+        longest = max(len(stop) for stop in stops)
+        raise _too_many("stop", MAX_STOP_LENGTH, "characters in each string", longest)
+    ids = request.stop_token_ids or ()
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise _too_many("stop_token_ids", MAX_STOP_TOKEN_IDS, "ids", len(ids))
+    texts = _texts(request)
+    _check_answers(request, limits)
+    for text in texts:
+        if text > limits.max_model_len * longest_token:
+            raise RequestError(
+                f"This model's maximum context length is {limits.max_model_len} tokens. However, "
+                f"your prompt has {text} characters, which cannot be so few tokens.",
+                param="input_tokens",
+            )
+
+
+def _too_many(field: str, most: int, noun: str, given: int) -> RequestError:
+    return RequestError(f"{field} must have at most {most} {noun}, got {given}.", param=field)
+
+
+def _check_answers(
+    request: ChatCompletionRequest | CompletionRequest, limits: ServingLimits
+) -> None:
+    prompt = request.prompt if isinstance(request, CompletionRequest) else None
+    one = not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int)
+    answers = (request.n or 1) * (1 if one else len(prompt or ()))
+    if answers > limits.max_choices:
+        raise RequestError(
+            f"n times the number of prompts must be at most {limits.max_choices}, got {answers}.",
+            param="prompt",
+        )
+
+
+def _texts(request: ChatCompletionRequest | CompletionRequest) -> list[int]:
+    """Characters of each text that would be tokenized."""
+    if isinstance(request, CompletionRequest):
+        prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+        return [len(prompt) for prompt in prompts if isinstance(prompt, str)]
+    contents = [message.content for message in request.messages]
+    parts = [part.text or "" for each in contents if isinstance(each, list) for part in each]
+    return [sum(map(len, parts)) + sum(len(each) for each in contents if isinstance(each, str))]

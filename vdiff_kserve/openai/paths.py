@@ -1,0 +1,47 @@
+"""What a path of the HTTP server stands for: its protocol, and who may use it."""
+
+from __future__ import annotations
+
+import re
+
+PREFIXES = ("/openai/v1", "/v1")
+"""Where OpenAI's routes are."""
+CHAT = "/chat/completions"
+COMPLETIONS = "/completions"
+
+OPEN = re.compile(
+    r"/|/health|/ping|/version|/metrics|/v2/health/(live|ready)|/v2/models/[^/]+(/versions/[^/]+)?/ready"
+)
+"""What probes and scrapers ask, who have no key."""
+PAGES = ("/docs", "/docs/oauth2-redirect", "/openapi.json")
+"""The interactive page and what it loads; a browser opens them without a key."""
+PREDICT = re.compile(r"/v1/models/[^/]+:predict")
+INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
+
+
+def endpoint_of(method: str, path: str) -> str | None:
+    """Which of the metrics' endpoints a request is for; None when it asks for no answer."""
+    if method != "POST":
+        return None
+    if path in [prefix + CHAT for prefix in PREFIXES]:
+        return "chat"
+    if path in [prefix + COMPLETIONS for prefix in PREFIXES]:
+        return "completion"
+    if PREDICT.fullmatch(path):
+        return "v1"
+    return "v2" if INFER.fullmatch(path) else None
+
+
+def is_open(path: str) -> bool:
+    """Whether a path is answered without a key and without counting for the rate limit."""
+    return OPEN.fullmatch(path) is not None
+
+
+def speaks_openai(path: str) -> bool:
+    """Whether errors on a path have OpenAI's shape; KServe's V1 and V2 have their own."""
+    return ":" not in path.rpartition("/")[2] and not path.startswith("/v2/")
+
+
+def is_openais(path: str) -> bool:
+    """Whether a path is OpenAI's, also one that leads nowhere."""
+    return speaks_openai(path) and path.startswith(tuple(f"{prefix}/" for prefix in PREFIXES))

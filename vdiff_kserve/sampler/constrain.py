@@ -1,0 +1,311 @@
+"""What a request asks of its tokens: bans, biases, penalties.
+
+The rules and their order are vLLM's (`vllm/v1/sample`): only allowed tokens, no bad word, no early
+end token, logit bias, then the repetition, frequency and presence penalties. There they see a text
+that grows at its right end; here, many positions are written at once and in any order, so
+
+- what is committed when the step begins is what counts, tokens right of it included, but for end
+  tokens and what stands behind the first of them, which is no part of the answer. A written
+  position that may be edited does not count for itself;
+- a bad word is banned at every position where that token would complete it, and of the positions
+  that would complete one together in one step, the rightmost waits (`hold_back`).
+
+Tables are made for the rows that ask; the others cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vdiff_kserve.sampler.params import Constraints
+from vdiff_kserve.sampler.step import Proposal, StepRows
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """The part of a request's constraints that never changes, over the vocabulary.
+
+    Attributes:
+        bias: float32 [vocab], added to every logit: the logit bias, and -inf for a token that must
+            stand nowhere.
+        in_prompt: bool [vocab]; None without a repetition penalty.
+    """
+
+    bias: Tensor
+    in_prompt: Tensor | None
+
+    @classmethod
+    def of(
+        cls, constraints: Constraints, prompt: Sequence[int], vocab_size: int, device: torch.device
+    ) -> TokenRules:
+        """The rules of one request."""
+        bias = torch.zeros(vocab_size)
+        if constraints.allowed_token_ids is not None:
+            bias.fill_(-torch.inf)
+            bias[list(constraints.allowed_token_ids)] = 0.0
+        bias[[word[0] for word in constraints.bad_words if len(word) == 1]] = -torch.inf
+        if constraints.logit_bias:
+            biased, values = zip(*constraints.logit_bias, strict=True)
+            bias.index_add_(0, torch.tensor(biased), torch.tensor(values, dtype=bias.dtype))
+        in_prompt = None
+        if constraints.repetition_penalty != 1:
+            in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
+            in_prompt[list(prompt)] = True
+            in_prompt = in_prompt.to(device)
+        return cls(bias.to(device), in_prompt)
+
+
+@dataclass(frozen=True)
+class ConstrainedRow:
+    """One row that asks for something, as a step finds it.
+
+    Attributes:
+        row: its number in the step.
+        first: canvas position of its answer's first token.
+        answer: int64 [answer], the committed tokens; -1 for a mask.
+        opened: int64 [n], its open positions in the canvas, ascending.
+    """
+
+    row: int
+    constraints: Constraints
+    rules: TokenRules
+    first: int
+    answer: Tensor
+    opened: Tensor
+
+
+@dataclass(frozen=True)
+class ConstraintTable:
+    """The constraints of a step's rows, side by side.
+
+    Attributes:
+        rows: those that ask for something.
+        slot: int64 [rows of the step], the place of a row in the tables; -1 for the others.
+        bias: float32 [slots, vocab].
+        penalties: float32 [slots, 3], repetition, frequency and presence; None when no row has any.
+        counts: float32 [slots, vocab], how often the answer has each token; None without penalties.
+        counted_end: int64 [slots], canvas position where the counting ends.
+        in_prompt: bool [slots, vocab]; None without penalties.
+        banned: int64 [3, n], (row, canvas position, token), sorted by row and position.
+    """
+
+    rows: Sequence[ConstrainedRow]
+    slot: Tensor
+    bias: Tensor
+    penalties: Tensor | None
+    counts: Tensor | None
+    counted_end: Tensor
+    in_prompt: Tensor | None
+    banned: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[ConstrainedRow], num_rows: int) -> ConstraintTable | None:
+        """The tables of a step; None when no row asks for anything."""
+        if not rows:
+            return None
+        bias = torch.stack([row.rules.bias for row in rows])
+        device = bias.device
+        slot = torch.full((num_rows,), -1)
+        slot[[row.row for row in rows]] = torch.arange(len(rows))
+        banned = torch.cat([_early_ends(row) for row in rows] + [_word_ends(row) for row in rows])
+        penalties = counts = in_prompt = None
+        counted = [_counted(row) for row in rows]
+        ends = torch.tensor([row.first for row in rows]) + torch.tensor([len(c) for c in counted])
+        if any(row.constraints.penalizes for row in rows):
+            counts = torch.stack(
+                [torch.bincount(c[c >= 0], minlength=bias.shape[-1]).float() for c in counted]
+            ).to(device)
+            none = torch.zeros(bias.shape[-1], dtype=torch.bool, device=device)
+            in_prompt = torch.stack(
+                [none if row.rules.in_prompt is None else row.rules.in_prompt for row in rows]
+            )
+            penalties = torch.tensor([_penalties(row.constraints) for row in rows], device=device)
+        return cls(
+            rows=rows,
+            slot=slot.to(device),
+            bias=bias,
+            penalties=penalties,
+            counts=counts,
+            counted_end=ends.to(device),
+            in_prompt=in_prompt,
+            banned=banned.T.to(device),
+        )
+
+
+def constrain(logits: Tensor, rows: StepRows) -> Tensor:
+    """The logits as the rows' constraints leave them.
+
+    Args:
+        logits: [positions, vocab]; those of rows that ask for something are overwritten. A
+            vocabulary shorter than the tables', as an auxiliary model's may be, is fine.
+    """
+    table = rows.constraints
+    if table is None:
+        return logits
+    logits = logits.float()
+    slots = table.slot[rows.row]
+    places = (slots >= 0).nonzero().squeeze(-1)
+    slots = slots[places]
+    vocab_size = logits.shape[-1]
+    own = logits[places] + table.bias[slots, :vocab_size]
+    if table.penalties is not None:
+        counted = rows.position[places] < table.counted_end[slots]
+        own_token = torch.where(counted, rows.written[places], -1)
+        own = _penalized(own, table, slots, own_token)
+    logits[places] = own
+    _ban(logits, table.banned, rows)
+    return logits
+
+
+def _penalized(logits: Tensor, table: ConstraintTable, slots: Tensor, written: Tensor) -> Tensor:
+    """The logits after the penalties; a position's own `written` token, if any, does not count."""
+    assert table.penalties is not None
+    assert table.counts is not None
+    assert table.in_prompt is not None
+    counts = table.counts[slots]
+    edited = (written >= 0).nonzero().squeeze(-1)
+    counts[edited, written[edited]] -= 1
+    counts = counts[:, : logits.shape[-1]]
+    known = (counts > 0) | table.in_prompt[slots, : logits.shape[-1]]
+    repetition, frequency, presence = table.penalties[slots].T[..., None]
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    return torch.where(known, repeated, logits) - frequency * counts - presence * (counts > 0)
+
+
+def _ban(logits: Tensor, banned: Tensor, rows: StepRows) -> None:
+    """Set single tokens at single positions to -inf, where these are among `rows`."""
+    row, position, token = banned[:, banned[2] < logits.shape[-1]]
+    stride = max(rows.lengths) + 1
+    keys = rows.row * stride + rows.position
+    if len(keys) == 0:
+        return
+    wanted = row * stride + position
+    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    here = keys[place] == wanted
+    logits[place[here], token[here]] = -torch.inf
+
+
+def _penalties(constraints: Constraints) -> tuple[float, float, float]:
+    return (
+        constraints.repetition_penalty,
+        constraints.frequency_penalty,
+        constraints.presence_penalty,
+    )
+
+
+def _counted(row: ConstrainedRow) -> Tensor:
+    """The answer as far as it counts, up to the first end token: int64 [n]."""
+    ends = torch.isin(row.answer, torch.tensor(row.constraints.end_token_ids)).nonzero()
+    return row.answer[: int(ends[0])] if len(ends) else row.answer
+
+
+def _triples(row: ConstrainedRow, positions: Tensor, tokens: Tensor) -> Tensor:
+    return torch.stack([torch.full_like(positions, row.row), positions, tokens], dim=-1)
+
+
+def _early_ends(row: ConstrainedRow) -> Tensor:
+    """End tokens at the first `min_tokens` positions: int64 [n, 3]."""
+    constraints = row.constraints
+    early = row.opened[row.opened < row.first + constraints.min_tokens]
+    ends = torch.tensor(constraints.end_token_ids, dtype=torch.int64)
+    return _triples(row, early.repeat_interleave(len(ends)), ends.repeat(len(early)))
+
+
+def _word_ends(row: ConstrainedRow) -> Tensor:
+    """Tokens that would complete a bad word with what is committed around: int64 [n, 3].
+
+    A word of one token is in the rules already.
+    """
+    found = [torch.zeros(0, 3, dtype=torch.int64)]
+    for words in _by_length(row.constraints.bad_words):
+        at, alike = _compare(row, row.answer, words)
+        differing = (~alike).sum(-1)
+        window, word = (differing == 1).nonzero().T
+        offset = (~alike[window, word]).long().argmax(-1)
+        positions = at[window] + offset + row.first
+        is_open = torch.isin(positions, row.opened)
+        found.append(_triples(row, positions, words[word, offset])[is_open])
+    return torch.cat(found)
+
+
+def _by_length(bad_words: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Words of several tokens, those of the same length together: int64 [words, length] each."""
+    lengths = sorted({len(word) for word in bad_words if len(word) > 1})
+    return [torch.tensor([w for w in bad_words if len(w) == length]) for length in lengths]
+
+
+def _compare(row: ConstrainedRow, answer: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Where words might stand around the open positions, and which of their tokens do.
+
+    Args:
+        words: int64 [words, length].
+
+    Returns:
+        int64 [windows], where each begins in the answer; bool [windows, words, length].
+    """
+    length = words.shape[-1]
+    opened = row.opened[row.opened < row.first + len(answer)] - row.first
+    if len(opened) == 0 or len(answer) < length:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, *words.shape, dtype=torch.bool)
+    start = max(0, int(opened[0]) - length + 1)
+    end = min(len(answer), int(opened[-1]) + length)
+    windows = answer[start:end].unfold(0, length, 1) if end - start >= length else answer[:0, None]
+    begins = torch.arange(start, start + len(windows))
+    return begins, windows[:, None] == words
+
+
+def hold_back(accept: Tensor, proposal: Proposal, rows: StepRows) -> Tensor:
+    """`accept` without the positions that would complete a bad word together.
+
+    Of these an edit waits before a mask, and else the rightmost; for a draft that must be accepted
+    as a run, everything right of it waits too. At least one of them is left, so a row that would
+    have written something still does.
+
+    Args:
+        accept: bool [positions].
+    """
+    table = rows.constraints
+    if table is None or not any(_by_length(row.constraints.bad_words) for row in table.rows):
+        return accept
+    starts = torch.searchsorted(rows.row, torch.arange(len(rows.params) + 1).to(rows.row.device))
+    accept = accept.clone()
+    for row in table.rows:
+        groups = _by_length(row.constraints.bad_words)
+        if groups:
+            own = slice(int(starts[row.row]), int(starts[row.row + 1]))
+            as_run = rows.params[row.row].policy == "apd"
+            kept = _held_back(row, groups, accept[own].cpu(), proposal.token[own].cpu(), as_run)
+            accept[own] = kept.to(accept.device)
+    return accept
+
+
+def _held_back(
+    row: ConstrainedRow, groups: Sequence[Tensor], accept: Tensor, tokens: Tensor, as_run: bool
+) -> Tensor:
+    places = row.opened - row.first
+    inside = places < len(row.answer)
+    while True:
+        answer = row.answer.clone()
+        written = accept & inside
+        answer[places[written]] = tokens[written]
+        word = next((at for words in groups for at in _complete(row, answer, words)), None)
+        if word is None:
+            return accept
+        part = written & (places >= word[0]) & (places < word[1])
+        edits = part & (row.answer[places.clamp(max=len(row.answer) - 1)] >= 0)
+        waits = (edits if edits.any() else part).nonzero()
+        if len(waits) == 0:
+            return accept
+        last = int(waits[-1])
+        accept[last : (len(accept) if as_run else last + 1)] = False
+
+
+def _complete(row: ConstrainedRow, answer: Tensor, words: Tensor) -> list[tuple[int, int]]:
+    """Begin and end, in the answer, of the bad words that stand there."""
+    at, alike = _compare(row, answer, words)
+    begins = at[alike.all(-1).any(-1)].tolist()
+    return [(begin, begin + words.shape[-1]) for begin in begins]
