@@ -20,6 +20,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -98,7 +99,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="times that each prompt is asked")
     args = parser.parse_args()
     device = choose_device("auto")
-    decoder, spec = load_decoder(args.model_dir, device, choose_dtype("auto", device))
+    # On a thread that ends, as in the server: OpenMP threads of this one would stay and compete.
+    with ThreadPoolExecutor(max_workers=1) as loader:
+        dtype = choose_dtype("auto", device)
+        decoder, spec = loader.submit(load_decoder, args.model_dir, device, dtype).result()
     tokenizer = load_tokenizer(args.model_dir)
     engine = Engine(decoder, spec, EngineConfig(max_num_seqs=1))
     engine.start()

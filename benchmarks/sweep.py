@@ -94,9 +94,15 @@ class Outcome:
 
 
 CURVES: tuple[tuple[str, str, str, tuple[float, ...], dict[str, object]], ...] = (
-    ("threshold, none", "threshold", "threshold", (0.95, 0.9, 0.8, 0.7, 0.6), {}),
-    ("threshold, prefix", "threshold", "threshold", (0.95, 0.9, 0.8, 0.7), {"cache": "prefix"}),
-    ("threshold, dual", "threshold", "threshold", (0.95, 0.9, 0.8, 0.7), {"cache": "dual"}),
+    ("threshold, none", "threshold", "threshold", (0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6), {}),
+    (
+        "threshold, prefix",
+        "threshold",
+        "threshold",
+        (0.98, 0.95, 0.9, 0.8, 0.7),
+        {"cache": "prefix"},
+    ),
+    ("threshold, dual", "threshold", "threshold", (0.98, 0.95, 0.9, 0.8, 0.7), {"cache": "dual"}),
     (
         "threshold, dual, lookahead 64",
         *("threshold", "threshold", (0.9, 0.8)),
@@ -108,7 +114,7 @@ CURVES: tuple[tuple[str, str, str, tuple[float, ...], dict[str, object]], ...] =
     ("credit", "credit", "threshold", (0.9, 0.8), {}),
     (
         "apd by confidence",
-        *("apd", "apd_threshold", (0.95, 0.9, 0.8, 0.7)),
+        *("apd", "apd_threshold", (0.99, 0.98, 0.95, 0.9, 0.8, 0.7)),
         {"apd_max_parallel": 16},
     ),
     (

@@ -9,6 +9,7 @@ import asyncio
 import difflib
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
@@ -126,7 +127,10 @@ class AsyncLLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         config = _config(model, options)
-        loaded = load_model(config)
+        # On a thread that ends: OpenMP's threads of this one would stay and make the engine's own
+        # sleep between operations, at half the speed.
+        with ThreadPoolExecutor(max_workers=1) as loader:
+            loaded = loader.submit(load_model, config).result()
         self._engine = loaded.engine
         loaded.warm_up()
         self.tokenizer = loaded.tokenizer

@@ -18,7 +18,7 @@ BLOCK_LENGTH = 32
 
 PROFILES: Mapping[str, Mapping[str, Any]] = {
     "exact": {"policy": "low_confidence", "cache": "none"},
-    "quality": {"policy": "threshold", "threshold": 0.95, "cache": "none"},
+    "quality": {"policy": "threshold", "threshold": 0.98, "cache": "none"},
     "fast": {"policy": "threshold", "threshold": 0.8, "cache": "dual", "max_lookahead": 64},
 }
 
