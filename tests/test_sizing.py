@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 from vdiff_kserve import sizing
 from vdiff_kserve.checkpoint import EMBEDDED
-from vdiff_kserve.engine.engine import SCRATCH_BYTES
-from vdiff_kserve.engine.kv_cache import KVCache, bytes_per_token
+from vdiff_kserve.engine import bytes_per_token
+from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.models import DecoderConfig
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
 from vdiff_kserve.models.registry import FAMILIES, find_by_architecture
@@ -76,14 +76,9 @@ def test_weights_are_those_in_the_checkpoint():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_cache_is_counted_as_the_engine_takes_it(dtype):
     config = decoder(EMBEDDED)
-    per_token = sizing.cache_bytes_per_token(config, dtype)
-    assert per_token == bytes_per_token(config, dtype)
+    per_token = bytes_per_token(config, dtype)
     store = KVCache(config, 10, torch.device("cpu"), dtype).store
     assert store.keys.nbytes + store.values.nbytes == 10 * per_token
-
-
-def test_the_scratch_is_what_the_engine_leaves():
-    assert sizing.SCRATCH_BYTES == SCRATCH_BYTES
 
 
 def test_an_auxiliary_model_adds_its_weights_and_its_cache():

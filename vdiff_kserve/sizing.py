@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 
+from vdiff_kserve.engine import SCRATCH_BYTES, bytes_per_token
 from vdiff_kserve.models import CheckpointError, Decoder, DecoderConfig
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
 from vdiff_kserve.models.registry import CAUSAL_FORMATS, FAMILIES, find_by_architecture
 from vdiff_kserve.setting import parse_size
 
-SCRATCH_BYTES = 1 << 30
-"""What the engine leaves for a forward pass and the sampler, logits included."""
 CONTEXT_BYTES = 600 << 20
 """What CUDA itself and the libraries' code take of a GPU; 400 to 700 MiB, by GPU and driver."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -110,7 +109,7 @@ def size(
         decoders.append(find_by_architecture(causal, CAUSAL_FORMATS).read_decoder(causal))
     return Sizing(
         weights=sum(weight_bytes(each, dtype) for each in decoders),
-        per_token=sum(cache_bytes_per_token(each, dtype) for each in decoders),
+        per_token=sum(bytes_per_token(each, dtype) for each in decoders),
         request_tokens=request_tokens or spec.max_model_len,
         memory=memory,
         utilization=utilization,
@@ -122,11 +121,6 @@ def weight_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         decoder = Decoder(config)
     return sum(each.numel() for each in decoder.parameters()) * dtype.itemsize
-
-
-def cache_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Memory of one token's keys and values in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 def _text(count: int) -> str:

@@ -7,9 +7,10 @@ import random
 import re
 import string
 
-from hack.embedded.content import GAPS, SMALL_TALK, STORIES, TOPICS
+from hack.embedded.content import GAPS, SMALL_TALK
 from hack.embedded.example import Example, typed
 from hack.embedded.tasks import as_json, sequence
+from hack.embedded.texts import STORIES, TOPICS
 from hack.embedded.words import CAPITALS, DAYS, MONTH_LENGTHS, MONTHS, NAMES, ORDINALS
 
 NEXT_PHRASINGS = (

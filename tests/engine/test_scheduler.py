@@ -148,7 +148,7 @@ def test_row_that_is_aborted_between_the_slices_of_a_pass_is_gone() -> None:
             request_of(prompt=(5,) * 60, max_tokens=8, cache="dual"), inbox.append
         )
         engine._scheduler.submit([row])
-        wait_until(lambda: row.has_begun or row.finish_reason is not None)
+        wait_until(lambda: row.begun_pass is not None or row.finish_reason is not None)
         engine._scheduler.abort(row)
         wait_until(lambda: engine.num_running == 0)
         assert row.begun_pass is None

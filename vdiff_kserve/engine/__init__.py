@@ -1,7 +1,8 @@
 """The heart: requests in, committed tokens out, batched at the denoising step."""
 
 from vdiff_kserve.engine.budget import REFRESH_SECONDS, measured_token_budget
-from vdiff_kserve.engine.engine import Engine, EngineConfig
+from vdiff_kserve.engine.engine import SCRATCH_BYTES, Engine, EngineConfig
+from vdiff_kserve.engine.kv_cache import bytes_per_token
 from vdiff_kserve.engine.report import RoundObserver, RoundReport
 from vdiff_kserve.engine.request import (
     EngineError,
@@ -20,6 +21,7 @@ from vdiff_kserve.engine.stream import GenerationStream
 
 __all__ = [
     "REFRESH_SECONDS",
+    "SCRATCH_BYTES",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -36,5 +38,6 @@ __all__ = [
     "RoundObserver",
     "RoundReport",
     "TokenLogprob",
+    "bytes_per_token",
     "measured_token_budget",
 ]

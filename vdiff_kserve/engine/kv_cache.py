@@ -16,7 +16,7 @@ CPU_SHARE = 0.5
 def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
     """Memory of one canvas token's keys and values in all layers."""
     values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return values * torch.empty((), dtype=dtype).element_size()
+    return values * dtype.itemsize
 
 
 def memory_for_cache(

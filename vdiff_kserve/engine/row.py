@@ -173,11 +173,6 @@ class Row:
         return self.next_span().start == 0
 
     @property
-    def has_begun(self) -> bool:
-        """Whether a part of the next pass has run."""
-        return self.begun_pass is not None
-
-    @property
     def is_fresh(self) -> bool:
         """Whether no pass has run yet."""
         return self._refreshes + self._reuses + self._commits == 0
