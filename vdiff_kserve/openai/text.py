@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol
 
 BROKEN = "\ufffd"
@@ -37,9 +38,11 @@ class Detokenizer:
         self._context = 0
         self._whole = 0
         self._sent = 0
+        self._before = (0, 0, 0)
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Text that became complete with these tokens."""
+        self._before = (self._context, self._whole, self._sent)
         self._tokens.extend(token_ids)
         text = self._decode(self._context)
         complete = text.rstrip(BROKEN)
@@ -48,6 +51,13 @@ class Detokenizer:
             self._context, self._whole = self._whole, len(self._tokens)
             self._sent = len(self._decode(self._context))
         return piece
+
+    def take_back(self, count: int) -> Detokenizer:
+        """A decoder as this one was before its last `count` tokens, which were added at once."""
+        earlier = copy(self)
+        earlier._tokens = self._tokens[: len(self._tokens) - count]
+        earlier._context, earlier._whole, earlier._sent = self._before
+        return earlier
 
     def flush(self) -> str:
         """The rest, with `BROKEN` where the answer ended within a character."""
@@ -88,6 +98,7 @@ class AnswerText:
     ) -> None:
         self._detokenizer = detokenizer
         self._stops = tuple(stops)
+        self._longest_stop = max(map(len, stops), default=0)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._kept = ""
@@ -97,15 +108,10 @@ class AnswerText:
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Text that may be sent after these tokens; empty once a stop string was found."""
-        pieces = [[token] for token in token_ids] if self._stops else [token_ids]
-        for piece in pieces:
-            if self.stop_string is not None:
-                break
-            self.num_tokens += len(piece)
-            self._kept += self._detokenizer.add(piece)
-            if self.num_tokens <= self._min_tokens:
-                self._early = len(self._kept)
-            self._cut_at_stop()
+        early = min(max(0, self._min_tokens - self.num_tokens), len(token_ids))
+        for piece in (token_ids[:early], token_ids[early:]):
+            if piece and self.stop_string is None:
+                self._read(piece)
         return "" if self.stop_string is not None else self._release()
 
     def finish(self) -> str:
@@ -116,6 +122,22 @@ class AnswerText:
         text, self._kept = self._kept, ""
         return text
 
+    def _read(self, token_ids: Sequence[int]) -> None:
+        """Decode tokens at once; one by one only where one of them completes a stop string, to
+        know which."""
+        text = self._kept + self._detokenizer.add(token_ids)
+        if len(token_ids) > 1 and self._stop_in(text) is not None:
+            self._detokenizer = self._detokenizer.take_back(len(token_ids))
+            for token in token_ids:
+                if self.stop_string is None:
+                    self._read([token])
+            return
+        self.num_tokens += len(token_ids)
+        self._kept = text
+        if self.num_tokens <= self._min_tokens:
+            self._early = len(self._kept)
+        self._cut_at_stop()
+
     def _release(self) -> str:
         end = len(self._kept) - max(1, self._possible_stop())
         text, self._kept = self._kept[: max(0, end)], self._kept[max(0, end) :]
@@ -123,19 +145,24 @@ class AnswerText:
         return text
 
     def _cut_at_stop(self) -> None:
-        """Cut at the stop string that is complete first; of several, the one that starts first."""
+        found = self._stop_in(self._kept)
+        if found is not None:
+            end, start, self.stop_string = found
+            self._kept = self._kept[: end if self._include_stop else start]
+
+    def _stop_in(self, text: str) -> tuple[int, int, str] | None:
+        """End, start and text of the stop string that is complete first; of several, the one that
+        starts first."""
         found = [
             (start + len(stop), start, stop)
             for stop in self._stops
-            if (start := self._kept.find(stop, max(0, self._early - len(stop) + 1))) >= 0
+            if (start := text.find(stop, max(0, self._early - len(stop) + 1))) >= 0
         ]
-        if found:
-            end, start, self.stop_string = min(found)
-            self._kept = self._kept[: end if self._include_stop else start]
+        return min(found, default=None)
 
     def _possible_stop(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""
-        for length in range(len(self._kept), 0, -1):
+        for length in range(min(len(self._kept), self._longest_stop - 1), 0, -1):
             tail = self._kept[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
