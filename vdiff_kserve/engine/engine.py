@@ -12,6 +12,7 @@ from threading import Thread
 import torch
 
 from vdiff_kserve.engine.kv_cache import KVCache, bytes_per_token, memory_for_cache
+from vdiff_kserve.engine.lockstep import Lockstep
 from vdiff_kserve.engine.memory import RowMemory
 from vdiff_kserve.engine.prefix_cache import PrefixCache
 from vdiff_kserve.engine.report import RoundClock, RoundObserver
@@ -27,7 +28,7 @@ from vdiff_kserve.engine.request import (
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import make_row
 from vdiff_kserve.engine.runner import ModelRunner
-from vdiff_kserve.engine.scheduler import Scheduler
+from vdiff_kserve.engine.scheduler import FollowingScheduler, Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
 from vdiff_kserve.models import Decoder, ModelSpec
 
@@ -55,6 +56,8 @@ class EngineConfig:
         enable_prefix_caching: whether a block-causal model keeps finished requests' keys and
             values for others that begin alike.
         observer: told of every round.
+        lockstep: the ranks that run this engine together, each with a shard of the model; None when
+            the model is whole. All else in the configuration must be the same on every rank.
     """
 
     max_num_seqs: int = 8
@@ -65,6 +68,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     observer: RoundObserver | None = None
+    lockstep: Lockstep | None = None
 
 
 class Engine:
@@ -101,13 +105,7 @@ class Engine:
             self._prefixes = PrefixCache(self._cache, spec.block_length)
         self._memory = RowMemory(self._cache, self._auxiliary_cache, self._prefixes)
         self._runner = ModelRunner(decoder, spec, self._cache, auxiliary, self._auxiliary_cache)
-        self._scheduler = Scheduler(
-            self._memory,
-            config.max_num_seqs,
-            config.max_queue,
-            config.max_num_batched_tokens,
-            decoder.config.num_layers,
-        )
+        self._scheduler = self._make_scheduler(decoder.config.num_layers)
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
 
     @property
@@ -172,6 +170,18 @@ class Engine:
         """The row that will run `request`."""
         return make_row(request, sink, self.spec, self._has_auxiliary)
 
+    def _make_scheduler(self, num_layers: int) -> Scheduler:
+        config = self.config
+        slots, budget, lockstep = (
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.lockstep,
+        )
+        if lockstep is None or lockstep.leads:
+            return Scheduler(self._memory, slots, config.max_queue, budget, num_layers, lockstep)
+        make_row = partial(self.make_row, sink=lambda _: None)
+        return FollowingScheduler(self._memory, slots, budget, num_layers, lockstep, make_row)
+
     def _cache_tokens(self, decoders: Sequence[Decoder]) -> int:
         """Canvas tokens for which all models' caches have room."""
         config = self.config
@@ -211,12 +221,20 @@ class Engine:
                 self._scheduler.wait_for_work()
                 self._round()
         except EngineStoppedError:
-            return
+            self._scheduler.dismiss()
         except BaseException as error:
             self.failure = error
             logger.critical("The engine's loop died.", exc_info=error)
             self._close(EngineStoppedError("The engine failed."))
             raise
+
+    def follow(self) -> None:
+        """Take part, as a further rank, in the rounds of the first one until it stops.
+
+        Raises:
+            RuntimeError: another rank is gone.
+        """
+        self._run()
 
     def _round(self) -> None:
         """Choose rows, take one denoising step of each, and let the finished ones go."""

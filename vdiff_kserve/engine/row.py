@@ -100,6 +100,11 @@ class Row:
         self._enter_block(self.prompt_length)
 
     @property
+    def number(self) -> int:
+        """Which of the engine's requests this is, counted as they arrive."""
+        return self.place[1]
+
+    @property
     def params(self) -> DecodingParams:
         return self.request.decoding
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Condition
 
+from vdiff_kserve.engine.lockstep import Lockstep, News
 from vdiff_kserve.engine.memory import RowMemory
 from vdiff_kserve.engine.request import (
     EngineError,
     EngineStoppedError,
+    GenerationRequest,
     QueueFullError,
     QueueTimeoutError,
     RequestTimeoutError,
@@ -48,6 +50,9 @@ class Scheduler:
     last longest ago goes first, and one that does not fit in any round is spread over several.
 
     `submit`, `abort` and `close` may be called from any thread; the rest belongs to the engine's.
+
+    Args:
+        lockstep: tells other ranks what a round starts from; None when there are none.
     """
 
     def __init__(
@@ -57,12 +62,15 @@ class Scheduler:
         max_queue: int,
         max_num_batched_tokens: int,
         num_layers: int,
+        lockstep: Lockstep | None = None,
     ) -> None:
         self._memory = memory
+        self._lockstep = lockstep
         self._max_num_seqs = max_num_seqs
         self._max_queue = max_queue
         self._budget = max_num_batched_tokens
         self._num_layers = num_layers
+        self._arrived: list[Row] = []
         self._waiting: list[Row] = []
         self._running: list[Row] = []
         self._submitted = 0
@@ -76,7 +84,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._arrived) + len(self._waiting)
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue rows, all or none of them. Places are counted beyond what free slots take at once.
@@ -90,7 +98,7 @@ class Scheduler:
                 raise self._closed
             occupied = sum(row.finish_reason is None for row in self._running)
             free_slots = self._max_num_seqs - occupied
-            if len(self._waiting) + len(rows) > free_slots + self._max_queue:
+            if self.num_waiting + len(rows) > free_slots + self._max_queue:
                 raise QueueFullError(
                     f"The server is at its limit of {self._max_num_seqs} running and "
                     f"{self._max_queue} waiting requests. Try again later."
@@ -98,7 +106,7 @@ class Scheduler:
             for row in rows:
                 self._submitted += 1
                 row.place = (row.request.priority, self._submitted)
-                insort(self._waiting, row, key=lambda waiting: waiting.place)
+                self._arrived.append(row)
             self._changed.notify()
 
     def abort(self, row: Row) -> None:
@@ -113,11 +121,12 @@ class Scheduler:
             self._closed = reason
             dropped = [
                 row
-                for row in (*self._running, *self._waiting)
+                for row in (*self._running, *self._waiting, *self._arrived)
                 if not row.aborted and row.finish_reason is None
             ]
             self._leave(self._running)
             self._waiting.clear()
+            self._arrived.clear()
             self._changed.notify()
         return dropped
 
@@ -128,7 +137,7 @@ class Scheduler:
             EngineStoppedError: the scheduler was closed.
         """
         with self._changed:
-            while not (self._running or self._waiting):
+            while not (self._running or self.num_waiting):
                 if self._closed is not None:
                     raise EngineStoppedError(str(self._closed))
                 self._changed.wait()
@@ -140,11 +149,19 @@ class Scheduler:
             EngineStoppedError: the scheduler was closed.
         """
         with self._changed:
-            if self._closed is not None:
-                raise EngineStoppedError(str(self._closed))
-            expired = self._take_out()
+            news = self._news()
+            if self._lockstep is not None:
+                news = self._lockstep.share(news)
+            if news.stopped:
+                raise EngineStoppedError("The first rank stopped.")
+            expired = self._take_out(news)
             self._admit()
             return self._plan(expired)
+
+    def dismiss(self) -> None:
+        """Tell the other ranks, if there are any, that there is no further round."""
+        if self._lockstep is not None:
+            self._lockstep.share(News(stopped=True))
 
     def release(self, rows: Sequence[Row]) -> None:
         """Forget rows that finished or failed; their slots are free for the next round."""
@@ -158,24 +175,39 @@ class Scheduler:
             row.drop_pass()
             self._memory.release(row)
 
-    def _take_out(self) -> list[tuple[Row, EngineError]]:
-        """Forget aborted rows and those whose deadline passed; returns the latter."""
+    def _news(self) -> News:
+        """What the next round starts from; rows that arrived wait from now on."""
+        if self._closed is not None:
+            raise EngineStoppedError(str(self._closed))
+        arrived, self._arrived = self._arrived, []
+        for row in arrived:
+            self._wait(row)
         now = time.monotonic()
+        known = (*self._waiting, *self._running)
+        return News(
+            submitted=tuple((row.number, row.request) for row in arrived),
+            aborted=frozenset(row.number for row in known if row.aborted),
+            expired=frozenset(
+                row.number for row in known if not row.aborted and _is_over(row, now)
+            ),
+        )
 
-        def is_over(row: Row) -> bool:
-            deadline = row.request.deadline
-            return not row.aborted and deadline is not None and deadline <= now
+    def _wait(self, row: Row) -> None:
+        insort(self._waiting, row, key=lambda waiting: waiting.place)
 
+    def _take_out(self, news: News) -> list[tuple[Row, EngineError]]:
+        """Forget aborted rows and those whose deadline passed; returns the latter."""
         waited = QueueTimeoutError("The request's time was over before it got a place to run.")
         ran = RequestTimeoutError("The request's time was over before its answer was complete.")
         late: list[tuple[Row, EngineError]] = [
-            (row, waited) for row in self._waiting if is_over(row)
+            (row, waited) for row in self._waiting if row.number in news.expired
         ]
-        late += [(row, ran) for row in self._running if is_over(row)]
+        late += [(row, ran) for row in self._running if row.number in news.expired]
         for row, _ in late:
             row.aborted = True
-        self._waiting = [row for row in self._waiting if not row.aborted]
-        self._leave([row for row in self._running if row.aborted])
+        gone = news.aborted | news.expired
+        self._waiting = [row for row in self._waiting if row.number not in gone]
+        self._leave([row for row in self._running if row.number in gone])
         return late
 
     def _admit(self) -> None:
@@ -217,3 +249,46 @@ class Scheduler:
             sliced, layers = None, 0
         rows.sort(key=len, reverse=True)
         return Round(rows, sliced, layers, expired)
+
+
+class FollowingScheduler(Scheduler):
+    """The scheduler of a further rank: its rows are those that the first rank tells of.
+
+    Args:
+        make_row: the row of a request; nobody listens to it.
+    """
+
+    def __init__(
+        self,
+        memory: RowMemory,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_layers: int,
+        lockstep: Lockstep,
+        make_row: Callable[[GenerationRequest], Row],
+    ) -> None:
+        super().__init__(
+            memory, max_num_seqs, 0, max_num_batched_tokens, num_layers, lockstep=lockstep
+        )
+        self._make_row = make_row
+
+    def wait_for_work(self) -> None:
+        """The next round begins when the first rank says so."""
+
+    def dismiss(self) -> None:
+        """The first rank tells when the end is, not this one."""
+
+    def _news(self) -> News:
+        """Nothing: what counts are the first rank's."""
+        return News()
+
+    def _take_out(self, news: News) -> list[tuple[Row, EngineError]]:
+        for number, request in news.submitted:
+            row = self._make_row(request)
+            row.place = (request.priority, number)
+            self._wait(row)
+        return super()._take_out(news)
+
+
+def _is_over(row: Row, now: float) -> bool:
+    return row.request.deadline is not None and row.request.deadline <= now
