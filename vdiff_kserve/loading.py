@@ -154,6 +154,7 @@ def _limits(config: ServerConfig, spec: ModelSpec, has_auxiliary: bool) -> Servi
         block_length=spec.block_length,
         has_auxiliary=has_auxiliary,
         allows_apd=config.enable_apd,
+        sub_blocks=spec.sub_blocks,
     )
     profiles = {
         name: DecodingParams(**({"block_length": spec.block_length} | dict(changes)))

@@ -13,6 +13,7 @@ import torch
 from vdiff_kserve.engine import Engine
 from vdiff_kserve.engine.request import EventSink, GenerationRequest
 from vdiff_kserve.engine.row import Decision, Row
+from vdiff_kserve.engine.sub_blocks import SubBlockRow
 from vdiff_kserve.models import ModelSpec, RowSpan
 
 
@@ -120,6 +121,32 @@ class InfillRow(EveryStepRow):
         self.block_end = len(self)
         self._block_masks = int(self.masked.sum())
         self._block_steps = self.params.steps or self._block_masks
+
+
+class FastDllmV2Row(SubBlockRow):
+    """Fast-dLLM v2's `generate` runs over the prompt's whole blocks before anything else."""
+
+    @property
+    def _prompt_is_due(self) -> bool:
+        return self.is_fresh and self._outer_start > 0 and not self._first_token_is_due
+
+    def open_positions(self) -> torch.Tensor:
+        return (
+            torch.tensor([], dtype=torch.int64) if self._prompt_is_due else super().open_positions()
+        )
+
+    def next_span(self) -> RowSpan:
+        if not self._prompt_is_due:
+            return super().next_span()
+        end = self._outer_start
+        return RowSpan(0, end, end, end - 1, 1, self.cache_offsets[0])
+
+    def apply(self, decision: Decision) -> None:
+        was_prompt = self._prompt_is_due
+        super().apply(decision)
+        if was_prompt:
+            self._computed_block = None
+            self._enter_block(self.block_start)
 
 
 def engine_of(row_class: type[Row]) -> type[Engine]:

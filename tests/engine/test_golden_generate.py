@@ -12,6 +12,7 @@ from tests.engine.reference_rows import (
     FastDllmDreamRow,
     FastDllmMainRow,
     FastDllmOrigRow,
+    FastDllmV2Row,
     InfillRow,
     engine_of,
     lockstep_passes,
@@ -20,6 +21,7 @@ from tests.golden import GOLDEN_DIR, GoldenCase, golden_cases
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
 from vdiff_kserve.engine.row import Row
 from vdiff_kserve.engine.row_kinds import ApdRow, BlockCausalRow
+from vdiff_kserve.engine.sub_blocks import SubBlockRow
 from vdiff_kserve.models import load_causal_decoder, load_decoder
 from vdiff_kserve.sampler import DecodingParams
 
@@ -218,3 +220,33 @@ def test_golden_sdar_static(case: GoldenCase, cache: str) -> None:
     assert list(result.token_ids) == case.answers()[0]
     assert result.stats.nfe == steps * length // block
     assert result.stats.commits == (length // block - 1 if cache == "exact" else 0)
+
+
+@pytest.mark.parametrize("row_class", [FastDllmV2Row, SubBlockRow])
+@pytest.mark.parametrize(
+    "case", golden_cases("fast_dllm_v2", "generate"), ids=lambda case: case.name
+)
+def test_golden_fast_dllm_v2(case: GoldenCase, row_class: type[Row]) -> None:
+    """The engine's own rows write the same, and spend no pass on the prompt's whole blocks alone
+    when their last one does not predict the first token."""
+    params = case.params
+    block, prompt, answer = params["block_size"], case.prompts()[0], case.answers()[0]
+    decoder, spec = load_decoder(GOLDEN_DIR / "fast_dllm_v2")
+    for layer in decoder.layers:
+        layer.attention.attention_block = block
+    spec = replace(spec, decoder=replace(spec.decoder, attention_block=block), block_length=block)
+    decoding = DecodingParams(
+        policy="threshold",
+        threshold=params["threshold"],
+        strict_threshold=True,
+        block_length=params["small_block_size"],
+        cache="dual" if params["use_block_cache"] else "exact",
+    )
+    stop = params["stop_token"]
+    engine = engine_of(row_class)(decoder, spec, EngineConfig(max_num_seqs=1))
+    engine.start()
+    (result,) = engine.generate([GenerationRequest(tuple(prompt), len(answer), decoding, (stop,))])
+    engine.stop()
+    assert [*result.token_ids, *([stop] if result.finish_reason == "stop" else [])] == answer
+    prefill = row_class is not FastDllmV2Row and len(prompt) > block and len(prompt) % block > 0
+    assert result.stats.nfe == case.nfe - prefill

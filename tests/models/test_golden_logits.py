@@ -24,7 +24,11 @@ def visible_rows(case: GoldenCase) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 @pytest.mark.parametrize(
     "case",
-    [case for family in ("llada", "dream", "sdar") for case in golden_cases(family, "logits")],
+    [
+        case
+        for family in ("llada", "dream", "sdar", "fast_dllm_v2")
+        for case in golden_cases(family, "logits")
+    ],
     ids=lambda case: f"{case.family}-{case.name}",
 )
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from vdiff_kserve.decoding import CACHES, DECODING_FIELDS, POLICIES, PROFILES, SCHEDULED
-from vdiff_kserve.models import llada, qwen
+from vdiff_kserve.models import fast_dllm, llada, qwen
 from vdiff_kserve.models.registry import FAMILIES
 from vdiff_kserve.openai.decoding import ModelTraits, report, resolve
 from vdiff_kserve.openai.errors import RequestError
@@ -17,6 +17,7 @@ from vdiff_kserve.sampler import SCHEDULED_POLICIES, CacheMode, DecodingParams, 
 
 BIDIRECTIONAL = ModelTraits(block_causal=False, block_length=32, has_auxiliary=True)
 BLOCK_CAUSAL = ModelTraits(block_causal=True, block_length=4, has_auxiliary=False)
+SUB_BLOCKS = replace(BLOCK_CAUSAL, block_length=32, sub_blocks=True)
 EXACT = DecodingParams()
 FAST = DecodingParams(policy="threshold", threshold=0.8, cache="dual", max_lookahead=64)
 PROFILE_PARAMS = {"exact": EXACT, "fast": FAST}
@@ -47,15 +48,25 @@ def test_every_decoding_parameter_is_a_field_of_requests() -> None:
     apart = {
         *("logits_eos_inf", "confidence_eos_eot_inf", "seed"),
         *("constraints", "top_logprobs"),  # made of several fields each
+        *("strict_threshold", "filtered_confidence"),  # a family's own, see its profiles
     }
     assert {f.name for f in fields(DecodingParams)} - apart == DECODING_FIELDS.keys()
     assert DECODING_FIELDS.keys() <= CompletionRequest.model_fields.keys()
 
 
-@pytest.mark.parametrize("profiles", [llada.PROFILES, qwen.DREAM_PROFILES, qwen.SDAR_PROFILES])
-def test_every_family_has_the_profiles_and_they_are_valid(profiles: Any) -> None:
+@pytest.mark.parametrize(
+    ("profiles", "traits"),
+    [
+        (llada.PROFILES, BIDIRECTIONAL),
+        (qwen.DREAM_PROFILES, BIDIRECTIONAL),
+        (qwen.SDAR_PROFILES, replace(BLOCK_CAUSAL, block_length=32)),
+        (fast_dllm.PROFILES, SUB_BLOCKS),
+    ],
+)
+def test_every_family_has_the_profiles_and_they_are_valid(
+    profiles: Any, traits: ModelTraits
+) -> None:
     assert tuple(profiles) == PROFILES
-    traits = replace(BIDIRECTIONAL, block_causal=profiles is qwen.SDAR_PROFILES)
     for changes in profiles.values():
         params = DecodingParams(**changes)
         assert resolve({}, params, {}, traits) == params
@@ -157,6 +168,15 @@ def test_a_block_causal_model_has_its_own_cache_and_block_length() -> None:
     assert decode(default, BLOCK_CAUSAL, block_length=4).cache == "exact"
     assert "trained with" in str(refusal(default, BLOCK_CAUSAL, block_length=8))
     assert "none, exact" in str(refusal(default, BLOCK_CAUSAL, cache="dual"))
+
+
+def test_a_model_with_smaller_blocks_decodes_in_any_that_fit_its_own() -> None:
+    default = replace(EXACT, cache="exact", block_length=8)
+    assert decode(default, SUB_BLOCKS, block_length=16, cache="dual").block_length == 16
+    assert decode(default, SUB_BLOCKS, cache="dual", vicinity=2).vicinity == 2
+    assert "divide 32" in str(refusal(default, SUB_BLOCKS, block_length=12))
+    assert "none, exact, dual" in str(refusal(default, SUB_BLOCKS, cache="prefix"))
+    assert refusal(default, SUB_BLOCKS, policy="edit").response.error.param == "policy"
 
 
 def test_a_server_without_apd_refuses_it() -> None:

@@ -108,6 +108,11 @@ class Row:
     def params(self) -> DecodingParams:
         return self.request.decoding
 
+    @property
+    def step_params(self) -> DecodingParams:
+        """How the next step is sampled."""
+        return self.params
+
     def __len__(self) -> int:
         """Tokens of the canvas."""
         return len(self.canvas)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vdiff_kserve.engine.request import EventSink, GenerationRequest
 from vdiff_kserve.engine.row import Decision, PassKind, Row
+from vdiff_kserve.engine.sub_blocks import SubBlockRow
 from vdiff_kserve.models import ModelSpec, RowSpan
 from vdiff_kserve.sampler import block_steps
 
@@ -190,6 +191,8 @@ def make_row(
     """The row of a request, of the kind that its policy needs."""
     if request.decoding.policy == "apd" and has_auxiliary:
         return ApdRow(request, sink, spec)
+    if spec.sub_blocks:
+        return SubBlockRow(request, sink, spec)
     row_class: type[Row]
     if request.decoding.policy == "edit":
         row_class = BlockCausalEditRow if spec.block_causal else EditRow

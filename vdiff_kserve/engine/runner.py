@@ -89,7 +89,7 @@ class ModelRunner:
             row=torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(self._device),
             position=torch.cat(opened).to(self._device),
             written=torch.cat(written).to(self._device),
-            params=[row.params for row in rows],
+            params=[row.step_params for row in rows],
             quotas=[row.quota for row in rows],
             lengths=[len(row) for row in rows],
             constraints=self._constraints(rows, opened),

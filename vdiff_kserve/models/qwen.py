@@ -54,7 +54,7 @@ TENSOR_NAMES = {
 
 def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
     """Translate the `config.json` of Dream and its relatives."""
-    decoder = _read_decoder(config, qkv_bias=True, qk_norm=False, attention_block=None)
+    decoder = read_qwen_decoder(config, qkv_bias=True, qk_norm=False, attention_block=None)
     vocab_size = decoder.vocab_size
     end = config.token_id("eos_token_id", vocab_size, default=config.get("pad_token_id"))
     return ModelSpec(
@@ -75,7 +75,7 @@ def read_sdar_spec(config: CheckpointConfig) -> ModelSpec:
     """Translate the `config.json` of SDAR: Qwen3 weights with block-causal attention."""
     config.expect("attention_bias", (False,))
     block = config.integer("block_size", default=SDAR_BLOCK_LENGTH)
-    decoder = _read_decoder(config, qkv_bias=False, qk_norm=True, attention_block=block)
+    decoder = read_qwen_decoder(config, qkv_bias=False, qk_norm=True, attention_block=block)
     vocab_size = decoder.vocab_size
     return ModelSpec(
         family="sdar",
@@ -92,25 +92,26 @@ def read_sdar_spec(config: CheckpointConfig) -> ModelSpec:
 
 def read_qwen2_decoder(config: CheckpointConfig) -> DecoderConfig:
     """A causal `Qwen2ForCausalLM`."""
-    return _read_decoder(config, qkv_bias=True, qk_norm=False, attention_block=1)
+    return read_qwen_decoder(config, qkv_bias=True, qk_norm=False, attention_block=1)
 
 
 def read_qwen3_decoder(config: CheckpointConfig) -> DecoderConfig:
     """A causal `Qwen3ForCausalLM`."""
     config.expect("attention_bias", (False,))
-    return _read_decoder(config, qkv_bias=False, qk_norm=True, attention_block=1)
+    return read_qwen_decoder(config, qkv_bias=False, qk_norm=True, attention_block=1)
 
 
 def read_llama_decoder(config: CheckpointConfig) -> DecoderConfig:
     """A causal `LlamaForCausalLM`."""
     config.expect("attention_bias", (False,))
     config.expect("mlp_bias", (False,))
-    return _read_decoder(config, qkv_bias=False, qk_norm=False, attention_block=1)
+    return read_qwen_decoder(config, qkv_bias=False, qk_norm=False, attention_block=1)
 
 
-def _read_decoder(
+def read_qwen_decoder(
     config: CheckpointConfig, *, qkv_bias: bool, qk_norm: bool, attention_block: int | None
 ) -> DecoderConfig:
+    """What `config.json` says in the field names of Qwen2, Qwen3 and Llama."""
     config.expect("hidden_act", ("silu",))
     config.expect("use_sliding_window", (False,))
     hidden_size = config.integer("hidden_size")

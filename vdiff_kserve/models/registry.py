@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vdiff_kserve.models import llada, qwen
+from vdiff_kserve.models import fast_dllm, llada, qwen
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.spec import ModelSpec
@@ -66,6 +66,7 @@ FAMILIES: Mapping[str, Family] = {
     "LLaDAModelLM": Family(llada.read_spec, _LLADA_NAMES),
     "DreamModel": Family(qwen.read_dream_spec, _QWEN_NAMES),
     "SDARForCausalLM": Family(qwen.read_sdar_spec, _QWEN_NAMES),
+    "Fast_dLLM_QwenForCausalLM": Family(fast_dllm.read_spec, _QWEN_NAMES),
 }
 """`architectures` in config.json -> diffusion family."""
 

@@ -22,6 +22,8 @@ class ModelSpec:
         block_length: default length of the blocks that are decoded left to right.
         profiles: named decodings, each as decoding parameters by name: `exact` decodes as the
             model's authors do, `quality` is the server's default, `fast` gives up some quality.
+        sub_blocks: whether the blocks of a block-causal model begin with a token that is predicted
+            from the block before, and the rest of them is decoded in smaller blocks.
         shifted_logits: whether the logits at position i predict token i + 1, not token i.
         eot_token: how the tokenizer writes the token that ends a chat turn.
     """
@@ -35,6 +37,7 @@ class ModelSpec:
     block_length: int
     profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shifted_logits: bool = False
+    sub_blocks: bool = False
     eot_token: str = ""
 
     @property

@@ -47,6 +47,7 @@ class ModelTraits:
     Attributes:
         block_causal: whether its blocks only see what is left of them.
         block_length: the block length it was trained with.
+        sub_blocks: whether its blocks are decoded in smaller ones.
         has_auxiliary: whether APD has an auxiliary model.
         allows_apd: False when the server was started without APD.
     """
@@ -55,6 +56,7 @@ class ModelTraits:
     block_length: int
     has_auxiliary: bool
     allows_apd: bool = True
+    sub_blocks: bool = False
 
 
 def resolve(
@@ -89,13 +91,11 @@ def resolve(
     cache = _cache(given, base.cache)
     fields["cache"] = cache
     _check_cache(fields, given, cache, traits)
-    if traits.block_causal and fields.get("block_length", traits.block_length) != (
-        traits.block_length
-    ):
+    _check_block_length(fields.get("block_length"), traits)
+    if policy == "edit" and traits.sub_blocks:
         raise RequestError(
-            f"block_length must be {traits.block_length}, the block length that the model was "
-            f"trained with, got {fields['block_length']}.",
-            param="block_length",
+            "policy edit is not for models whose blocks begin with an autoregressive token.",
+            param="policy",
         )
     if policy == "apd" and not traits.allows_apd:
         raise RequestError(
@@ -106,6 +106,24 @@ def resolve(
             "policy apd with an auxiliary model is for bidirectional models.", param="policy"
         )
     return replace(base, **fields)
+
+
+def _check_block_length(length: int | None, traits: ModelTraits) -> None:
+    trained = traits.block_length
+    if length is None or not traits.block_causal or length == trained:
+        return
+    if not traits.sub_blocks:
+        raise RequestError(
+            f"block_length must be {trained}, the block length that the model was trained with, "
+            f"got {length}.",
+            param="block_length",
+        )
+    if trained % length:
+        raise RequestError(
+            f"block_length must divide {trained}, the block length that the model was trained "
+            f"with, got {length}.",
+            param="block_length",
+        )
 
 
 def _profile(name: object, profiles: Mapping[str, DecodingParams]) -> DecodingParams:
@@ -205,6 +223,8 @@ def _check_cache(
     fields: Mapping[str, Any], given: Mapping[str, Any], cache: str, traits: ModelTraits
 ) -> None:
     allowed = ("none", "exact") if traits.block_causal else ("none", "prefix", "dual")
+    if traits.sub_blocks:
+        allowed = ("none", "exact", "dual")
     if cache not in allowed:
         kind = "block-causal" if traits.block_causal else "bidirectional"
         name = next((n for n in ("cache", "use_dual_cache", "use_cache") if given.get(n)), "cache")

@@ -92,6 +92,9 @@ class DecodingParams:
         alg_temp: temperature of the choice of positions, for Dream's policies; 0 takes the best.
         threshold: least confidence of a committed token; for `local` that of an anchor, for `edit`
             that of a token in place of a mask.
+        strict_threshold: whether a committed token's confidence must exceed `threshold`.
+        filtered_confidence: whether a sampled token's confidence is its probability after
+            temperature and filters, as it always is for Dream's policies.
         factor: a step commits the most confident n positions while (n + 1) * (1 - confidence of the
             n-th) < factor.
         entropy_bound: most entropy, in nats, of the positions committed together, the largest one
@@ -136,6 +139,8 @@ class DecodingParams:
     min_p: float = 0.0
     alg_temp: float = 0.0
     threshold: float = 0.9
+    strict_threshold: bool = False
+    filtered_confidence: bool = False
     factor: float = 1.0
     entropy_bound: float = 0.1
     neighbour_threshold: float = 0.75

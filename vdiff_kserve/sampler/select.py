@@ -35,7 +35,9 @@ def select(proposal: Proposal, rows: StepRows) -> Tensor:
             if p.confidence_eos_eot_inf and p.policy in SCHEDULED_POLICIES:
                 _break_ties_as_topk(accept, priority, rows, i)
     threshold = rows.per_position([p.threshold for p in rows.params])
-    sure = (confidence >= threshold) & masked
+    strict = rows.where(lambda p: p.strict_threshold)
+    sure = confidence >= threshold if strict is None else _reaches(confidence, threshold, strict)
+    sure &= masked
     by_threshold = rows.with_policy("threshold", "credit", "edit", "local")
     if by_threshold is not None:
         accept = torch.where(by_threshold, accept | sure, accept)
@@ -59,6 +61,10 @@ def select(proposal: Proposal, rows: StepRows) -> Tensor:
         better = (confidence > edit_threshold) & (proposal.token != rows.written) & ~masked
         accept = torch.where(editing, accept | better, accept)
     return accept
+
+
+def _reaches(confidence: Tensor, threshold: Tensor, strict: Tensor) -> Tensor:
+    return torch.where(strict, confidence > threshold, confidence >= threshold)
 
 
 def _apd_confidence(params: DecodingParams) -> float:

@@ -122,9 +122,9 @@ def propose(logits: Tensor, rows: StepRows, special: SpecialTokens) -> Proposal:
 
     The candidate is the arg max of `logits / temperature + gumbel` after top-k, top-p and min-p, so
     a sample of the filtered softmax; at temperature 0 the arg max of the logits. The mask token is
-    never a candidate. Its confidence is softmax(logits)[candidate] as in LLaDA's `generate`, or,
-    for Dream's policies, the probability after temperature and filters as in its
-    `diffusion_generate`.
+    never a candidate. Its confidence is softmax(logits)[candidate] as in LLaDA's `generate`, or the
+    probability after temperature and filters: for Dream's policies, as in its `diffusion_generate`,
+    and where the row asks for it.
 
     Args:
         logits: [positions, vocab]; overwritten.
@@ -177,10 +177,10 @@ def _sample(
     noise = gumbel(seeds, drawn.position, scores.shape[-1])
     token = greedy.clone()
     token[sampled] = (scores + noise).argmax(dim=-1)
-    as_dream = drawn.with_policy(*DREAM_POLICIES)
-    if as_dream is not None:
-        places = sampled.nonzero().squeeze(-1)[as_dream]
-        logits[places] = scores[as_dream].float()
+    filtered = drawn.where(lambda p: p.policy in DREAM_POLICIES or p.filtered_confidence)
+    if filtered is not None:
+        places = sampled.nonzero().squeeze(-1)[filtered]
+        logits[places] = scores[filtered].float()
     return token, logits
 
 
