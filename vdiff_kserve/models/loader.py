@@ -7,25 +7,27 @@ nothing from a checkpoint is ever executed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError, safe_open
+from torch import nn
 from tqdm import tqdm
 
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
-from vdiff_kserve.models.packed_linear import can_pack, pack_if_complete, pack_linear_layers
+from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layer, pack_linear_layers
 from vdiff_kserve.models.registry import (
     CAUSAL_FORMATS,
     FAMILIES,
     TensorNames,
     find_by_architecture,
+)
+from vdiff_kserve.models.safetensors_file import (
+    StoredTensor,
+    TensorReader,
+    read_header,
+    returnable,
 )
 from vdiff_kserve.models.spec import ModelSpec
 
@@ -33,14 +35,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_NAMES_IN_ERROR = 8
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies on disk."""
-
-    file: Path
-    shape: tuple[int, ...]
 
 
 def load_decoder(
@@ -83,30 +77,58 @@ def _load(
 ) -> Decoder:
     """Build a decoder without memory and fill it tensor by tensor, with a progress bar in bytes.
 
-    Host memory stays at the model (when `device` is the CPU) plus one tensor: each is copied to its
-    place before the next one is read.
+    Host memory stays at the model (when `device` is the CPU) plus its largest linear layer: plain
+    weights are read into the same memory one after the other, and packed from there.
     """
     with init_empty_weights(include_buffers=False):
         decoder = Decoder(config)
     stored = list_tensors(folder)
     assign = _match(decoder, tensor_names, stored, folder)
-    packs = can_pack(torch.device(device), dtype)
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    total = sum(decoder.get_parameter(name).numel() for name in assign.values()) * itemsize
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}") as progress:
-        for tensor_name, tensor in _read(stored, list(assign)):
-            # A copy: a view would keep the whole mapped file in memory beside the packed weights.
-            value = tensor.to(device, dtype, copy=True)
-            parameter = assign[tensor_name]
-            set_module_tensor_to_device(decoder, parameter, device, value=value, dtype=dtype)
-            progress.update(tensor.numel() * itemsize)
-            if packs:
-                pack_if_complete(decoder, parameter)
+    packed = _packed_weights(decoder) if can_pack(torch.device(device), dtype) else set()
+    largest = max((decoder.get_parameter(name).numel() for name in packed), default=0)
+    plain = returnable(largest, dtype)
+    total = sum(decoder.get_parameter(name).numel() for name in assign.values()) * dtype.itemsize
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}")
+    with bar as progress, TensorReader.open() as reader:
+        for tensor_name in _reading_order(stored, assign, packed):
+            parameter, tensor = assign[tensor_name], stored[tensor_name]
+            shape = decoder.get_parameter(parameter).shape
+            if parameter in packed:
+                weight = plain[: shape.numel()].view(shape)
+                reader.fill(weight, tensor)
+                pack_linear_layer(decoder, parameter, weight)
+            else:
+                weight = torch.empty(shape, dtype=dtype, device=device)
+                reader.fill(weight, tensor)
+                _set_parameter(decoder, parameter, weight)
+            progress.update(shape.numel() * dtype.itemsize)
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
-        if packs:
+        if packed:
             pack_linear_layers(decoder)
     return decoder.requires_grad_(False).eval()
+
+
+def _packed_weights(decoder: Decoder) -> set[str]:
+    """Weights that are stored packed; a tied head's stays plain as the embedding's until last."""
+    linear = {name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    tied = {"lm_head"} if decoder.config.tie_embeddings else set()
+    return {f"{name}.weight" for name in linear - tied}
+
+
+def _reading_order(
+    stored: dict[str, StoredTensor], assign: dict[str, str], packed: set[str]
+) -> list[str]:
+    """Weights to pack come last, when their layers' biases are there; files from front to back."""
+    return sorted(
+        assign,
+        key=lambda name: (assign[name] in packed, stored[name].file, stored[name].offset),
+    )
+
+
+def _set_parameter(decoder: Decoder, name: str, value: torch.Tensor) -> None:
+    path, _, own = name.rpartition(".")
+    setattr(decoder.get_submodule(path), own, nn.Parameter(value, requires_grad=False))
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -128,12 +150,7 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
         )
     else:
         raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    stored = {}
-    for file in files:
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                stored[name] = StoredTensor(file, tuple(tensors.get_slice(name).get_shape()))
-    return stored
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -181,24 +198,6 @@ def _match(
     if problems:
         raise CheckpointError(f"{folder}: tensors do not fit config.json. " + ". ".join(problems))
     return assign
-
-
-def _read(stored: dict[str, StoredTensor], names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors one at a time, file by file."""
-    for file in sorted({stored[name].file for name in names}):
-        with _open(file) as tensors:
-            for name in names:
-                if stored[name].file == file:
-                    yield name, tensors.get_tensor(name)
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or cut off: {error}") from error
 
 
 def _some(names: list[str]) -> str:

@@ -38,16 +38,18 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def pack_if_complete(module: nn.Module, parameter: str) -> None:
-    """Replace the `nn.Linear` that `parameter` belongs to, once all its parameters are loaded.
+def pack_linear_layer(module: nn.Module, parameter: str, weight: Tensor) -> None:
+    """Replace the `nn.Linear` inside `module` whose weight is called `parameter`.
 
-    Packing while loading lets the next tensor take the memory that the plain weight leaves.
+    Args:
+        weight: its value, copied; a bias is taken from the layer.
     """
     path = parameter.rpartition(".")[0]
     layer = module.get_submodule(path)
-    if isinstance(layer, nn.Linear) and not any(p.is_meta for p in layer.parameters()):
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, PackedLinear(layer))
+    assert isinstance(layer, nn.Linear), f"{path} is no linear layer"
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, PackedLinear(layer))
 
 
 def pack_linear_layers(module: nn.Module) -> None:

@@ -1,0 +1,156 @@
+"""Tensors of safetensors files, by plain reads into memory that is there already.
+
+A file mapped to memory counts as the process's own, arrives page by page, and is slow on network
+file systems; so files are read in pieces, several at once, each straight to where it is wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vdiff_kserve.models.checkpoint_config import CheckpointError
+
+PIECE_BYTES = 4 * 2**20
+READERS = 8
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies on disk: its bytes in row-major order from `offset` on."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, by name.
+
+    Raises:
+        CheckpointError: the file is damaged or cut off.
+    """
+    try:
+        with safe_open(str(file), framework="pt"):
+            pass  # the library compares the header with the file's length
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged or cut off: {error}") from error
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"{file}: tensor {name} has the unknown type {entry['dtype']}")
+        offset = 8 + length + entry["data_offsets"][0]
+        shape = tuple(entry["shape"])
+        stored[name] = StoredTensor(file, offset, DTYPES[entry["dtype"]], shape)
+    return stored
+
+
+def returnable(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory that goes back to the system when freed; an allocator would keep it."""
+    return torch.frombuffer(mmap.mmap(-1, max(count, 1) * dtype.itemsize), dtype=dtype)
+
+
+class TensorReader:
+    """Reads stored tensors into given ones, in pieces on several threads.
+
+    What can be read in place is. What is to be converted, or is for another device, passes through
+    one piece of memory per thread, while the next pieces are being read.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
+        self._staging: list[Tensor] = []
+
+    @classmethod
+    @contextmanager
+    def open(cls) -> Iterator[TensorReader]:
+        """A reader whose files and threads end with the block."""
+        reader = cls()
+        try:
+            yield reader
+        finally:
+            reader._pool.shutdown(cancel_futures=True)
+            for descriptor in reader._files.values():
+                os.close(descriptor)
+
+    def fill(self, target: Tensor, stored: StoredTensor) -> None:
+        """Read a tensor into `target`: contiguous, of its shape, on any device, of any dtype.
+
+        Raises:
+            CheckpointError: the file ends too early.
+        """
+        flat = target.view(-1)
+        descriptor = self._descriptor(stored.file)
+        direct = target.dtype == stored.dtype and target.device.type == "cpu"
+        itemsize = stored.dtype.itemsize
+        step = PIECE_BYTES // itemsize
+        pending: deque[tuple[Future[bool], Tensor, Tensor]] = deque()
+        for number, start in enumerate(range(0, len(flat), step)):
+            if len(pending) == READERS:
+                _finish(*pending.popleft(), stored.file)
+            piece = flat[start : start + step]
+            memory = piece if direct else self._staged(number % READERS, len(piece), stored.dtype)
+            position = stored.offset + start * itemsize
+            reading = self._pool.submit(_read_fully, descriptor, memory, position)
+            pending.append((reading, memory, piece))
+        while pending:
+            _finish(*pending.popleft(), stored.file)
+
+    def _staged(self, number: int, count: int, dtype: torch.dtype) -> Tensor:
+        if not self._staging:
+            self._staging = [returnable(PIECE_BYTES, torch.uint8) for _ in range(READERS)]
+        return self._staging[number].view(dtype)[:count]
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY)
+        return self._files[file]
+
+
+def _finish(reading: Future[bool], memory: Tensor, piece: Tensor, file: Path) -> None:
+    if not reading.result():
+        raise CheckpointError(f"{file} is damaged or cut off: it ends too early")
+    if memory is not piece:
+        piece.copy_(memory)
+
+
+def _read_fully(descriptor: int, target: Tensor, position: int) -> bool:
+    memory = target.view(torch.uint8).numpy().data
+    while memory:
+        count = os.preadv(descriptor, [memory], position)
+        if count == 0:
+            return False
+        memory = memory[count:]
+        position += count
+    return True
