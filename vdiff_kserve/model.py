@@ -24,6 +24,7 @@ from vdiff_kserve.openai.errors import told_as_request_error, unavailable
 from vdiff_kserve.openai.infer import OUTPUTS, infer_v2, predict_v1
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from vdiff_kserve.openai.request_ids import clean_id, new_id
+from vdiff_kserve.openai.response_objects import ResponsesRequest
 from vdiff_kserve.openai.service import GenerationService
 from vdiff_kserve.openai.tokens import Tokens
 
@@ -253,6 +254,16 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
             RequestError: the request cannot be answered.
         """
         return await self._ready_service().respond(request)
+
+    async def create_response(
+        self, request: ResponsesRequest
+    ) -> BaseModel | AsyncGenerator[str, None]:
+        """Answer a request to OpenAI's Responses API.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        return await self._ready_service().create_response(request)
 
     async def predict(
         self,

@@ -147,6 +147,8 @@ def test_only_probes_are_open() -> None:
 
 def test_a_request_for_an_answer_belongs_to_an_endpoint() -> None:
     assert endpoint_of("POST", "/openai/v1/chat/completions") == "chat"
+    assert endpoint_of("POST", "/v1/responses") == "responses"
+    assert endpoint_of("POST", "/v1/responses/resp_1/cancel") is None
     assert endpoint_of("POST", "/v2/models/tiny/versions/1/infer") == "v2"
     for path in ("/v1/models/tiny:explain", "/v1/models", "/tokenize", "/v2/models/tiny/ready"):
         assert endpoint_of("POST", path) is None

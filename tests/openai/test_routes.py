@@ -44,7 +44,7 @@ class StubModel(Model, OpenAIGenerativeModel):
     async def create_completion(self, *_: Any, **__: Any) -> Any:
         raise self.fault or RuntimeError("secret")
 
-    create_chat_completion = create_completion
+    create_chat_completion = create_response = create_completion
 
     async def predict(self, *_: Any, **__: Any) -> Any:
         raise self.fault or RuntimeError("secret")
@@ -121,8 +121,9 @@ async def test_requests_refused_while_the_model_loads_are_counted_once(
 
     before = counted()
     model.not_ready_reason = "The model is still loading."
-    for path in ("/v1/chat/completions", "/openai/v1/completions"):
-        assert (await http.post(path, json=CHAT | {"prompt": "x"})).status_code == 503
+    for path in ("/v1/chat/completions", "/openai/v1/completions", "/v1/responses"):
+        body = {"input": "x"} if path.endswith("responses") else CHAT | {"prompt": "x"}
+        assert (await http.post(path, json=body)).status_code == 503
     assert (await http.post("/v1/models/stub:predict", json={})).status_code == 503
     assert (await http.post("/v2/models/stub/infer", json={"inputs": []})).status_code == 503
     assert (await http.get("/v2/models/stub/ready")).status_code == 503
@@ -143,6 +144,7 @@ async def test_the_server_is_not_live_when_the_engine_died(
     [
         ("/v1/chat/completions", CHAT),
         ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
         ("/v1/models/stub:predict", {"instances": ["x"]}),
     ],
 )

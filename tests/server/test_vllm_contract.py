@@ -47,7 +47,7 @@ KEYS_NOT_COMPARED = {
     "stop_reason": "depends on the text, which is the model's own",
 }
 
-NO_ROUTE = ("msgs", "render", "inv", "batch", "cancelresp")
+NO_ROUTE = ("msgs", "render", "inv", "batch")
 """Requests to routes that this server does not have."""
 
 refused_for_now = {name for names in REFUSED_FOR_NOW.values() for name in names}

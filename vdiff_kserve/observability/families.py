@@ -14,7 +14,7 @@ SECONDS_OF_A_PHASE = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0
 FEW = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 MANY = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
-ENDPOINTS = ("chat", "completion", "v1", "v2")
+ENDPOINTS = ("chat", "completion", "responses", "v1", "v2")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 FORWARD_KINDS = ("refresh", "reuse", "commit", "auxiliary")
 TOKEN_SOURCES = ("computed", "cached")

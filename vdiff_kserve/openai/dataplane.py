@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from http import HTTPStatus
 from typing import NoReturn, Protocol, runtime_checkable
 
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from kserve.protocol.rest.openai.dataplane import OpenAIDataPlane
+from pydantic import BaseModel
 
 from vdiff_kserve.openai.errors import RequestError, shorten, unavailable, unknown_model
+from vdiff_kserve.openai.response_objects import ResponsesRequest
 from vdiff_kserve.openai.tokens import Tokens
 
 
@@ -41,6 +44,16 @@ class ServedModel(Protocol):
     @property
     def tokens(self) -> Tokens:
         """The model's tokenizer, for clients. Only a ready model has one."""
+        ...
+
+    async def create_response(
+        self, request: ResponsesRequest
+    ) -> BaseModel | AsyncGenerator[str, None]:
+        """Answer a request to the Responses API.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
         ...
 
     async def load_again(self) -> None:

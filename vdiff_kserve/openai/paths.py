@@ -8,6 +8,7 @@ PREFIXES = ("/openai/v1", "/v1")
 """Where OpenAI's routes are."""
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
+RESPONSES = "/responses"
 
 OPEN = re.compile(
     r"/|/health|/ping|/version|/metrics|/v2/health/(live|ready)|/v2/models/[^/]+(/versions/[^/]+)?/ready"
@@ -27,6 +28,8 @@ def endpoint_of(method: str, path: str) -> str | None:
         return "chat"
     if path in [prefix + COMPLETIONS for prefix in PREFIXES]:
         return "completion"
+    if path in [prefix + RESPONSES for prefix in PREFIXES]:
+        return "responses"
     if PREDICT.fullmatch(path):
         return "v1"
     return "v2" if INFER.fullmatch(path) else None

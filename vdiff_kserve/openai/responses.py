@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from vdiff_kserve import __version__
 from vdiff_kserve.openai.answers import Job, Piece
+from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.logprobs import ScoredToken, chat_logprobs, completion_logprobs
 from vdiff_kserve.openai.protocol import (
     ChatChoice,
@@ -133,6 +134,46 @@ class Writer(Protocol):
     ) -> BaseModel:
         """One chunk of a stream; without a piece it carries usage only."""
         ...
+
+
+class Events(Protocol):
+    """How one endpoint tells the chunks of a stream as server-sent events."""
+
+    def begin(self) -> Iterable[str]:
+        """What comes before the first chunk."""
+        ...
+
+    def chunk(self, chunk: Any) -> Iterable[str]:
+        """One chunk of the endpoint's writer."""
+        ...
+
+    def error(self, error: RequestError) -> Iterable[str]:
+        """What went wrong after the stream had begun."""
+        ...
+
+    def end(self) -> Iterable[str]:
+        """What comes last."""
+        ...
+
+
+class ChunkEvents:
+    """The events of chats and completions: the chunks themselves, then `[DONE]`."""
+
+    def begin(self) -> Iterable[str]:
+        """Nothing: the role comes with the first text."""
+        return ()
+
+    def chunk(self, chunk: BaseModel) -> Iterable[str]:
+        """The chunk."""
+        return (f"data: {chunk.model_dump_json()}\n\n",)
+
+    def error(self, error: RequestError) -> Iterable[str]:
+        """The error's body."""
+        return self.chunk(error.response)
+
+    def end(self) -> Iterable[str]:
+        """OpenAI's last line."""
+        return ("data: [DONE]\n\n",)
 
 
 def _prompt_ids(job: Job, index: int) -> list[int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
@@ -14,8 +14,8 @@ from vdiff_kserve import __version__
 from vdiff_kserve.observability import metrics
 from vdiff_kserve.openai.cancellation import EventStream
 from vdiff_kserve.openai.dataplane import EngineDataPlane, ServedModel
-from vdiff_kserve.openai.errors import RequestError, unavailable, unknown_model
-from vdiff_kserve.openai.paths import CHAT, COMPLETIONS, PREFIXES
+from vdiff_kserve.openai.errors import RequestError, shorten, unavailable, unknown_model
+from vdiff_kserve.openai.paths import CHAT, COMPLETIONS, PREFIXES, RESPONSES
 from vdiff_kserve.openai.protocol import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -26,6 +26,8 @@ from vdiff_kserve.openai.protocol import (
     ModelList,
 )
 from vdiff_kserve.openai.request_ids import choose_id
+from vdiff_kserve.openai.response_input import NOT_STORED
+from vdiff_kserve.openai.response_objects import ResponseObject, ResponsesRequest
 from vdiff_kserve.openai.tokens import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -58,6 +60,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         "description": "The model is loading or the server is stopping.",
     },
 }
+STORED_RESPONSE = (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items"))
+"""What OpenAI's clients may ask about a response that was stored, behind its id."""
 GENERATION_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
@@ -84,6 +88,7 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
         for path, handler, answer in (
             (CHAT, generation.chat, ChatCompletion),
             (COMPLETIONS, generation.completion, Completion),
+            (RESPONSES, generation.response, ResponseObject),
         ):
             router.add_api_route(
                 prefix + path,
@@ -92,6 +97,21 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
                 response_model=None,
                 responses=REFUSALS | {200: {"model": answer, "content": GENERATION_STREAM}},
                 dependencies=[Depends(only_json)],
+                tags=["OpenAI"],
+            )
+        for path, method in (
+            ("", "GET"),
+            ("", "DELETE"),
+            ("/cancel", "POST"),
+            ("/input_items", "GET"),
+        ):
+            router.add_api_route(
+                f"{prefix}{RESPONSES}/{{response_id}}{path}",
+                stored_response,
+                methods=[method],
+                response_model=None,
+                status_code=HTTPStatus.NOT_FOUND,
+                responses={code: REFUSALS[code] for code in (401, 404, 429)},
                 tags=["OpenAI"],
             )
         router.add_api_route(f"{prefix}/models", models.all, methods=["GET"], tags=["OpenAI"])
@@ -147,6 +167,27 @@ class _Generation:
                 body.model, body, request, request.headers, Response()
             )
         )
+
+    async def response(self, body: ResponsesRequest, request: Request) -> Response:
+        """Answer an input. Nothing is stored."""
+        body.model = body.model or self._default_model
+        body.request_id = choose_id(request, body.request_id)
+        model = await self._dataplane.get_model(body.model)
+        return _respond(await model.create_response(body))
+
+
+async def stored_response(response_id: str) -> NoReturn:
+    """There is none: responses are not stored, and end with the request that made them.
+
+    Raises:
+        RequestError: always.
+    """
+    raise RequestError(
+        f"Response with id '{shorten(response_id)}' not found: {NOT_STORED}.",
+        status=HTTPStatus.NOT_FOUND,
+        param="response_id",
+        error_type="invalid_request_error",
+    )
 
 
 def _respond(result: BaseModel | AsyncGenerator[str, None]) -> Response:

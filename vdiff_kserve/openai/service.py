@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from itertools import islice
@@ -40,9 +40,14 @@ from vdiff_kserve.openai.protocol import (
     StreamOptions,
 )
 from vdiff_kserve.openai.request_ids import clean_id, new_id
+from vdiff_kserve.openai.response_events import ResponseEvents, ResponseWriter
+from vdiff_kserve.openai.response_input import as_chat, in_own_names
+from vdiff_kserve.openai.response_objects import ResponsesRequest
 from vdiff_kserve.openai.responses import (
     ChatWriter,
+    ChunkEvents,
     CompletionWriter,
+    Events,
     FinishedAnswer,
     Writer,
     diffusion_info,
@@ -50,8 +55,6 @@ from vdiff_kserve.openai.responses import (
 )
 from vdiff_kserve.openai.text import AnswerText, Detokenizer
 from vdiff_kserve.openai.work import Work
-
-DONE = "data: [DONE]\n\n"
 
 
 class GenerationService:
@@ -85,12 +88,26 @@ class GenerationService:
         (work,) = self.submit([request], endpoint)
         writer: Writer = (ChatWriter if endpoint == "chat" else CompletionWriter)(work.job)
         if not request.stream:
-            with counted_here(), told_as_request_error(), work:
-                return writer.response(await _gather(work))
-        events = _stream(work, writer, request.stream_options or StreamOptions())
-        # Begun here: a generator that never ran would not free its work when it is closed.
-        await anext(events)
-        return events
+            return await _whole(work, writer.response)
+        options = request.stream_options or StreamOptions()
+        return await _begun(_stream(work, writer, ChunkEvents(), options))
+
+    async def create_response(
+        self, request: ResponsesRequest
+    ) -> BaseModel | AsyncGenerator[str, None]:
+        """Answer a request to the Responses API: the chat that it stands for, told as it wants.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        chat = as_chat(request)
+        with in_own_names():
+            (work,) = self.submit([chat], "responses")
+        writer = ResponseWriter(work.job, request)
+        if not request.stream:
+            return await _whole(work, writer.response)
+        options = StreamOptions(include_usage=True)
+        return await _begun(_stream(work, ChatWriter(work.job), ResponseEvents(writer), options))
 
     async def answer(
         self, requests: Sequence[ChatCompletionRequest | CompletionRequest], endpoint: str
@@ -238,19 +255,39 @@ async def _gather_all(works: Sequence[Work]) -> list[list[FinishedAnswer]]:
             task.cancel()
 
 
-async def _stream(work: Work, writer: Writer, options: StreamOptions) -> AsyncGenerator[str, None]:
+async def _whole(
+    work: Work, response: Callable[[Sequence[FinishedAnswer]], BaseModel]
+) -> BaseModel:
+    with counted_here(), told_as_request_error(), work:
+        return response(await _gather(work))
+
+
+async def _begun(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """A stream that is entered: a generator that never ran would not free its work when closed."""
+    await anext(events)
+    return events
+
+
+async def _stream(
+    work: Work, writer: Writer, events: Events, options: StreamOptions
+) -> AsyncGenerator[str, None]:
     """Server-sent events. The first item is empty: it only begins the generator."""
     with work:
         yield ""
+        for event in events.begin():
+            yield event
         try:
             with told_as_request_error():
                 async with aclosing(_chunks(work, writer, options)) as chunks:
                     async for chunk in chunks:
-                        yield f"data: {chunk.model_dump_json()}\n\n"
+                        for event in events.chunk(chunk):
+                            yield event
         except RequestError as error:
             work.record.fail(error.status, error)
-            yield f"data: {error.response.model_dump_json()}\n\n"
-        yield DONE
+            for event in events.error(error):
+                yield event
+        for event in events.end():
+            yield event
 
 
 async def _chunks(
