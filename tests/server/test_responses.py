@@ -144,11 +144,8 @@ def test_responses_and_events_have_openais_types(http: httpx.Client, logprobs: i
     deltas = [e for e in events if e["type"] == "response.output_text.delta"]
     (item,) = events[-1]["response"]["output"]
     (part,) = item["content"]
-    assert (
-        "".join(e["delta"] for e in deltas)
-        == part["text"]
-        == whole["output"][0]["content"][0]["text"]
-    )
+    (whole_part,) = whole["output"][0]["content"]
+    assert "".join(e["delta"] for e in deltas) == part["text"] == whole_part["text"]
     told = [each for e in deltas for each in e["logprobs"]]
     if logprobs is None:
         assert part["logprobs"] is None
