@@ -20,8 +20,8 @@ from vdiff_kserve.command_line import kserve_options, plain
 from vdiff_kserve.config import ALL_SETTINGS, parse_args
 
 PAGES = (
-    "api", "deployment", "getting-started", "kserve", "migration-from-vllm", "openshift-ai", "operations",
-    "security", "troubleshooting",
+    "api", "deployment", "getting-started", "kserve", "migration-from-vllm", "openshift-ai",
+    "operations", "security", "troubleshooting",
 )  # fmt: skip
 NOT_RUN = {
     "cluster": r"need a cluster",
