@@ -2,6 +2,7 @@
 
 from vdiff_kserve.engine.budget import REFRESH_SECONDS, measured_token_budget
 from vdiff_kserve.engine.engine import SCRATCH_BYTES, Engine, EngineConfig
+from vdiff_kserve.engine.grammar import CompiledGrammar, GrammarError, Grammars
 from vdiff_kserve.engine.kv_cache import bytes_per_token
 from vdiff_kserve.engine.report import RoundObserver, RoundReport
 from vdiff_kserve.engine.request import (
@@ -22,6 +23,7 @@ from vdiff_kserve.engine.stream import GenerationStream
 __all__ = [
     "REFRESH_SECONDS",
     "SCRATCH_BYTES",
+    "CompiledGrammar",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -31,6 +33,8 @@ __all__ = [
     "GenerationResult",
     "GenerationStats",
     "GenerationStream",
+    "GrammarError",
+    "Grammars",
     "QueueFullError",
     "QueueTimeoutError",
     "RequestTimeoutError",

@@ -11,6 +11,8 @@ from threading import Thread
 
 import torch
 
+from vdiff_kserve.engine.grammar import GrammarError, Grammars
+from vdiff_kserve.engine.grammar_rows import make_grammar_row
 from vdiff_kserve.engine.kv_cache import KVCache, bytes_per_token, memory_for_cache
 from vdiff_kserve.engine.lockstep import Lockstep
 from vdiff_kserve.engine.memory import RowMemory
@@ -80,6 +82,7 @@ class Engine:
     Attributes:
         failure: what ended the loop when nobody stopped it.
         num_steps: denoising steps run so far, each of one or more rows.
+        grammars: compiles what answers must match; None when the engine cannot do that.
     """
 
     def __init__(
@@ -88,7 +91,9 @@ class Engine:
         spec: ModelSpec,
         config: EngineConfig,
         auxiliary: Decoder | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        self.grammars = grammars
         self.spec = spec
         self.config = config
         self.failure: BaseException | None = None
@@ -167,8 +172,17 @@ class Engine:
         return [_collect(inbox) for inbox in inboxes]
 
     def make_row(self, request: GenerationRequest, sink: EventSink) -> Row:
-        """The row that will run `request`."""
-        return make_row(request, sink, self.spec, self._has_auxiliary)
+        """The row that will run `request`.
+
+        Raises:
+            GrammarError: its grammar cannot be used, or not in so few tokens.
+        """
+        if request.grammar is None:
+            return make_row(request, sink, self.spec, self._has_auxiliary)
+        if self.grammars is None:
+            raise GrammarError("this engine has no tokenizer, which grammars need")
+        cursor = self.grammars.start(request.grammar, request.max_tokens)
+        return make_grammar_row(request, sink, self.spec, cursor, self._has_auxiliary)
 
     def _make_scheduler(self, num_layers: int) -> Scheduler:
         config = self.config

@@ -47,6 +47,7 @@ class GenerationRequest:
         request_id: for logs.
         priority: lower goes first; within one priority, first come, first served.
         deadline: when to give up, on the clock of `time.monotonic`; None never.
+        grammar: what the answer must match, as llguidance reads it; None is anything.
     """
 
     prompt_ids: tuple[int, ...]
@@ -56,6 +57,7 @@ class GenerationRequest:
     request_id: str = ""
     priority: int = 0
     deadline: float | None = None
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,15 @@ class Row:
         start, end = self.block_start, self.block_end
         return self.masked[start:end].nonzero().squeeze(-1) + start
 
+    def review(
+        self,
+        positions: Tensor,  # noqa: ARG002 - rows with a grammar look at them
+        accept: Tensor,
+        tokens: Tensor,  # noqa: ARG002
+    ) -> Tensor:
+        """The last word on which open positions a step commits: bool [n]."""
+        return accept
+
     def apply(self, decision: Decision) -> None:
         """Take one step: write its tokens, send what became final, move to the next block."""
         self.canvas[decision.positions] = decision.tokens

@@ -10,11 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vdiff_kserve.engine.grammar_rows import GrammarRow
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
 from vdiff_kserve.models import Decoder, ForwardBatch, LayerwisePass, ModelSpec, RowSpan
 from vdiff_kserve.sampler import (
+    AllowedTokens,
     ConstrainedRow,
     ConstraintTable,
     Evidence,
@@ -93,6 +95,7 @@ class ModelRunner:
             quotas=[row.quota for row in rows],
             lengths=[len(row) for row in rows],
             constraints=self._constraints(rows, opened),
+            allowed=self._allowed(rows),
         )
         with self._timed("forward"):
             hidden, unguided = self._hidden(rows, spans, opened)
@@ -117,7 +120,11 @@ class ModelRunner:
         if drafted:
             self._verify(accept, proposal, hidden, unguided, step_rows, rows)
         accept = hold_back(accept, proposal, step_rows)
-        accepted, tokens = accept.cpu().split(counts), proposal.token.cpu().split(counts)
+        tokens = proposal.token.cpu().split(counts)
+        accepted = [
+            row.review(*of_row)
+            for row, *of_row in zip(rows, opened, accept.cpu().split(counts), tokens, strict=True)
+        ]
         kept = [None] * len(rows) if evidence is None else self._keep(rows, opened, evidence)
         logprobs = [None] * len(rows) if told is None else _of_rows(told, rows, accepted)
         return [
@@ -233,6 +240,20 @@ class ModelRunner:
             )
         return ConstraintTable.of(asking, len(rows))
 
+    def _allowed(self, rows: Sequence[Row]) -> AllowedTokens | None:
+        """What grammars let stand at the frontiers of rows that follow one; None when none does."""
+        following = [(i, row) for i, row in enumerate(rows) if isinstance(row, GrammarRow)]
+        if not following:
+            return None
+        places, tokens = zip(
+            *[row.next_allowed(self._vocab_size) for _, row in following], strict=True
+        )
+        return AllowedTokens(
+            row=torch.tensor([i for i, _ in following], device=self._device),
+            position=torch.tensor(places, device=self._device),
+            allowed=torch.stack(tokens).to(self._device),
+        )
+
     def _evidence(self, rows: Sequence[Row], opened: list[Tensor]) -> Evidence | None:
         """What earlier steps of the rows' blocks left behind; None when no row keeps any."""
         if all(row.params.policy != "credit" for row in rows):
@@ -342,7 +363,8 @@ def _twins(rows: Sequence[Row], spans: Sequence[RowSpan]) -> dict[Row, Row]:
             continue
         guided = row.params.cfg_scale > 0
         shape = replace(span, cache_offset=None)
-        same = (row.request.prompt_ids, len(row), shape, guided, len(row.cache_offsets))
+        begins = (row.request.prompt_ids, row.request.grammar)
+        same = (*begins, len(row), shape, guided, len(row.cache_offsets))
         leader = leaders.setdefault(same, row)
         if leader is not row:
             twins[row] = leader

@@ -216,7 +216,10 @@ class Scheduler:
                 return
             row = self._waiting.pop(0)
             row.admitted()
-            self._running.append(row)
+            if row.finish_reason is None:
+                self._running.append(row)
+            else:
+                self._memory.release(row)
 
     def _plan(self, expired: Sequence[tuple[Row, EngineError]]) -> Round:
         """All passes over parts of canvases, and those over whole ones that the budget allows.

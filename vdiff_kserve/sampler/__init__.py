@@ -21,12 +21,20 @@ from vdiff_kserve.sampler.params import (
 )
 from vdiff_kserve.sampler.schedule import block_steps, quota
 from vdiff_kserve.sampler.select import select
-from vdiff_kserve.sampler.step import Proposal, SpecialTokens, StepRows, guide, propose
+from vdiff_kserve.sampler.step import (
+    AllowedTokens,
+    Proposal,
+    SpecialTokens,
+    StepRows,
+    guide,
+    propose,
+)
 
 __all__ = [
     "DREAM_POLICIES",
     "MAX_TOP_LOGPROBS",
     "SCHEDULED_POLICIES",
+    "AllowedTokens",
     "CacheMode",
     "ConstrainedRow",
     "ConstraintTable",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.sampler.params import Constraints
-from vdiff_kserve.sampler.step import Proposal, StepRows
+from vdiff_kserve.sampler.step import AllowedTokens, Proposal, StepRows
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,20 @@ class ConstraintTable:
 
 
 def constrain(logits: Tensor, rows: StepRows) -> Tensor:
-    """The logits as the rows' constraints leave them.
+    """The logits as the rows' constraints, and then their grammars, leave them.
 
     Args:
         logits: [positions, vocab]; those of rows that ask for something are overwritten. A
             vocabulary shorter than the tables', as an auxiliary model's may be, is fine.
     """
-    table = rows.constraints
-    if table is None:
-        return logits
-    logits = logits.float()
+    if rows.constraints is not None:
+        logits = _as_asked(logits.float(), rows.constraints, rows)
+    if rows.allowed is not None:
+        _restrict(logits, rows.allowed, rows)
+    return logits
+
+
+def _as_asked(logits: Tensor, table: ConstraintTable, rows: StepRows) -> Tensor:
     slots = table.slot[rows.row]
     places = (slots >= 0).nonzero().squeeze(-1)
     slots = slots[places]
@@ -176,17 +180,31 @@ def _penalized(logits: Tensor, table: ConstraintTable, slots: Tensor, written: T
     return torch.where(known, repeated, logits) - frequency * counts - presence * (counts > 0)
 
 
+def _restrict(logits: Tensor, allowed: AllowedTokens, rows: StepRows) -> None:
+    """Set all but the allowed tokens to -inf, at positions that are among `rows`."""
+    place, here = _places(rows, allowed.row, allowed.position)
+    forbidden = ~allowed.allowed[here, : logits.shape[-1]]
+    logits[place] = logits[place].masked_fill(forbidden, -torch.inf)
+
+
 def _ban(logits: Tensor, banned: Tensor, rows: StepRows) -> None:
     """Set single tokens at single positions to -inf, where these are among `rows`."""
     row, position, token = banned[:, banned[2] < logits.shape[-1]]
+    place, here = _places(rows, row, position)
+    logits[place, token[here]] = -torch.inf
+
+
+def _places(rows: StepRows, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Where canvas positions stand among those of `rows`: int64 [found]; and which of them were
+    found: bool [n]."""
     stride = max(rows.lengths) + 1
     keys = rows.row * stride + rows.position
-    if len(keys) == 0:
-        return
     wanted = row * stride + position
+    if len(keys) == 0:
+        return keys, torch.zeros_like(wanted, dtype=torch.bool)
     place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
     here = keys[place] == wanted
-    logits[place[here], token[here]] = -torch.inf
+    return place[here], here
 
 
 def _penalties(constraints: Constraints) -> tuple[float, float, float]:

@@ -33,6 +33,21 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True)
+class AllowedTokens:
+    """What grammars let stand at single positions of a step.
+
+    Attributes:
+        row: int64 [n], the row of each position.
+        position: int64 [n], its place in the row's canvas.
+        allowed: bool [n, vocab].
+    """
+
+    row: Tensor
+    position: Tensor
+    allowed: Tensor
+
+
+@dataclass(frozen=True)
 class StepRows:
     """The rows of a step and where their open positions are.
 
@@ -45,6 +60,7 @@ class StepRows:
         quotas: tokens to commit per row in a scheduled step.
         lengths: tokens of each row's canvas.
         constraints: of the rows that ask something of their tokens; None when none does.
+        allowed: of the rows that follow a grammar; None when none does.
     """
 
     row: Tensor
@@ -54,6 +70,7 @@ class StepRows:
     quotas: Sequence[int]
     lengths: Sequence[int]
     constraints: ConstraintTable | None = None
+    allowed: AllowedTokens | None = None
 
     def part(self, index: slice | Tensor) -> StepRows:
         """The same rows, with only some of the positions."""
