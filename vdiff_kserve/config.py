@@ -112,6 +112,16 @@ class ServerConfig:
         pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N"),
         help="Where the model runs; auto is the GPU when there is one.",
     )
+    tensor_parallel_size: int = _setting(
+        int,
+        1,
+        group="model",
+        metavar="N",
+        low=1,
+        high=64,
+        help="Devices of this machine that share the model, each with a part of every layer; on a "
+        "CPU as many processes.",
+    )
     max_model_len: int | None = _setting(
         int,
         None,

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, ValidationError
 from tqdm import tqdm
 
 from vdiff_kserve.config import ALL_SETTINGS, DECODING_FLAGS, SETTINGS, ServerConfig
-from vdiff_kserve.loading import load_model
+from vdiff_kserve.distributed.tensor_parallel import load_sharded
 from vdiff_kserve.openai.errors import invalid_body
 from vdiff_kserve.openai.logprobs import ScoredToken
 from vdiff_kserve.openai.protocol import (
@@ -130,7 +130,7 @@ class AsyncLLM:
         # On a thread that ends: OpenMP's threads of this one would stay and make the engine's own
         # sleep between operations, at half the speed.
         with ThreadPoolExecutor(max_workers=1) as loader:
-            loaded = loader.submit(load_model, config).result()
+            loaded = loader.submit(load_sharded, config).result()
         self._engine = loaded.engine
         loaded.warm_up()
         self.tokenizer = loaded.tokenizer

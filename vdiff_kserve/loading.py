@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.checkpoint import EMBEDDED_AUXILIARY, auxiliary_checkpoint, find_checkpoint
@@ -16,6 +17,7 @@ from vdiff_kserve.engine import (
     Engine,
     EngineConfig,
     GenerationRequest,
+    Lockstep,
     RoundObserver,
     measured_token_budget,
 )
@@ -76,23 +78,41 @@ class LoadedModel:
         self.engine.generate([request])
 
 
-def load_model(config: ServerConfig, observer: RoundObserver | None = None) -> LoadedModel:
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that share one model."""
+
+    mesh: DeviceMesh
+    lockstep: Lockstep
+    device: torch.device
+
+
+def load_model(
+    config: ServerConfig, observer: RoundObserver | None = None, rank: Rank | None = None
+) -> LoadedModel:
     """Load the configured checkpoint and start an engine around it.
+
+    Args:
+        rank: where the model is shared, this process's place; a further rank's engine is not
+            started: it `follow`s.
 
     Raises:
         CheckpointError: the checkpoint, or the options with it, cannot be served.
     """
     started = time.perf_counter()
     folder = find_checkpoint(config)
-    device = choose_device(config.device)
+    device = choose_device(config.device) if rank is None else rank.device
     dtype = choose_dtype(config.dtype, device)
-    decoder, spec = load_decoder(folder, device, dtype)
+    decoder, spec = load_decoder(folder, device, dtype, None if rank is None else rank.mesh)
     tokenizer = load_tokenizer(folder)
     spec = with_end_of_turn(spec, tokenizer)
     auxiliary = _load_auxiliary(config, folder, tokenizer, device, dtype)
     limits = _limits(config, spec, has_auxiliary=auxiliary is not None)
-    engine = Engine(decoder, spec, _engine_config(config, decoder, limits, observer), auxiliary)
-    engine.start()
+    lockstep = None if rank is None else rank.lockstep
+    engine_config = _engine_config(config, decoder, limits, observer, lockstep)
+    engine = Engine(decoder, spec, engine_config, auxiliary)
+    if lockstep is None or lockstep.leads:
+        engine.start()
     loaded = LoadedModel(
         engine, tokenizer, spec, limits, str(dtype).removeprefix("torch."), str(device)
     )
@@ -111,11 +131,16 @@ def load_model(config: ServerConfig, observer: RoundObserver | None = None) -> L
 
 
 def _engine_config(
-    config: ServerConfig, decoder: Decoder, limits: ServingLimits, observer: RoundObserver | None
+    config: ServerConfig,
+    decoder: Decoder,
+    limits: ServingLimits,
+    observer: RoundObserver | None,
+    lockstep: Lockstep | None,
 ) -> EngineConfig:
     budget = config.max_num_batched_tokens
     if budget is None:
         budget = measured_token_budget(decoder, limits.max_model_len)
+        budget = budget if lockstep is None else lockstep.least(budget)
     return EngineConfig(
         max_num_seqs=config.max_num_seqs,
         max_queue=config.max_queue,
@@ -124,6 +149,7 @@ def _engine_config(
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.enable_prefix_caching,
         observer=observer,
+        lockstep=lockstep,
     )
 
 

@@ -15,8 +15,8 @@ from kserve import InferRequest, InferResponse, Model
 from pydantic import BaseModel
 
 from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.distributed.tensor_parallel import load_sharded
 from vdiff_kserve.engine import Engine
-from vdiff_kserve.loading import load_model
 from vdiff_kserve.observability.metrics import forget_engine, model_loaded, watch_engine
 from vdiff_kserve.observability.rounds import RoundMetrics
 from vdiff_kserve.openai import OpenAIGenerativeModel
@@ -209,7 +209,7 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
 
     def _load(self) -> GenerationService:
         started = time.perf_counter()
-        loaded = load_model(self._config, RoundMetrics(self.name).observe)
+        loaded = load_sharded(self._config, RoundMetrics(self.name).observe)
         self._engine = loaded.engine
         watch_engine(self.name, loaded.engine)
         loaded.warm_up()

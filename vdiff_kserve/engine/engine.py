@@ -146,6 +146,12 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
+    def fail(self, reason: str) -> None:
+        """End the engine for a reason outside of it; unfinished requests are told."""
+        if self.alive:
+            self.failure = RuntimeError(reason)
+            self._close(EngineStoppedError("The engine failed."))
+
     def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationStream]:
         """Queue requests, all or none; their events come on the running asyncio loop.
 
@@ -197,7 +203,11 @@ class Engine:
         return FollowingScheduler(self._memory, slots, budget, num_layers, lockstep, make_row)
 
     def _cache_tokens(self, decoders: Sequence[Decoder]) -> int:
-        """Canvas tokens for which all models' caches have room."""
+        """Canvas tokens for which all models' caches have room, on every rank."""
+        tokens, lockstep = self._own_cache_tokens(decoders), self.config.lockstep
+        return tokens if lockstep is None else lockstep.least(tokens)
+
+    def _own_cache_tokens(self, decoders: Sequence[Decoder]) -> int:
         config = self.config
         if config.kv_cache_tokens is not None:
             return config.kv_cache_tokens

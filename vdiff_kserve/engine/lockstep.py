@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -62,3 +63,9 @@ class Lockstep:
         told: list[Any] = [news]
         dist.broadcast_object_list(told, group=self._group, group_src=0)
         return told[0]
+
+    def least(self, value: int) -> int:
+        """The smallest of the ranks' values, on every rank."""
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self._group)
+        return int(found)

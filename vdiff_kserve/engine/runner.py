@@ -14,7 +14,14 @@ from vdiff_kserve.engine.grammar_rows import GrammarRow
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
-from vdiff_kserve.models import Decoder, ForwardBatch, LayerwisePass, ModelSpec, RowSpan
+from vdiff_kserve.models import (
+    Decoder,
+    ForwardBatch,
+    LayerwisePass,
+    ModelSpec,
+    RowSpan,
+    VocabShard,
+)
 from vdiff_kserve.sampler import (
     AllowedTokens,
     ConstrainedRow,
@@ -26,11 +33,13 @@ from vdiff_kserve.sampler import (
     StepRows,
     TokenRules,
     accumulate,
+    can_propose_from_shards,
     constrain,
     fuse,
     guide,
     hold_back,
     propose,
+    propose_from_shards,
     raw_logprobs,
     select,
     tell,
@@ -191,22 +200,38 @@ class ModelRunner:
         yield
         self.seconds[phase] += time.perf_counter() - started
 
-    def _logits(self, hidden: Tensor, unguided: Tensor | None, rows: StepRows) -> Tensor:
-        logits = self._decoder.logits(hidden)
+    def _logits(
+        self, hidden: Tensor, unguided: Tensor | None, rows: StepRows, *, own: bool = False
+    ) -> Tensor:
+        """Logits of the vocabulary, or of this rank's `own` part of it."""
+        logits_of = self._decoder.own_logits if own else self._decoder.logits
+        logits = logits_of(hidden)
         if unguided is None:
             return logits
         scale = rows.per_position([p.cfg_scale for p in rows.params])
-        return guide(logits, self._decoder.logits(unguided), scale)
+        return guide(logits, logits_of(unguided), scale)
+
+    def _propose_from_shards(
+        self, hidden: Tensor, unguided: Tensor | None, rows: StepRows, shard: VocabShard
+    ) -> Proposal:
+        logits = self._logits(hidden, unguided, rows, own=True)
+        return propose_from_shards(logits, shard.start, rows, self._special, shard.gather)
 
     def _propose(
         self, hidden: Tensor, unguided: Tensor | None, rows: StepRows, evidence: Evidence | None
     ) -> tuple[Proposal, Evidence | None, Logprobs | None]:
         """Candidates, what the rows' evidence becomes, and log probabilities where asked for."""
         parts, evidence_parts, told = [], [], []
+        shard = self._decoder.vocab_shard
+        if shard is not None and not can_propose_from_shards(rows.params):
+            shard = None
         for start in range(0, max(1, len(hidden)), self._positions_per_chunk):
             chunk = slice(start, min(start + self._positions_per_chunk, len(hidden)))
             part = rows.part(chunk)
             without_prompt = None if unguided is None else unguided[chunk]
+            if shard is not None:
+                parts.append(self._propose_from_shards(hidden[chunk], without_prompt, part, shard))
+                continue
             logits = self._logits(hidden[chunk], without_prompt, part)
             raw = raw_logprobs(logits, part)
             logits = constrain(logits, part)

@@ -6,6 +6,7 @@ from vdiff_kserve.models.decoder import Decoder, DecoderConfig, LayerwisePass
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.precision import choose_device, choose_dtype
+from vdiff_kserve.models.sharding import VocabShard
 from vdiff_kserve.models.spec import ModelSpec
 from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer, with_end_of_turn
 
@@ -18,6 +19,7 @@ __all__ = [
     "LayerwisePass",
     "ModelSpec",
     "RowSpan",
+    "VocabShard",
     "can_pack",
     "check_same_vocabulary",
     "choose_device",

@@ -8,12 +8,16 @@ and tensors is in the family's own file.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from vdiff_kserve.models.batch import ForwardBatch
 from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
+
+if TYPE_CHECKING:
+    from vdiff_kserve.models.sharding import VocabShard
 
 Angles = tuple[Tensor, Tensor]
 
@@ -117,11 +121,16 @@ class Decoder(nn.Module):
 
     `forward` returns hidden states, not logits: a vocabulary of 126,464 makes logits for a whole
     canvas cost hundreds of megabytes, so `logits` is called for the positions that need it only.
+
+    Attributes:
+        vocab_shard: the part of the vocabulary that this rank's head is for; None when the decoder
+            is whole.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.vocab_shard: VocabShard | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -149,6 +158,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the given hidden states: [positions, hidden_size] -> [positions, vocab]."""
+        logits = self.own_logits(hidden)
+        return logits if self.vocab_shard is None else self.vocab_shard.whole(logits)
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the tokens that this rank's head is for."""
         return self.lm_head(hidden)
 
 

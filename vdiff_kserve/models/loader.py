@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
@@ -29,6 +30,7 @@ from vdiff_kserve.models.safetensors_file import (
     read_header,
     returnable,
 )
+from vdiff_kserve.models.sharding import shard
 from vdiff_kserve.models.spec import ModelSpec
 
 SINGLE_FILE = "model.safetensors"
@@ -38,9 +40,15 @@ MAX_NAMES_IN_ERROR = 8
 
 
 def load_decoder(
-    folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[Decoder, ModelSpec]:
     """Read a diffusion model's checkpoint folder in its published format.
+
+    Args:
+        mesh: ranks that share the model, of which this one reads its part only; None reads all.
 
     Returns:
         the decoder in eval mode without gradients, and what is known about the model.
@@ -51,7 +59,7 @@ def load_decoder(
     config = CheckpointConfig.read(Path(folder))
     family = find_by_architecture(config, FAMILIES)
     spec = family.read_spec(config)
-    return _load(Path(folder), spec.decoder, family.tensor_names, device, dtype), spec
+    return _load(Path(folder), spec.decoder, family.tensor_names, device, dtype, mesh), spec
 
 
 def load_causal_decoder(
@@ -74,6 +82,7 @@ def _load(
     tensor_names: TensorNames,
     device: torch.device | str,
     dtype: torch.dtype,
+    mesh: DeviceMesh | None = None,
 ) -> Decoder:
     """Build a decoder without memory and fill it tensor by tensor, with a progress bar in bytes.
 
@@ -84,14 +93,19 @@ def _load(
         decoder = Decoder(config)
     stored = list_tensors(folder)
     assign = _match(decoder, tensor_names, stored, folder)
+    parts = {} if mesh is None else shard(decoder, mesh)
     packed = _packed_weights(decoder) if can_pack(torch.device(device), dtype) else set()
     largest = max((decoder.get_parameter(name).numel() for name in packed), default=0)
     plain = returnable(largest, dtype)
     total = sum(decoder.get_parameter(name).numel() for name in assign.values()) * dtype.itemsize
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}")
+    quiet = mesh is not None and mesh.get_local_rank() > 0
+    name = f"Loading {folder.name}"
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=quiet)
     with bar as progress, TensorReader.open() as reader:
         for tensor_name in _reading_order(stored, assign, packed):
             parameter, tensor = assign[tensor_name], stored[tensor_name]
+            if part := parts.get(parameter):
+                tensor = tensor.part(part.dim, part.start, part.length)
             shape = decoder.get_parameter(parameter).shape
             if parameter in packed:
                 weight = plain[: shape.numel()].view(shape)

@@ -7,13 +7,14 @@ file systems; so files are read in pieces, several at once, each straight to whe
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,12 +43,40 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies on disk: its bytes in row-major order from `offset` on."""
+    """Where a tensor lies on disk, in row-major order.
+
+    Attributes:
+        offset: of its first byte.
+        run: how many of its elements lie end to end; None is all of them.
+        stride: elements from the beginning of one run to that of the next.
+    """
 
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    run: int | None = None
+    stride: int = 0
+
+    def part(self, dim: int, start: int, length: int) -> StoredTensor:
+        """Some entries along one dimension of a whole tensor."""
+        inner = math.prod(self.shape[dim + 1 :])
+        return replace(
+            self,
+            offset=self.offset + start * inner * self.dtype.itemsize,
+            shape=(*self.shape[:dim], length, *self.shape[dim + 1 :]),
+            run=length * inner,
+            stride=self.shape[dim] * inner,
+        )
+
+    def pieces(self, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """Where `count` elements from `start` on lie: (position in the file, elements) of each."""
+        run = self.run or math.prod(self.shape)
+        while count > 0:
+            number, within = divmod(start, run)
+            length = min(run - within, count)
+            yield self.offset + (number * self.stride + within) * self.dtype.itemsize, length
+            start, count = start + length, count - length
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -113,16 +142,14 @@ class TensorReader:
         flat = target.view(-1)
         descriptor = self._descriptor(stored.file)
         direct = target.dtype == stored.dtype and target.device.type == "cpu"
-        itemsize = stored.dtype.itemsize
-        step = PIECE_BYTES // itemsize
+        step = PIECE_BYTES // stored.dtype.itemsize
         pending: deque[tuple[Future[bool], Tensor, Tensor]] = deque()
         for number, start in enumerate(range(0, len(flat), step)):
             if len(pending) == READERS:
                 _finish(*pending.popleft(), stored.file)
             piece = flat[start : start + step]
             memory = piece if direct else self._staged(number % READERS, len(piece), stored.dtype)
-            position = stored.offset + start * itemsize
-            reading = self._pool.submit(_read_fully, descriptor, memory, position)
+            reading = self._pool.submit(_read_pieces, descriptor, memory, stored, start)
             pending.append((reading, memory, piece))
         while pending:
             _finish(*pending.popleft(), stored.file)
@@ -143,6 +170,16 @@ def _finish(reading: Future[bool], memory: Tensor, piece: Tensor, file: Path) ->
         raise CheckpointError(f"{file} is damaged or cut off: it ends too early")
     if memory is not piece:
         piece.copy_(memory)
+
+
+def _read_pieces(descriptor: int, target: Tensor, stored: StoredTensor, start: int) -> bool:
+    """Read `target`'s elements, which are those of `stored` from `start` on."""
+    pieces = list(stored.pieces(start, len(target)))
+    parts = target.split([length for _, length in pieces])
+    return all(
+        _read_fully(descriptor, part, position)
+        for part, (position, _) in zip(parts, pieces, strict=True)
+    )
 
 
 def _read_fully(descriptor: int, target: Tensor, position: int) -> bool:

@@ -21,6 +21,7 @@ from vdiff_kserve.sampler.params import (
 )
 from vdiff_kserve.sampler.schedule import block_steps, quota
 from vdiff_kserve.sampler.select import select
+from vdiff_kserve.sampler.sharded import can_propose_from_shards, propose_from_shards
 from vdiff_kserve.sampler.step import (
     AllowedTokens,
     Proposal,
@@ -49,11 +50,13 @@ __all__ = [
     "TokenRules",
     "accumulate",
     "block_steps",
+    "can_propose_from_shards",
     "constrain",
     "fuse",
     "guide",
     "hold_back",
     "propose",
+    "propose_from_shards",
     "quota",
     "raw_logprobs",
     "select",

@@ -38,7 +38,9 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def uniform(seeds: Tensor, positions: Tensor, stream: Stream, count: int = 1) -> Tensor:
+def uniform(
+    seeds: Tensor, positions: Tensor, stream: Stream, count: int = 1, first: int = 0
+) -> Tensor:
     """Uniform numbers in the open interval (0, 1).
 
     Args:
@@ -46,12 +48,13 @@ def uniform(seeds: Tensor, positions: Tensor, stream: Stream, count: int = 1) ->
         positions: int64 [n], canvas positions.
         stream: what the numbers are for; streams are independent.
         count: numbers per position.
+        first: which of a position's numbers to begin with.
 
     Returns:
         float64 [n, count].
     """
     key = _mix(_mix(seeds + _STREAM_KEYS[stream]) + positions * _signed(_INCREMENT))
-    lanes = torch.arange(1, count + 1, device=key.device) * _signed(_INCREMENT)
+    lanes = torch.arange(first + 1, first + count + 1, device=key.device) * _signed(_INCREMENT)
     bits = _shift_right(_mix(key[:, None] + lanes), 12)
     return (bits.double() + 0.5) * 2.0**-52
 
@@ -61,6 +64,6 @@ def gumbel_of(uniforms: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniforms))
 
 
-def gumbel(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
-    """Standard Gumbel numbers, one per token: float64 [n, count]."""
-    return gumbel_of(uniform(seeds, positions, "token", count))
+def gumbel(seeds: Tensor, positions: Tensor, count: int, first: int = 0) -> Tensor:
+    """Standard Gumbel numbers, one per token from `first` on: float64 [n, count]."""
+    return gumbel_of(uniform(seeds, positions, "token", count, first))

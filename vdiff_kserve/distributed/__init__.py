@@ -1,0 +1,1 @@
+"""More than one engine, or more than one device: replicas, and ranks that share a model."""

@@ -1,0 +1,126 @@
+"""One model over several devices of this machine: a process for each, all in step.
+
+The first rank is the calling process; it starts the others, which load their shard and follow its
+engine until it stops. A rank that ends on its own takes the engine with it: what it held is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import init_device_mesh
+
+from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.engine import Engine, Lockstep, RoundObserver
+from vdiff_kserve.loading import LoadedModel, Rank, load_model
+from vdiff_kserve.models import CheckpointError, choose_device
+
+ADDRESS = "127.0.0.1"
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+"""How long one rank may wait for another inside a forward pass, loading included."""
+IDLE_TIMEOUT = timedelta(days=365)
+"""How long a rank waits for the next round; a server may be idle for long."""
+
+logger = logging.getLogger("kserve.vdiff.tensor_parallel")
+
+
+def load_sharded(config: ServerConfig, observer: RoundObserver | None = None) -> LoadedModel:
+    """As `load_model`, over `tensor_parallel_size` devices.
+
+    Raises:
+        CheckpointError: the checkpoint, or the options with it, cannot be served.
+    """
+    size = config.tensor_parallel_size
+    if size == 1:
+        return load_model(config, observer)
+    _check_devices(config)
+    store = TCPStore(ADDRESS, 0, size, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    others = [
+        context.Process(
+            target=_follow,
+            args=(config, index, store.port),
+            name=f"vdiff-rank-{index}",
+            daemon=True,
+        )
+        for index in range(1, size)
+    ]
+    for process in others:
+        process.start()
+    try:
+        loaded = load_model(config, observer, _join(config, 0, store))
+    except BaseException:
+        for process in others:
+            process.terminate()
+        raise
+    watch = threading.Thread(
+        target=_watch, args=(loaded.engine, others), name="vdiff-ranks", daemon=True
+    )
+    watch.start()
+    return loaded
+
+
+def _check_devices(config: ServerConfig) -> None:
+    size = config.tensor_parallel_size
+    device = choose_device(config.device)
+    if ":" in config.device:
+        raise CheckpointError(
+            f"--tensor_parallel_size {size} takes the first {size} GPUs; leave the number out of "
+            f"--device {config.device}"
+        )
+    if device.type == "cuda" and torch.cuda.device_count() < size:
+        raise CheckpointError(
+            f"--tensor_parallel_size {size} needs as many GPUs; this machine shows "
+            f"{torch.cuda.device_count()}"
+        )
+
+
+def _join(config: ServerConfig, index: int, store: TCPStore) -> Rank:
+    """Meet the other ranks."""
+    size = config.tensor_parallel_size
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    if dist.is_initialized():  # of a model that was unloaded
+        dist.destroy_process_group()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=index,
+        world_size=size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    mesh = init_device_mesh(device.type, (size,))
+    return Rank(mesh, Lockstep(dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)), device)
+
+
+def _follow(config: ServerConfig, index: int, port: int) -> None:
+    """The life of a further rank."""
+    store = TCPStore(ADDRESS, port, config.tensor_parallel_size, is_master=False)
+    load_model(config, rank=_join(config, index, store)).engine.follow()
+    dist.destroy_process_group()
+
+
+def _watch(engine: Engine, others: Sequence[BaseProcess]) -> None:
+    """Fail the engine when a rank ends while it runs."""
+    running = {process.sentinel: process for process in others}
+    while running:
+        for sentinel in wait(list(running)):
+            process = running.pop(sentinel)  # type: ignore[arg-type]
+            process.join()
+            if process.exitcode:
+                logger.critical("%s ended with exit code %s.", process.name, process.exitcode)
+                engine.fail(f"{process.name} ended with exit code {process.exitcode}")
