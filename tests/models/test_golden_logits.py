@@ -66,7 +66,7 @@ def test_golden_reuse_of_an_unchanged_canvas_equals_the_whole(family: str) -> No
     case = golden_cases(family, "logits")[0]
     decoder, spec = load_decoder(case.folder)
     row = case.tensor("input_ids")[0]
-    length, config = len(row), spec.decoder
+    length, config = len(row), decoder.config
     shape = (config.num_layers, 2 * length + 3, config.num_kv_heads, config.head_dim)
     store = KeyValueStore(torch.zeros(shape), torch.zeros(shape))
     rows = [row, row[:5], row.flip(0)]

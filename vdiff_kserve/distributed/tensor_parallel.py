@@ -61,7 +61,7 @@ def load_sharded(config: ServerConfig, observer: RoundObserver | None = None) ->
         loaded = load_model(config, observer, _join(config, 0, store))
     except BaseException:
         for process in others:
-            process.terminate()
+            process.kill()
         raise
     watch = threading.Thread(
         target=_watch, args=(loaded.engine, others), name="vdiff-ranks", daemon=True

@@ -52,10 +52,9 @@ class VocabShard:
 
     def gather(self, local: Tensor) -> Tensor:
         """What each rank has, on every rank: [...] -> [ranks, ...]."""
-        size = self.group.size()
-        parts = local.new_empty((size * local.shape[0], *local.shape[1:]))
-        dist.all_gather_into_tensor(parts, local.contiguous(), group=self.group)
-        return parts.unflatten(0, (size, -1))
+        parts = local.new_empty((self.group.size(), *local.shape))
+        dist.all_gather(list(parts), local.contiguous(), group=self.group)
+        return parts
 
     def whole(self, logits: Tensor) -> Tensor:
         """Logits of all tokens: [positions, tokens of this rank] -> [positions, vocab]."""
