@@ -64,7 +64,7 @@ def test_golden_llada_wanted_outputs_equal_the_whole() -> None:
 def test_golden_reuse_of_an_unchanged_canvas_equals_the_whole(family: str) -> None:
     """Cached and uncached rows share a pass; a window of a canvas sees the rest in the cache."""
     case = golden_cases(family, "logits")[0]
-    decoder, spec = load_decoder(case.folder)
+    decoder, _ = load_decoder(case.folder)
     row = case.tensor("input_ids")[0]
     length, config = len(row), decoder.config
     shape = (config.num_layers, 2 * length + 3, config.num_kv_heads, config.head_dim)
