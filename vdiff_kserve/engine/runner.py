@@ -223,7 +223,7 @@ class ModelRunner:
         """Candidates, what the rows' evidence becomes, and log probabilities where asked for."""
         parts, evidence_parts, told = [], [], []
         shard = self._decoder.vocab_shard
-        if shard is not None and not can_propose_from_shards(rows.params):
+        if shard is not None and not can_propose_from_shards(rows):
             shard = None
         for start in range(0, max(1, len(hidden)), self._positions_per_chunk):
             chunk = slice(start, min(start + self._positions_per_chunk, len(hidden)))

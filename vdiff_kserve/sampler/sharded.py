@@ -6,7 +6,7 @@ part, its token, that token's logit, and the log of the summed exponentials.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,9 +20,9 @@ Gather = Callable[[Tensor], Tensor]
 """What each rank has, on every rank: [...] -> [ranks, ...]."""
 
 
-def can_propose_from_shards(params: Sequence[DecodingParams]) -> bool:
+def can_propose_from_shards(rows: StepRows) -> bool:
     """Whether these rows' proposals need no position's whole logits."""
-    return not any(_needs_whole(p) for p in params)
+    return rows.allowed is None and not any(_needs_whole(p) for p in rows.params)
 
 
 def _needs_whole(p: DecodingParams) -> bool:
