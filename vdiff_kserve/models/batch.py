@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -114,35 +114,51 @@ class ForwardBatch:
     @cached_property
     def positions(self) -> Tensor:
         """int64 [tokens], each query token's position in its own canvas."""
-        pieces = [torch.arange(span.start, span.start + span.queries) for span in self.spans]
-        return torch.cat(pieces).to(self.input_ids.device)
+        starts = [span.start for span in self.spans]
+        return ranges(starts, self._queries).to(self.input_ids.device)
 
     @cached_property
     def output_tokens(self) -> Tensor | None:
         """int64 [outputs], indices into the query tokens; None when all of them are wanted."""
         if all(span.outputs == span.queries for span in self.spans):
             return None
-        pieces, row_start = [], 0
-        for span in self.spans:
-            first = row_start + span.output_start - span.start
-            pieces.append(torch.arange(first, first + span.outputs))
-            row_start += span.queries
-        return torch.cat(pieces).to(self.input_ids.device)
+        firsts = [
+            begin + span.output_start - span.start
+            for begin, span in zip(self._begins, self.spans, strict=True)
+        ]
+        outputs = [span.outputs for span in self.spans]
+        return ranges(firsts, outputs).to(self.input_ids.device)
 
     @cached_property
-    def cached_tokens(self) -> tuple[Tensor, Tensor] | None:
-        """Two int64 [n]: query tokens whose keys and values are kept, and their cache places."""
-        tokens, places, row_start = [], [], 0
-        for span in self.spans:
-            if span.cache_offset is not None:
-                tokens.append(torch.arange(row_start, row_start + span.queries))
-                first = span.cache_offset + span.start
-                places.append(torch.arange(first, first + span.queries))
-            row_start += span.queries
-        if not tokens:
+    def cached_tokens(self) -> Tensor | None:
+        """int64 [n], query tokens whose keys and values are kept; None when all of them are."""
+        kept = [
+            (begin, span.queries)
+            for begin, span in zip(self._begins, self.spans, strict=True)
+            if span.cache_offset is not None
+        ]
+        if len(kept) == len(self.spans):
             return None
-        device = self.input_ids.device
-        return torch.cat(tokens).to(device), torch.cat(places).to(device)
+        return _ranges_on(self.input_ids.device, kept)
+
+    @cached_property
+    def cache_places(self) -> Tensor | None:
+        """int64 [n], where the keys and values of `cached_tokens` go; None when none is kept."""
+        kept = [
+            (span.cache_offset + span.start, span.queries)
+            for span in self.spans
+            if span.cache_offset is not None
+        ]
+        return _ranges_on(self.input_ids.device, kept) if kept else None
+
+    @property
+    def _queries(self) -> list[int]:
+        return [span.queries for span in self.spans]
+
+    @property
+    def _begins(self) -> list[int]:
+        """Where each row's tokens begin among the query tokens."""
+        return list(accumulate(self._queries, initial=0))[:-1]
 
     @cached_property
     def groups(self) -> list[AttentionGroup]:
@@ -153,6 +169,18 @@ class ForwardBatch:
     def output_groups(self) -> list[AttentionGroup]:
         """Attention calls when only the wanted hidden states are computed."""
         return _group([(span.outputs, span) for span in self.spans])
+
+
+def ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The numbers start, start + 1 .. start + count - 1 of every range, one range after the other:
+    int64 [sum of counts]."""
+    count, total = torch.tensor(counts), sum(counts)
+    shift = torch.tensor(starts) - (count.cumsum(0) - count)
+    return torch.arange(total) + shift.repeat_interleave(count, output_size=total)
+
+
+def _ranges_on(device: torch.device, kept: Sequence[tuple[int, int]]) -> Tensor:
+    return ranges([start for start, _ in kept], [count for _, count in kept]).to(device)
 
 
 def _group(rows: Sequence[tuple[int, RowSpan]]) -> list[AttentionGroup]:

@@ -89,12 +89,13 @@ class Attention(nn.Module):
         self, key: Tensor, value: Tensor, batch: ForwardBatch
     ) -> tuple[Tensor, Tensor] | None:
         """Write the new keys and values to the cache; returns this layer's part of it."""
-        if batch.store is None or batch.cached_tokens is None:
+        places = batch.cache_places
+        if batch.store is None or places is None:
             return None
-        tokens, places = batch.cached_tokens
+        tokens = batch.cached_tokens
         cached = batch.store.keys[self.layer], batch.store.values[self.layer]
         for stored, fresh in zip(cached, (key, value), strict=True):
-            stored[places] = fresh[tokens]
+            stored.index_copy_(0, places, fresh if tokens is None else fresh[tokens])
         return cached
 
 

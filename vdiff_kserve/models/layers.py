@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdiff_kserve.models.batch import AttentionGroup
+from vdiff_kserve.models.packed_linear import multiplied_linear, silu_linear
 
 
 class RMSNorm(nn.Module):
@@ -32,22 +33,24 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = silu_linear(self.gate_proj, x)
+        return self.down_proj(multiplied_linear(self.up_proj, x, gate))
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's rotation.
+    """Cosine and sine of every position's rotation, as `rotate` takes them.
 
     Args:
         positions: int64 [tokens].
 
     Returns:
-        two float32 tensors [tokens, 1, head_dim / 2].
+        two float32 tensors [tokens, 1, head_dim]; the first half of the sine is negated.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     inverse_frequencies = 1.0 / theta ** (exponents / head_dim)
-    angles = positions.float()[:, None] * inverse_frequencies
-    return angles.cos()[:, None], angles.sin()[:, None]
+    angles = (positions.float()[:, None] * inverse_frequencies)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,11 +58,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [tokens, heads, head_dim].
-        cos: [tokens, 1, head_dim / 2], as `sin`.
+        cos: [tokens, 1, head_dim], as `sin`: those of `rotary_angles`.
     """
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    wide = x.to(cos.dtype)
+    swapped = wide.roll(wide.shape[-1] // 2, dims=-1)
+    return (wide * cos).addcmul_(swapped, sin).to(x.dtype)
 
 
 def attend(
@@ -93,9 +96,7 @@ def attend(
             outputs.append(_attend_rows(q, k, v, group.rows, block))
         else:
             assert cached is not None
-            for row, offset in zip(q.split(group.queries), group.cache_offsets, strict=True):
-                k, v = (stored[offset : offset + group.keys] for stored in cached)
-                outputs.append(_attend_rows(row, k, v, 1, block))
+            outputs.append(_attend_cached(q, cached, group, block))
         q_start, k_start = q_end, k_end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -106,6 +107,31 @@ def _attend_rows(query: Tensor, key: Tensor, value: Tensor, rows: int, block: in
     gqa = q.shape[1] != k.shape[1]
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
     return attended.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _attend_cached(
+    query: Tensor, cached: tuple[Tensor, Tensor], group: AttentionGroup, block: int | None
+) -> Tensor:
+    """Rows of one shape whose keys lie at places of their own; reading them there costs less than
+    gathering them for one call."""
+    assert group.cache_offsets is not None
+    q = query.unflatten(0, (group.rows, -1)).transpose(1, 2)  # [rows, heads, queries, head_dim]
+    keys, values = (stored.transpose(0, 1)[None] for stored in cached)
+    mask = None
+    if block is not None:
+        mask = block_causal_mask(group.queries, group.keys, block, query.device)
+    gqa = q.shape[1] != keys.shape[1]
+    attended = [
+        F.scaled_dot_product_attention(
+            row,
+            keys.narrow(2, offset, group.keys),
+            values.narrow(2, offset, group.keys),
+            attn_mask=mask,
+            enable_gqa=gqa,
+        ).transpose(1, 2)
+        for row, offset in zip(q.split(1), group.cache_offsets, strict=True)
+    ]
+    return torch.cat(attended).flatten(0, 1).flatten(1)
 
 
 def block_causal_mask(queries: int, keys: int, block: int, device: torch.device) -> Tensor | None:

@@ -8,6 +8,7 @@ on some processors. These operators are what `torch.compile` puts in place of fr
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 EXPECTED_TOKENS = 32
@@ -25,6 +26,25 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+
+    def silu(self, x: Tensor) -> Tensor:
+        """`silu(self(x))` in one pass over the result."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "swish", [], "")
+
+    def multiplied(self, x: Tensor, factor: Tensor) -> Tensor:
+        """`self(x) * factor` in one pass over the result."""
+        linear = torch.ops.mkldnn._linear_pointwise.binary
+        return linear(x, factor, self._weight, self._bias, "mul")
+
+
+def silu_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`silu(layer(x))` of a linear layer, packed or not."""
+    return layer.silu(x) if isinstance(layer, PackedLinear) else F.silu(layer(x))
+
+
+def multiplied_linear(layer: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
+    """`layer(x) * factor` of a linear layer, packed or not."""
+    return layer.multiplied(x, factor) if isinstance(layer, PackedLinear) else layer(x) * factor
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
