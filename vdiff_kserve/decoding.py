@@ -11,10 +11,13 @@ from typing import Any
 
 from vdiff_kserve.setting import Kind, Setting
 
-SCHEDULED = frozenset({"low_confidence", "random", "maskgit_plus", "topk_margin", "entropy"})
+SCHEDULED = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "sequential")
+STEPPED = frozenset({*SCHEDULED, "dynamic"})
+"""Policies that `steps` means something to."""
 POLICIES = (
-    *("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy"),
-    *("threshold", "factor", "entropy_bound", "local", "credit", "edit", "apd"),
+    *SCHEDULED,
+    *("dynamic", "threshold", "factor", "entropy_bound", "entropy_sum"),
+    *("local", "credit", "edit", "apd"),
 )
 CACHES = ("none", "prefix", "dual", "exact")
 APPROXIMATE_CACHES = frozenset({"prefix", "dual"})
@@ -62,7 +65,7 @@ DECODING_FIELDS: dict[str, DecodingField] = {
     "steps": _field(
         int,
         "Denoising steps of the whole answer, for policies that go by schedule.",
-        SCHEDULED,
+        STEPPED,
         flag="diffusion_steps",
         low=1,
         default_text="one token per step",
@@ -109,7 +112,7 @@ DECODING_FIELDS: dict[str, DecodingField] = {
     "threshold": _field(
         float,
         "Least confidence of a committed token; of an anchor for `local`.",
-        {"threshold", "local", "credit", "edit"},
+        {"threshold", "dynamic", "local", "credit", "edit"},
         low=0,
         high=1,
         low_open=True,
@@ -125,8 +128,9 @@ DECODING_FIELDS: dict[str, DecodingField] = {
     ),
     "entropy_bound": _field(
         float,
-        "Most entropy, in nats, of the positions committed together, the largest not counted.",
-        {"entropy_bound"},
+        "Most entropy, in nats, of the positions committed together; of the largest one too only "
+        "for `entropy_sum`.",
+        {"entropy_bound", "entropy_sum"},
         low=0,
         high=100,
     ),

@@ -13,6 +13,7 @@ import torch
 from vdiff_kserve.engine import Engine
 from vdiff_kserve.engine.request import EventSink, GenerationRequest
 from vdiff_kserve.engine.row import Decision, Row
+from vdiff_kserve.engine.row_kinds import BlockCausalRow
 from vdiff_kserve.engine.sub_blocks import SubBlockRow
 from vdiff_kserve.models import ModelSpec, RowSpan
 
@@ -147,6 +148,55 @@ class FastDllmV2Row(SubBlockRow):
         if was_prompt:
             self._computed_block = None
             self._enter_block(self.block_start)
+
+
+class WholeCanvasRow(BlockCausalRow):
+    """LLaDA2's `generate` also fills what its last block has beyond the answer."""
+
+    @property
+    def _block_done(self) -> bool:
+        return not self.masked[self.block_start : self.block_end].any()
+
+
+class WholeBlocksRow(WholeCanvasRow):
+    """Without `eos_early_stop` it looks for end tokens in full blocks only."""
+
+    def _advance_frontier(self) -> None:
+        if self._block_done:
+            super()._advance_frontier()
+
+
+class SdarRow(WholeBlocksRow):
+    """SDAR's `block_diffusion_generate` runs over the prompt's whole blocks before anything else,
+    and once more over every block that is full, for its keys and values."""
+
+    def _enter_block(self, start: int) -> None:
+        self._stored = False
+        super()._enter_block(start)
+
+    @property
+    def _prompt_is_due(self) -> bool:
+        return self.is_fresh and self.block_start > 0
+
+    def open_positions(self) -> torch.Tensor:
+        return super().open_positions()[: 0 if self._prompt_is_due else None]
+
+    def next_span(self) -> RowSpan:
+        start, end = self.block_start, self.block_end
+        if self._prompt_is_due:
+            start, end = 0, start
+        return RowSpan(start, end - start, end, start, end - start, self.cache_offsets[0])
+
+    def apply(self, decision: Decision) -> None:
+        if self._prompt_is_due:
+            self._count_pass(decision.span)
+            return
+        self._stored = super()._block_done
+        super().apply(decision)
+
+    @property
+    def _block_done(self) -> bool:
+        return self._stored
 
 
 def engine_of(row_class: type[Row]) -> type[Engine]:

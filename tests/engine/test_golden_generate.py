@@ -14,6 +14,9 @@ from tests.engine.reference_rows import (
     FastDllmOrigRow,
     FastDllmV2Row,
     InfillRow,
+    SdarRow,
+    WholeBlocksRow,
+    WholeCanvasRow,
     engine_of,
     lockstep_passes,
 )
@@ -22,8 +25,9 @@ from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, Generat
 from vdiff_kserve.engine.row import Row
 from vdiff_kserve.engine.row_kinds import ApdRow, BlockCausalRow
 from vdiff_kserve.engine.sub_blocks import SubBlockRow
-from vdiff_kserve.models import load_causal_decoder, load_decoder
+from vdiff_kserve.models import Hints, load_causal_decoder, load_decoder
 from vdiff_kserve.sampler import DecodingParams
+from vdiff_kserve.sampler.params import CacheMode, Policy
 
 CACHES = {
     "generate": "none",
@@ -34,11 +38,13 @@ FAST_DLLM_ROWS = {"orig": FastDllmOrigRow, "main": FastDllmMainRow}
 
 
 @contextmanager
-def engine_for(family: str, row_class: type[Row]) -> Iterator[Engine]:
-    decoder, spec = load_decoder(GOLDEN_DIR / family)
+def engine_for(
+    family: str, row_class: type[Row], block_length: int | None = None
+) -> Iterator[Engine]:
+    decoder, spec = load_decoder(GOLDEN_DIR / family, hints=Hints(block_length=block_length))
     auxiliary = load_causal_decoder(GOLDEN_DIR / family / "ar") if family == "apd" else None
-    if family == "llada":
-        case = golden_cases("llada", "generate", "gsai")[0]
+    if family in ("llada", "llada_moe"):
+        case = golden_cases(family, "generate", "gsai")[0]
         spec = replace(spec, eot_token_id=case.params["eot_id"])
     engine = engine_of(row_class)(decoder, spec, EngineConfig(max_num_seqs=4), auxiliary)
     engine.start()
@@ -77,18 +83,26 @@ def llada_decoding(case: GoldenCase) -> DecodingParams:
     )
 
 
-@pytest.mark.parametrize(
-    "case", golden_cases("llada", "generate", "gsai"), ids=lambda case: case.name
-)
+GSAI_CASES = [
+    case for family in ("llada", "llada_moe") for case in golden_cases(family, "generate", "gsai")
+]
+FAST_DLLM_CASES = [
+    case for family in ("llada", "llada_moe") for case in golden_cases(family, "generate", "fd")
+]
+
+
+def family_and_name(case: GoldenCase) -> str:
+    return f"{case.family}-{case.name}"
+
+
+@pytest.mark.parametrize("case", GSAI_CASES, ids=family_and_name)
 def test_golden_llada_gsai(case: GoldenCase) -> None:
     results, _ = generate(case, llada_decoding(case), EveryStepRow)
     assert [list(result.token_ids) for result in results] == case.answers()
     assert {result.stats.nfe for result in results} == {case.nfe}
 
 
-@pytest.mark.parametrize(
-    "case", golden_cases("llada", "generate", "gsai"), ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", GSAI_CASES, ids=family_and_name)
 def test_golden_llada_without_idle_steps(case: GoldenCase) -> None:
     """The engine's own rows write the same, in no more passes than there are tokens."""
     results, _ = generate(case, llada_decoding(case), Row)
@@ -96,9 +110,7 @@ def test_golden_llada_without_idle_steps(case: GoldenCase) -> None:
     assert {result.stats.nfe for result in results} == {min(case.nfe, case.params["gen_length"])}
 
 
-@pytest.mark.parametrize(
-    "case", golden_cases("llada", "generate", "fd"), ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", FAST_DLLM_CASES, ids=family_and_name)
 def test_golden_llada_fast_dllm(case: GoldenCase) -> None:
     results, rows = generate(case, llada_decoding(case), FAST_DLLM_ROWS[case.params["variant"]])
     assert [list(result.token_ids) for result in results] == case.answers()
@@ -193,33 +205,98 @@ def test_golden_apd(case: GoldenCase) -> None:
     assert result.stats.nfe == case.nfe
 
 
-@pytest.mark.parametrize("cache", ["none", "exact"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        case
-        for case in golden_cases("sdar", "generate", "static")
-        if case.tensor("prompt_ids").shape[1] % case.params["block_length"] == 0
-    ],
-    ids=lambda case: case.name,
-)
-def test_golden_sdar_static(case: GoldenCase, cache: str) -> None:
-    """With the exact cache: one pass per step, the finished blocks' keys and values included."""
+def whole_canvas_steps(case: GoldenCase, steps_per_block: int) -> int:
+    """What `steps` of the whole answer gives each of its blocks as many as the reference has."""
+    block, prompt = case.params["block_length"], len(case.prompts()[0])
+    masks = -(-(prompt + case.params["gen_length"]) // block) * block - prompt
+    return max(1, round(steps_per_block * masks / block))
+
+
+def generate_blocks(
+    case: GoldenCase, decoding: DecodingParams, row_class: type[Row], end_token_ids: tuple[int, ...]
+) -> tuple[GenerationResult, Row]:
+    """The result of the case's one prompt, and its row."""
+    with engine_for(case.family, row_class, case.params["block_length"]) as engine:
+        request = GenerationRequest(
+            tuple(case.prompts()[0]), case.params["gen_length"], decoding, end_token_ids
+        )
+        (result,) = engine.generate([request])
+        return result, engine.rows[0]
+
+
+def llada2_decoding(case: GoldenCase, cache: CacheMode) -> DecodingParams:
     params = case.params
-    block, steps = params["block_length"], params["denoising_steps"]
-    decoder, spec = load_decoder(GOLDEN_DIR / "sdar")
-    for layer in decoder.layers:
-        layer.attention.attention_block = block
-    spec = replace(spec, decoder=replace(spec.decoder, attention_block=block), block_length=block)
-    length = len(case.answers()[0])
-    decoding = DecodingParams(steps=steps * length // block, block_length=block, cache=cache)
-    engine = engine_of(BlockCausalRow)(decoder, spec, EngineConfig(max_num_seqs=1))
-    engine.start()
-    (result,) = engine.generate([GenerationRequest(tuple(case.prompts()[0]), length, decoding)])
-    engine.stop()
-    assert list(result.token_ids) == case.answers()[0]
-    assert result.stats.nfe == steps * length // block
-    assert result.stats.commits == (length // block - 1 if cache == "exact" else 0)
+    steps = min(params["steps"], params["gen_length"] // params.get("minimal_topk", 1))
+    return DecodingParams(
+        policy="dynamic",
+        threshold=params["threshold"],
+        steps=whole_canvas_steps(case, steps),
+        block_length=params["block_length"],
+        cache=cache,
+    )
+
+
+@pytest.mark.parametrize(("own_rows", "cache"), [(False, "none"), (True, "exact")])
+@pytest.mark.parametrize(
+    "case", golden_cases("llada2", "generate"), ids=lambda case: f"llada2-{case.name}"
+)
+def test_golden_llada2(case: GoldenCase, own_rows: bool, cache: CacheMode) -> None:
+    """The engine's own rows write the same in no more passes, with the cache that it lacks."""
+    reference = WholeCanvasRow if case.params.get("eos_early_stop") else WholeBlocksRow
+    eos = case.params["eos_id"]
+    decoding = llada2_decoding(case, cache)
+    row_class = BlockCausalRow if own_rows else reference
+    result, _ = generate_blocks(case, decoding, row_class, (eos,))
+    end = [eos] if result.finish_reason == "stop" else []
+    assert [*result.token_ids, *end] == case.tensor("output_ids")[0].tolist()
+    assert result.stats.nfe <= case.nfe if own_rows else result.stats.nfe == case.nfe
+
+
+SDAR_POLICIES: dict[str, Policy] = {
+    "low_confidence_static": "low_confidence",
+    "low_confidence_dynamic": "dynamic",
+    "sequential": "sequential",
+}
+
+
+def sdar_decoding(case: GoldenCase, cache: CacheMode) -> DecodingParams:
+    params = case.params
+    return DecodingParams(
+        policy=SDAR_POLICIES[params["remasking_strategy"]],
+        threshold=params.get("confidence_threshold", 0.9),
+        steps=whole_canvas_steps(case, params["denoising_steps"]),
+        block_length=params["block_length"],
+        cache=cache,
+    )
+
+
+@pytest.mark.parametrize(
+    "case", golden_cases("sdar", "generate"), ids=lambda case: f"sdar-{case.name}"
+)
+def test_golden_sdar(case: GoldenCase) -> None:
+    stop = tuple(case.params.get("stopping_criteria_idx", ()))
+    result, row = generate_blocks(case, sdar_decoding(case, "exact"), SdarRow, stop)
+    assert row.canvas.tolist() == case.tensor("output_ids")[0].tolist()
+    assert result.stats.nfe == case.nfe
+
+
+@pytest.mark.parametrize(
+    "case", golden_cases("sdar", "generate"), ids=lambda case: f"sdar-{case.name}"
+)
+def test_golden_sdar_without_separate_passes(case: GoldenCase) -> None:
+    """The engine computes keys and values of prompt and finished blocks along with other passes."""
+    params, block = case.params, case.params["block_length"]
+    prompt_length = len(case.prompts()[0])
+    stop = tuple(params.get("stopping_criteria_idx", ()))
+    result, row = generate_blocks(case, sdar_decoding(case, "exact"), BlockCausalRow, stop)
+    expected = case.answers()[0][: params["gen_length"]]
+    end = list(stop) if result.finish_reason == "stop" else []
+    written = [*result.token_ids, *end]
+    assert written == expected[: len(written)]
+    assert result.finish_reason == "stop" or len(written) == params["gen_length"]
+    finished = row.block_end // block - prompt_length // block
+    assert result.stats.nfe <= case.nfe - finished - (prompt_length >= block)
+    assert result.stats.commits == finished - 1
 
 
 @pytest.mark.parametrize("row_class", [FastDllmV2Row, SubBlockRow])

@@ -28,11 +28,12 @@ class EditRow(Row):
         return torch.arange(max(self.block_start, self.prompt_length), self.block_end)
 
     def apply(self, decision: Decision) -> None:
-        only_edits = not self.masked[self.block_start : self.block_end].any()
-        self._post_edits += only_edits
-        changed = len(decision.positions) > 0
-        limit = self.params.max_post_edits
-        self._closed = only_edits and (not changed or self._post_edits >= limit)
+        masks = int(self.masked[self.block_start : self.block_end].sum())
+        filled = int(self.masked[decision.positions].sum())
+        self._post_edits += masks == 0
+        settled = masks == 0 and len(decision.positions) == 0
+        spent = masks == filled and self._post_edits >= self.params.max_post_edits
+        self._closed = settled or spent
         super().apply(decision)
 
     @property
@@ -50,7 +51,8 @@ class BlockCausalRow(Row):
     Blocks are aligned to the canvas, so the first one may begin with the prompt's tail, and the
     canvas is filled up to a whole block. With the `exact` cache a pass runs over the active block
     only; the final keys and values of the block before it are computed in the same pass as its
-    first step.
+    first step. Steps share a whole block out, as in the published loops: a first block that begins
+    with the prompt's tail takes fewer of them.
     """
 
     def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
@@ -64,12 +66,17 @@ class BlockCausalRow(Row):
         self.block_start = start // self._block_length * self._block_length
         self.block_end = self.block_start + self._block_length
         self.evidence = None
-        self._block_masks = int(self.masked[self.block_start : self.block_end].sum())
+        self._block_masks = self._block_length
         canvas_masks = len(self) - self.prompt_length
-        self._block_steps = block_steps(self.params, canvas_masks, self._block_masks)
+        self._block_steps = block_steps(self.params, canvas_masks, self._block_length)
         self._block_step = 0
         self._block_passes = 0
         self._skip_idle_steps()
+
+    @property
+    def _block_done(self) -> bool:
+        """Masks that fill the last block up beyond the answer may stay."""
+        return not self.masked[self.block_start : min(self.block_end, self.answer_end)].any()
 
     def next_span(self) -> RowSpan:
         end, length = self.block_end, self._block_length

@@ -1,7 +1,7 @@
 """The architectures, written natively in PyTorch, and the checkpoint loader."""
 
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
-from vdiff_kserve.models.checkpoint_config import CheckpointError
+from vdiff_kserve.models.checkpoint_config import CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig, LayerwisePass
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
@@ -15,6 +15,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "ForwardBatch",
+    "Hints",
     "KeyValueStore",
     "LayerwisePass",
     "ModelSpec",

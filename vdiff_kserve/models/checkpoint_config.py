@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,39 @@ class CheckpointError(Exception):
     """A checkpoint folder that cannot be served; the message says what is wrong and where."""
 
 
+@dataclass(frozen=True)
+class Hints:
+    """What is known of a checkpoint beside its `config.json`; None is nothing.
+
+    Attributes:
+        family: the diffusion family that it is of, whatever class its `architectures` names.
+        mask_token_id: the mask, which then need not be looked for.
+        tokenizer_mask_token_id: what the tokenizer calls its mask.
+        block_length: the length of blocks that the model was trained with.
+        name: of the repository or folder; some tell the block length by ending in `-b32`.
+    """
+
+    family: str | None = None
+    mask_token_id: int | None = None
+    tokenizer_mask_token_id: int | None = None
+    block_length: int | None = None
+    name: str = ""
+
+
 class CheckpointConfig:
     """The fields of one `config.json`, typed on reading."""
 
-    def __init__(self, path: Path, fields: dict[str, Any]) -> None:
+    def __init__(self, path: Path, fields: dict[str, Any], hints: Hints | None = None) -> None:
         self.path = path
+        self.hints = hints or Hints(name=path.parent.name)
         self._fields = fields
 
     @classmethod
-    def read(cls, folder: Path) -> CheckpointConfig:
+    def read(cls, folder: Path, hints: Hints | None = None) -> CheckpointConfig:
         """Read `folder/config.json`.
+
+        Args:
+            hints: without them, the folder's name is all there is.
 
         Raises:
             CheckpointError: the file is missing, not JSON, or not an object.
@@ -34,7 +59,7 @@ class CheckpointConfig:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(fields, dict):
             raise CheckpointError(f"{path} must hold a JSON object")
-        return cls(path, fields)
+        return cls(path, fields, hints)
 
     def error(self, field: str, problem: str) -> CheckpointError:
         """An error about `field`, to be raised by the caller."""
@@ -85,6 +110,34 @@ class CheckpointConfig:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
             raise self.error(field, f"must be a token id from 0 to {vocab_size - 1}, not {value!r}")
         return value
+
+    def divisor(self, field: str, of: int) -> int:
+        """A positive whole number that divides `of`, which it is when the field is absent."""
+        value = self.integer(field, default=of)
+        if of % value:
+            raise self.error(field, f"{value} does not divide {of}")
+        return value
+
+    def mask_token_id(self, vocab_size: int, default: int) -> int:
+        """The mask: as the operator says, else this file, else the tokenizer, else `default`."""
+        told = self.hints.mask_token_id
+        if told is not None and not 0 <= told < vocab_size:
+            raise CheckpointError(
+                f"the mask token must be an id from 0 to {vocab_size - 1}, not {told}"
+            )
+        if told is not None:
+            return told
+        of_tokenizer = self.hints.tokenizer_mask_token_id
+        fallback = default if of_tokenizer is None else of_tokenizer
+        return self.token_id("mask_token_id", vocab_size, default=fallback)
+
+    def block_length(self, default: int, field: str = "block_size") -> int:
+        """How many positions see each other: as the operator says, else this file, else the name
+        of the checkpoint, else `default`."""
+        if self.hints.block_length is not None:
+            return self.hints.block_length
+        named = re.search(r"-b(\d+)$", self.hints.name)
+        return self.integer(field, default=int(named[1]) if named else default)
 
     def expect(self, field: str, allowed: tuple[Any, ...]) -> None:
         """Refuse a checkpoint whose `field` is present with a value that is not implemented."""

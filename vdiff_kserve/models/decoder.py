@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vdiff_kserve.models.batch import ForwardBatch
 from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
+from vdiff_kserve.models.moe import MoEConfig, SparseMLP
 
 if TYPE_CHECKING:
     from vdiff_kserve.models.sharding import VocabShard
@@ -30,6 +31,9 @@ class DecoderConfig:
         rope_in_float32: whether queries and keys are rotated in float32, whatever the dtype.
         attention_block: None sees the whole row; n is block-causal attention, in which a token sees
             all tokens of its own and earlier blocks of n; 1 is a causal language model.
+        rotary_dim: how many of a head's dimensions, from the first, are rotated; None is all.
+        moe: the experts in the place of a layer's MLP; None is a dense model.
+        dense_layers: layers of a model with experts that have an MLP of `intermediate_size`.
     """
 
     vocab_size: int
@@ -46,6 +50,9 @@ class DecoderConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     attention_block: int | None = None
+    rotary_dim: int | None = None
+    moe: MoEConfig | None = None
+    dense_layers: frozenset[int] = frozenset()
 
 
 class Attention(nn.Module):
@@ -100,14 +107,18 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention and MLP (or experts), each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.mlp: GatedMLP | SparseMLP
+        if config.moe is None or layer in config.dense_layers:
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = SparseMLP(config.hidden_size, config.moe)
 
     def forward(
         self, hidden: Tensor, angles: Angles, batch: ForwardBatch, outputs: Tensor | None = None
@@ -179,7 +190,8 @@ class LayerwisePass:
         self._decoder = decoder
         self._batch = batch
         self._hidden = decoder.embed_tokens(batch.input_ids)
-        cos, sin = rotary_angles(batch.positions, config.head_dim, config.rope_theta)
+        rotary_dim = config.rotary_dim or config.head_dim
+        cos, sin = rotary_angles(batch.positions, rotary_dim, config.rope_theta)
         if not config.rope_in_float32:
             cos, sin = cos.to(self._hidden.dtype), sin.to(self._hidden.dtype)
         self._angles = cos, sin

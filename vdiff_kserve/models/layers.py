@@ -37,17 +37,18 @@ class GatedMLP(nn.Module):
         return self.down_proj(multiplied_linear(self.up_proj, x, gate))
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's rotation, as `rotate` takes them.
 
     Args:
         positions: int64 [tokens].
+        rotary_dim: dimensions of a head that are rotated.
 
     Returns:
-        two float32 tensors [tokens, 1, head_dim]; the first half of the sine is negated.
+        two float32 tensors [tokens, 1, rotary_dim]; the first half of the sine is negated.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    inverse_frequencies = 1.0 / theta ** (exponents / head_dim)
+    exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
+    inverse_frequencies = 1.0 / theta ** (exponents / rotary_dim)
     angles = (positions.float()[:, None] * inverse_frequencies)[:, None]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -58,8 +59,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [tokens, heads, head_dim].
-        cos: [tokens, 1, head_dim], as `sin`: those of `rotary_angles`.
+        cos: [tokens, 1, rotary_dim], as `sin`: those of `rotary_angles`. Dimensions beyond
+            `rotary_dim` stay as they are.
     """
+    rotary_dim = cos.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        first, rest = x.tensor_split((rotary_dim,), dim=-1)
+        return torch.cat((rotate(first, cos, sin), rest), dim=-1)
     wide = x.to(cos.dtype)
     swapped = wide.roll(wide.shape[-1] // 2, dims=-1)
     return (wide * cos).addcmul_(swapped, sin).to(x.dtype)

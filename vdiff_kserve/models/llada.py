@@ -82,7 +82,7 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
     return ModelSpec(
         family="llada",
         decoder=decoder,
-        mask_token_id=config.token_id("mask_token_id", embedding_size, default=MASK_TOKEN_ID),
+        mask_token_id=config.mask_token_id(embedding_size, default=MASK_TOKEN_ID),
         eos_token_id=config.token_id("eos_token_id", embedding_size),
         eot_token_id=EOT_TOKEN_ID if embedding_size > EOT_TOKEN_ID else None,
         max_model_len=config.integer("max_sequence_length"),

@@ -7,6 +7,8 @@ nothing from a checkpoint is ever executed.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,14 +17,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
+from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
+from vdiff_kserve.models.moe import Experts, Router
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layer, pack_linear_layers
 from vdiff_kserve.models.registry import (
     CAUSAL_FORMATS,
-    FAMILIES,
-    TensorNames,
     find_by_architecture,
+    find_family,
 )
 from vdiff_kserve.models.safetensors_file import (
     StoredTensor,
@@ -30,8 +32,9 @@ from vdiff_kserve.models.safetensors_file import (
     read_header,
     returnable,
 )
-from vdiff_kserve.models.sharding import shard
+from vdiff_kserve.models.sharding import Slice, shard
 from vdiff_kserve.models.spec import ModelSpec
+from vdiff_kserve.models.tensor_names import Place, TensorNames, tensor_shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,11 +47,13 @@ def load_decoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     mesh: DeviceMesh | None = None,
+    hints: Hints | None = None,
 ) -> tuple[Decoder, ModelSpec]:
     """Read a diffusion model's checkpoint folder in its published format.
 
     Args:
         mesh: ranks that share the model, of which this one reads its part only; None reads all.
+        hints: what is known of it beside its `config.json`.
 
     Returns:
         the decoder in eval mode without gradients, and what is known about the model.
@@ -56,8 +61,8 @@ def load_decoder(
     Raises:
         CheckpointError: anything wrong with the folder, in one message.
     """
-    config = CheckpointConfig.read(Path(folder))
-    family = find_by_architecture(config, FAMILIES)
+    config = CheckpointConfig.read(Path(folder), hints)
+    family = find_family(config)
     spec = family.read_spec(config)
     return _load(Path(folder), spec.decoder, family.tensor_names, device, dtype, mesh), spec
 
@@ -87,35 +92,36 @@ def _load(
     """Build a decoder without memory and fill it tensor by tensor, with a progress bar in bytes.
 
     Host memory stays at the model (when `device` is the CPU) plus its largest linear layer: plain
-    weights are read into the same memory one after the other, and packed from there.
+    weights are read into the same memory one after the other, and packed from there. A layer's
+    experts are packed as soon as the last of them is there.
     """
     with init_empty_weights(include_buffers=False):
         decoder = Decoder(config)
     stored = list_tensors(folder)
-    assign = _match(decoder, tensor_names, stored, folder)
-    parts = {} if mesh is None else shard(decoder, mesh)
+    places = _match(decoder, tensor_names, stored, folder)
+    slices = {} if mesh is None else shard(decoder, mesh)
     packed = _packed_weights(decoder) if can_pack(torch.device(device), dtype) else set()
     largest = max((decoder.get_parameter(name).numel() for name in packed), default=0)
     plain = returnable(largest, dtype)
-    total = sum(decoder.get_parameter(name).numel() for name in assign.values()) * dtype.itemsize
+    parts = _reading_order(stored, places, slices, packed)
+    total = sum(place.size for place, _ in parts) * dtype.itemsize
+    unread = Counter(place.parameter for place, _ in parts)
     quiet = mesh is not None and mesh.get_local_rank() > 0
     name = f"Loading {folder.name}"
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=quiet)
     with bar as progress, TensorReader.open() as reader:
-        for tensor_name in _reading_order(stored, assign, packed):
-            parameter, tensor = assign[tensor_name], stored[tensor_name]
-            if part := parts.get(parameter):
-                tensor = tensor.part(part.dim, part.start, part.length)
-            shape = decoder.get_parameter(parameter).shape
-            if parameter in packed:
-                weight = plain[: shape.numel()].view(shape)
-                reader.fill(weight, tensor)
-                pack_linear_layer(decoder, parameter, weight)
+        for place, part in parts:
+            if place.parameter in packed:
+                weight = plain[: place.size].view(place.shape)
+                reader.fill(weight, part)
+                pack_linear_layer(decoder, place.parameter, weight)
             else:
-                weight = torch.empty(shape, dtype=dtype, device=device)
-                reader.fill(weight, tensor)
-                _set_parameter(decoder, parameter, weight)
-            progress.update(shape.numel() * dtype.itemsize)
+                weight = _materialize(decoder, place.parameter, device, dtype)
+                reader.fill(weight[place.index], part)
+            unread[place.parameter] -= 1
+            if packed and not unread[place.parameter]:
+                _pack_experts(decoder, place.parameter, unread)
+            progress.update(place.size * dtype.itemsize)
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
         if packed:
@@ -131,18 +137,53 @@ def _packed_weights(decoder: Decoder) -> set[str]:
 
 
 def _reading_order(
-    stored: dict[str, StoredTensor], assign: dict[str, str], packed: set[str]
-) -> list[str]:
+    stored: dict[str, StoredTensor],
+    places: dict[str, list[Place]],
+    slices: Mapping[str, Slice],
+    packed: set[str],
+) -> list[tuple[Place, StoredTensor]]:
     """Weights to pack come last, when their layers' biases are there; files from front to back."""
+    parts = []
+    for name, own in places.items():
+        for place in own:
+            part = stored[name].rows(place.first_row, place.shape)
+            if kept := slices.get(place.parameter):
+                part = part.part(kept.dim, kept.start, kept.length)
+                parts.append((place.part(kept.dim, kept.length), part))
+            else:
+                parts.append((place, part))
     return sorted(
-        assign,
-        key=lambda name: (assign[name] in packed, stored[name].file, stored[name].offset),
+        parts, key=lambda part: (part[0].parameter in packed, part[1].file, part[1].offset)
     )
 
 
-def _set_parameter(decoder: Decoder, name: str, value: torch.Tensor) -> None:
+def _materialize(
+    decoder: Decoder, name: str, device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor:
+    """Memory for a parameter, if it has none yet."""
     path, _, own = name.rpartition(".")
-    setattr(decoder.get_submodule(path), own, nn.Parameter(value, requires_grad=False))
+    module = decoder.get_submodule(path)
+    parameter = decoder.get_parameter(name)
+    if not parameter.is_meta:
+        return parameter.data
+    if isinstance(module, Router):
+        dtype = torch.float32
+    if isinstance(module, Experts) and can_pack(torch.device(device), dtype):
+        memory = returnable(parameter.numel(), dtype).view(parameter.shape)
+    else:
+        memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+    setattr(module, own, nn.Parameter(memory, requires_grad=False))
+    return memory
+
+
+def _pack_experts(decoder: Decoder, parameter: str, unread: Counter[str]) -> None:
+    """Pack the experts that `parameter` belongs to, if all of them are read."""
+    path = parameter.rpartition(".")[0]
+    module = decoder.get_submodule(path)
+    if isinstance(module, Experts) and not any(
+        unread[f"{path}.{name}"] for name, _ in module.named_parameters()
+    ):
+        module.pack()
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -182,24 +223,21 @@ def _indexed_files(index: Path) -> list[Path]:
 
 def _match(
     decoder: Decoder, names: TensorNames, stored: dict[str, StoredTensor], folder: Path
-) -> dict[str, str]:
-    """Published name -> parameter for every parameter, or one error that names all mismatches."""
-    wanted = dict(decoder.named_parameters())
+) -> dict[str, list[Place]]:
+    """Where the rows of every tensor go, or one error that names all mismatches."""
+    parameters = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+    ignored = set()
     if decoder.config.tie_embeddings:
-        wanted.pop("lm_head.weight", None)
-    assign, unexpected, misshaped = {}, [], []
-    for name, tensor in stored.items():
-        parameter = names.parameter_name(name)
-        if decoder.config.tie_embeddings and parameter == "lm_head.weight":
-            continue
-        if parameter is None or parameter not in wanted:
-            unexpected.append(name)
-            continue
-        expected = tuple(wanted[parameter].shape)
-        if tensor.shape != expected:
-            misshaped.append(f"{name} is {list(tensor.shape)}, config.json says {list(expected)}")
-        assign[name] = parameter
-    missing = [names.published_name(name) for name in wanted.keys() - set(assign.values())]
+        parameters.pop("lm_head.weight", None)
+        ignored.add(names.published_name("lm_head.weight"))
+    places = names.places(parameters)
+    missing = list(places.keys() - stored.keys())
+    unexpected = list(stored.keys() - places.keys() - ignored)
+    misshaped = []
+    for name in places.keys() & stored.keys():
+        shape, expected = stored[name].shape, tensor_shape(places[name])
+        if shape != expected:
+            misshaped.append(f"{name} is {list(shape)}, config.json says {list(expected)}")
     problems = [
         f"{len(found)} {kind}: {_some(found)}"
         for kind, found in (
@@ -211,7 +249,7 @@ def _match(
     ]
     if problems:
         raise CheckpointError(f"{folder}: tensors do not fit config.json. " + ". ".join(problems))
-    return assign
+    return places
 
 
 def _some(names: list[str]) -> str:

@@ -15,17 +15,26 @@ EXPECTED_TOKENS = 32
 """The number of rows that the layout is chosen for: a block. Other numbers work as well."""
 
 
+def pack_weight(weight: Tensor) -> Tensor:
+    """A weight [outputs, inputs] in the packed layout, for `linear_packed`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), EXPECTED_TOKENS)
+
+
+def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` with a packed weight."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference on a CPU, float32 or bfloat16."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_TOKENS)
+        self._weight = pack_weight(linear.weight)
         self._bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return linear_packed(x, self._weight, self._bias)
 
     def silu(self, x: Tensor) -> Tensor:
         """`silu(self(x))` in one pass over the result."""

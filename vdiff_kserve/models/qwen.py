@@ -60,7 +60,7 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
     return ModelSpec(
         family="dream",
         decoder=decoder,
-        mask_token_id=config.token_id("mask_token_id", vocab_size, default=DREAM_MASK_TOKEN_ID),
+        mask_token_id=config.mask_token_id(vocab_size, default=DREAM_MASK_TOKEN_ID),
         eos_token_id=end,
         eot_token_id=DREAM_EOT_TOKEN_ID if vocab_size > DREAM_EOT_TOKEN_ID else None,
         max_model_len=config.integer("max_position_embeddings"),
@@ -74,13 +74,13 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
 def read_sdar_spec(config: CheckpointConfig) -> ModelSpec:
     """Translate the `config.json` of SDAR: Qwen3 weights with block-causal attention."""
     config.expect("attention_bias", (False,))
-    block = config.integer("block_size", default=SDAR_BLOCK_LENGTH)
+    block = config.block_length(default=SDAR_BLOCK_LENGTH)
     decoder = read_qwen_decoder(config, qkv_bias=False, qk_norm=True, attention_block=block)
     vocab_size = decoder.vocab_size
     return ModelSpec(
         family="sdar",
         decoder=decoder,
-        mask_token_id=config.token_id("mask_token_id", vocab_size, default=SDAR_MASK_TOKEN_ID),
+        mask_token_id=config.mask_token_id(vocab_size, default=SDAR_MASK_TOKEN_ID),
         eos_token_id=config.token_id("eos_token_id", vocab_size),
         eot_token_id=DREAM_EOT_TOKEN_ID if vocab_size > DREAM_EOT_TOKEN_ID else None,
         max_model_len=config.integer("max_position_embeddings"),
@@ -130,7 +130,7 @@ def read_qwen_decoder(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=config.number("rms_norm_eps"),
-        rope_theta=_rope_theta(config),
+        rope_theta=rope_theta(config),
         rope_in_float32=False,
         tie_embeddings=bool(config.get("tie_word_embeddings")),
         qkv_bias=qkv_bias,
@@ -139,7 +139,7 @@ def read_qwen_decoder(
     )
 
 
-def _rope_theta(config: CheckpointConfig) -> float:
+def rope_theta(config: CheckpointConfig) -> float:
     """The rotary base: a field of its own, or in `rope_parameters` as transformers 5 writes it."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))

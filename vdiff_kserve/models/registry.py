@@ -6,41 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vdiff_kserve.models import fast_dllm, llada, qwen
+from vdiff_kserve.models import fast_dllm, llada, llada_moe, qwen
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.spec import ModelSpec
+from vdiff_kserve.models.tensor_names import TensorNames
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TensorNames:
-    """How a published format names a decoder's parameters.
-
-    Attributes:
-        by_published: published tensor name -> name in `Decoder`, `{}` for the layer's number.
-    """
-
-    by_published: Mapping[str, str]
-
-    def parameter_name(self, tensor_name: str) -> str | None:
-        """The decoder's name of a published tensor; None when the family has no such tensor."""
-        parts = tensor_name.split(".")
-        layer = next((part for part in parts if part.isdigit()), None)
-        if layer is None:
-            return self.by_published.get(tensor_name)
-        pattern = ".".join("{}" if part == layer else part for part in parts)
-        name = self.by_published.get(pattern)
-        return None if name is None else name.format(layer)
-
-    def published_name(self, parameter_name: str) -> str:
-        """The checkpoint's name of a decoder parameter (the inverse of `parameter_name`)."""
-        by_parameter = {ours: theirs for theirs, ours in self.by_published.items()}
-        parts = parameter_name.split(".")
-        layer = next((part for part in parts if part.isdigit()), None)
-        pattern = ".".join("{}" if part == layer else part for part in parts)
-        return by_parameter[pattern].format(layer)
 
 
 @dataclass(frozen=True)
@@ -64,11 +36,22 @@ _QWEN_NAMES = TensorNames(qwen.TENSOR_NAMES)
 
 FAMILIES: Mapping[str, Family] = {
     "LLaDAModelLM": Family(llada.read_spec, _LLADA_NAMES),
+    "LLaDAMoEModelLM": Family(llada_moe.read_llada_moe_spec, llada_moe.LLADA_MOE_TENSORS),
+    "LLaDA2MoeModelLM": Family(llada_moe.read_llada2_spec, llada_moe.LLADA2_TENSORS),
     "DreamModel": Family(qwen.read_dream_spec, _QWEN_NAMES),
     "SDARForCausalLM": Family(qwen.read_sdar_spec, _QWEN_NAMES),
     "Fast_dLLM_QwenForCausalLM": Family(fast_dllm.read_spec, _QWEN_NAMES),
 }
 """`architectures` in config.json -> diffusion family."""
+
+FAMILY_NAMES: Mapping[str, str] = {
+    "llada": "LLaDAModelLM",
+    "llada_moe": "LLaDAMoEModelLM",
+    "llada2": "LLaDA2MoeModelLM",
+    "dream": "DreamModel",
+    "sdar": "SDARForCausalLM",
+}
+"""`--diffusion_family` -> the architecture that it stands for."""
 
 CAUSAL_FORMATS: Mapping[str, CausalFormat] = {
     "Qwen2ForCausalLM": CausalFormat(qwen.read_qwen2_decoder, _QWEN_NAMES),
@@ -76,6 +59,17 @@ CAUSAL_FORMATS: Mapping[str, CausalFormat] = {
     "LlamaForCausalLM": CausalFormat(qwen.read_llama_decoder, _QWEN_NAMES),
 }
 """`architectures` in config.json -> causal format."""
+
+
+def find_family(config: CheckpointConfig) -> Family:
+    """The family that the operator names, else the one of the checkpoint's `architectures`.
+
+    Raises:
+        CheckpointError: none is known; the message lists those that are.
+    """
+    if config.hints.family is None:
+        return find_by_architecture(config, FAMILIES)
+    return FAMILIES[FAMILY_NAMES[config.hints.family]]
 
 
 def find_by_architecture(config: CheckpointConfig, known: Mapping[str, T]) -> T:

@@ -78,6 +78,11 @@ class StoredTensor:
             yield self.offset + (number * self.stride + within) * self.dtype.itemsize, length
             start, count = start + length, count - length
 
+    def rows(self, first: int, shape: tuple[int, ...]) -> StoredTensor:
+        """The part of `shape` that begins with row `first`."""
+        skipped = first * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return replace(self, offset=self.offset + skipped, shape=shape)
+
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, by name.

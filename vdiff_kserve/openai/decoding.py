@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vdiff_kserve.decoding import APPROXIMATE_CACHES, DECODING_FIELDS, SCHEDULED
+from vdiff_kserve.decoding import APPROXIMATE_CACHES, DECODING_FIELDS, STEPPED
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.sampler import DecodingParams
 
@@ -155,7 +155,7 @@ def _policy(given: Mapping[str, Any], fields: Mapping[str, Any], base: DecodingP
             return "threshold"
     if policy is not None:
         return policy
-    if "steps" in fields and base.policy not in SCHEDULED:
+    if "steps" in fields and base.policy not in STEPPED:
         return "low_confidence"
     return base.policy
 

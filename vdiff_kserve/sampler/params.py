@@ -11,9 +11,12 @@ Policy = Literal[
     "maskgit_plus",
     "topk_margin",
     "entropy",
+    "sequential",
+    "dynamic",
     "threshold",
     "factor",
     "entropy_bound",
+    "entropy_sum",
     "local",
     "credit",
     "edit",
@@ -27,8 +30,11 @@ DREAM_POLICIES: frozenset[Policy] = frozenset({"maskgit_plus", "topk_margin", "e
 APD_CONFIDENCE = 0.9
 """`apd_threshold` when there is no auxiliary model."""
 
-SCHEDULED_POLICIES: frozenset[Policy] = DREAM_POLICIES | {"low_confidence", "random"}
+SCHEDULED_POLICIES: frozenset[Policy] = DREAM_POLICIES | {"low_confidence", "random", "sequential"}
 """Policies that commit a fixed number of tokens per step."""
+
+STRICT_POLICIES: frozenset[Policy] = frozenset({"dynamic", "edit"})
+"""Policies whose tokens must exceed the threshold, as in the published loops."""
 
 
 MAX_TOP_LOGPROBS = 20
@@ -74,11 +80,14 @@ class DecodingParams:
     Attributes:
         policy: which masked positions of the active block a step commits.
             By schedule: `low_confidence` and `random` (LLaDA, arXiv 2502.09992), `maskgit_plus`,
-            `topk_margin` and `entropy` (Dream, arXiv 2508.15487).
+            `topk_margin` and `entropy` (Dream, arXiv 2508.15487), `sequential` (SDAR: from the
+            left).
+            By confidence, but never fewer than by schedule: `dynamic` (SDAR, arXiv 2510.06303, and
+            LLaDA2.0).
             By confidence, never fewer than one: `threshold` and `factor` (Fast-dLLM, arXiv
-            2505.22618), `entropy_bound` (EB-Sampler, arXiv 2505.24857), `local` (LocalLeap, arXiv
-            2510.07081), `credit` (CreditDecoding, arXiv 2510.06133), `edit` (LLaDA2.1: also
-            replaces written tokens).
+            2505.22618), `entropy_bound` (EB-Sampler, arXiv 2505.24857), `entropy_sum` (the same in
+            SDAR's form), `local` (LocalLeap, arXiv 2510.07081), `credit` (CreditDecoding, arXiv
+            2510.06133), `edit` (LLaDA2.1: also replaces written tokens).
             Left to right, checked by an auxiliary causal model: `apd` (arXiv 2506.00413); without
             one, by confidence: every position of the block that reaches `apd_threshold`, at most
             `apd_max_parallel`.
@@ -92,13 +101,14 @@ class DecodingParams:
         alg_temp: temperature of the choice of positions, for Dream's policies; 0 takes the best.
         threshold: least confidence of a committed token; for `local` that of an anchor, for `edit`
             that of a token in place of a mask.
-        strict_threshold: whether a committed token's confidence must exceed `threshold`.
+        strict_threshold: whether a committed token's confidence must exceed `threshold`, as it
+            always must for `dynamic` and `edit`.
         filtered_confidence: whether a sampled token's confidence is its probability after
             temperature and filters, as it always is for Dream's policies.
         factor: a step commits the most confident n positions while (n + 1) * (1 - confidence of the
             n-th) < factor.
         entropy_bound: most entropy, in nats, of the positions committed together, the largest one
-            not counted.
+            not counted; for `entropy_sum`, what all of theirs together stay below.
         neighbour_threshold: least confidence of a committed neighbour of an anchor, for `local`.
         radius: how many positions from an anchor its neighbours are, for `local`.
         credit_weight: weight of the evidence of earlier steps, for `credit`; its decay per step is

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,8 @@ from vdiff_kserve.sampler.params import (
     APD_CONFIDENCE,
     DREAM_POLICIES,
     SCHEDULED_POLICIES,
-    DecodingParams,
+    STRICT_POLICIES,
+    Policy,
 )
 from vdiff_kserve.sampler.step import Proposal, StepRows
 
@@ -24,56 +27,27 @@ def select(proposal: Proposal, rows: StepRows) -> Tensor:
     masked = rows.written < 0
     priority = _priority(proposal, rows).masked_fill(~masked, -torch.inf)
     rank = rank_in_row(priority, rows.row)
-    accept = (rank == 0) & masked
-    confidence = proposal.confidence
-
+    surest = (rank == 0) & masked
+    accept = surest
     scheduled = rows.with_policy(*SCHEDULED_POLICIES)
     if scheduled is not None:
-        by_quota = rank < rows.per_position(rows.quotas, torch.int64)
-        accept = torch.where(scheduled, by_quota, accept)
+        accept = torch.where(scheduled, _within_quota(rank, rows), accept)
         for i, p in enumerate(rows.params):
             if p.confidence_eos_eot_inf and p.policy in SCHEDULED_POLICIES:
                 _break_ties_as_topk(accept, priority, rows, i)
-    threshold = rows.per_position([p.threshold for p in rows.params])
-    strict = rows.where(lambda p: p.strict_threshold)
-    sure = confidence >= threshold if strict is None else _reaches(confidence, threshold, strict)
-    sure &= masked
-    by_threshold = rows.with_policy("threshold", "credit", "edit", "local")
-    if by_threshold is not None:
-        accept = torch.where(by_threshold, accept | sure, accept)
-    by_apd = rows.with_policy("apd")
-    if by_apd is not None:
-        least = rows.per_position([_apd_confidence(p) for p in rows.params])
-        allowed = (rank < rows.per_position(rows.quotas, torch.int64)) & (confidence >= least)
-        accept = torch.where(by_apd, accept | (allowed & masked), accept)
-    by_neighbour = rows.with_policy("local")
-    if by_neighbour is not None:
-        accept = torch.where(by_neighbour, accept | _near_anchor(sure, proposal, rows), accept)
-    by_factor = rows.with_policy("factor")
-    if by_factor is not None:
-        accept = torch.where(by_factor, _within_factor(confidence, rank, rows), accept)
-    by_entropy = rows.with_policy("entropy_bound")
-    if by_entropy is not None:
-        accept = torch.where(by_entropy, _within_entropy(-proposal.score, rank, rows), accept)
-    editing = rows.with_policy("edit")
-    if editing is not None:
-        edit_threshold = rows.per_position([p.edit_threshold for p in rows.params])
-        better = (confidence > edit_threshold) & (proposal.token != rows.written) & ~masked
-        accept = torch.where(editing, accept | better, accept)
+    for policies, rule in _RULES:
+        own = rows.with_policy(*policies)
+        if own is not None:
+            accept = torch.where(own, surest | rule(proposal, rank, rows), accept)
     return accept
-
-
-def _reaches(confidence: Tensor, threshold: Tensor, strict: Tensor) -> Tensor:
-    return torch.where(strict, confidence > threshold, confidence >= threshold)
-
-
-def _apd_confidence(params: DecodingParams) -> float:
-    return APD_CONFIDENCE if params.apd_threshold is None else params.apd_threshold
 
 
 def _priority(proposal: Proposal, rows: StepRows) -> Tensor:
     """What ranks the positions of a row, highest first."""
     priority = proposal.score
+    from_left = rows.with_policy("sequential")
+    if from_left is not None:
+        priority = torch.where(from_left, -rows.position.double(), priority)
     shuffled = rows.with_policy("random")
     heated = rows.where(lambda p: p.policy in DREAM_POLICIES and p.alg_temp > 0)
     if shuffled is None and heated is None:
@@ -89,17 +63,55 @@ def _priority(proposal: Proposal, rows: StepRows) -> Tensor:
     return priority
 
 
-def _near_anchor(anchor: Tensor, proposal: Proposal, rows: StepRows) -> Tensor:
-    """Masked positions within `radius` of an anchor of their row that reach the lower threshold."""
+def _within_quota(rank: Tensor, rows: StepRows) -> Tensor:
+    """As many masked positions as the schedule has."""
+    return (rank < rows.per_position(rows.quotas, torch.int64)) & (rows.written < 0)
+
+
+def _sure(proposal: Proposal, _: Tensor, rows: StepRows) -> Tensor:
+    """Masked positions that reach the threshold."""
+    threshold = rows.per_position([p.threshold for p in rows.params])
+    reaches = proposal.confidence >= threshold
+    strict = rows.where(lambda p: p.strict_threshold or p.policy in STRICT_POLICIES)
+    if strict is not None:
+        reaches = torch.where(strict, proposal.confidence > threshold, reaches)
+    return reaches & (rows.written < 0)
+
+
+def _sure_or_due(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
+    """Those that exceed the threshold, or as many as the schedule has if they are fewer."""
+    sure = _sure(proposal, rank, rows)
+    count = torch.zeros(len(rows.params), dtype=torch.int64, device=rank.device)
+    count = count.index_add(0, rows.row, sure.long())[rows.row]
+    enough = count >= rows.per_position(rows.quotas, torch.int64)
+    return torch.where(enough, sure, _within_quota(rank, rows))
+
+
+def _sure_or_better(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
+    """Those that exceed the threshold, and written ones whose candidate is another, sure token."""
+    least = rows.per_position([p.edit_threshold for p in rows.params])
+    better = (proposal.confidence > least) & (proposal.token != rows.written)
+    return _sure(proposal, rank, rows) | (better & (rows.written >= 0))
+
+
+def _near_anchor(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
+    """Sure positions, and masked ones near them in their row that reach the lower threshold."""
+    anchor = _sure(proposal, rank, rows)
     radius = rows.per_position([p.radius for p in rows.params], torch.int64)
     lower = rows.per_position([p.neighbour_threshold for p in rows.params])
     distance = (rows.position[:, None] - rows.position[None, anchor]).abs()
     same_row = rows.row[:, None] == rows.row[None, anchor]
     near = (same_row & (distance <= radius[:, None])).any(dim=-1)
-    return near & (proposal.confidence >= lower) & (rows.written < 0)
+    return anchor | (near & (proposal.confidence >= lower) & (rows.written < 0))
 
 
-def _within_factor(confidence: Tensor, rank: Tensor, rows: StepRows) -> Tensor:
+def _within_limit(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
+    """APD without an auxiliary model: sure positions, no more than it commits at once."""
+    least = [APD_CONFIDENCE if p.apd_threshold is None else p.apd_threshold for p in rows.params]
+    return _within_quota(rank, rows) & (proposal.confidence >= rows.per_position(least))
+
+
+def _within_factor(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
     """The leading run of most confident positions with (n + 1) * (1 - confidence_n) < factor.
 
     As in Fast-dLLM's published code, the least confident position is let through when it is the
@@ -107,7 +119,7 @@ def _within_factor(confidence: Tensor, rank: Tensor, rows: StepRows) -> Tensor:
     """
     factor = rows.per_position([p.factor for p in rows.params])
     masked = rows.written < 0
-    failing = (confidence < 1 - factor / (rank + 2)) & (rank > 0) & masked
+    failing = (proposal.confidence < 1 - factor / (rank + 2)) & (rank > 0) & masked
     masks = torch.zeros(len(rows.params), dtype=torch.int64, device=rank.device)
     masks = masks.index_add(0, rows.row, masked.long())
     first_failure = masks.scatter_reduce(0, rows.row[failing], rank[failing], "amin")
@@ -115,17 +127,42 @@ def _within_factor(confidence: Tensor, rank: Tensor, rows: StepRows) -> Tensor:
     return (rank < first_failure[rows.row]) & masked
 
 
-def _within_entropy(entropy: Tensor, rank: Tensor, rows: StepRows) -> Tensor:
+def _within_entropy(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
     """The positions of least entropy whose entropies, but for the largest, sum to the bound."""
     bound = rows.per_position([p.entropy_bound for p in rows.params])
+    return (_entropy_of_surer(proposal, rank, rows) <= bound) & (rows.written < 0)
+
+
+def _below_entropy_sum(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
+    """The positions of least entropy whose entropies together stay below the bound."""
+    bound = rows.per_position([p.entropy_bound for p in rows.params])
+    together = _entropy_of_surer(proposal, rank, rows) - proposal.score
+    return (together < bound) & (rows.written < 0)
+
+
+def _entropy_of_surer(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
+    """The summed entropies of the positions of a row that rank before each."""
     order = torch.argsort(rows.row * len(rank) + rank)
-    ranked = entropy[order]
+    ranked = -proposal.score[order]
     before = ranked.cumsum(0) - ranked
     starts = torch.searchsorted(rows.row, rows.row)
-    before_in_row = before - before[starts]
-    allowed = torch.empty_like(rank, dtype=torch.bool)
-    allowed[order] = (before_in_row <= bound[order]) | (rank[order] == 0)
-    return allowed & (rows.written < 0)
+    surer = torch.empty_like(before)
+    surer[order] = before - before[starts]
+    return surer
+
+
+Rule = Callable[[Proposal, Tensor, StepRows], Tensor]
+_RULES: tuple[tuple[tuple[Policy, ...], Rule], ...] = (
+    (("threshold", "credit"), _sure),
+    (("dynamic",), _sure_or_due),
+    (("edit",), _sure_or_better),
+    (("local",), _near_anchor),
+    (("apd",), _within_limit),
+    (("factor",), _within_factor),
+    (("entropy_bound",), _within_entropy),
+    (("entropy_sum",), _below_entropy_sum),
+)
+"""What a step commits beside the surest masked position, from candidates and ranks in the row."""
 
 
 def _break_ties_as_topk(accept: Tensor, priority: Tensor, rows: StepRows, i: int) -> None:

@@ -103,7 +103,7 @@ class Proposal:
         token: int64 [positions].
         confidence: float64 [positions], probability of `token`.
         score: float64 [positions], how sure the row's policy is of the position; higher is surer.
-            For `entropy` and `entropy_bound` the negative entropy, in nats.
+            For the policies by entropy the negative entropy, in nats.
     """
 
     token: Tensor
@@ -232,7 +232,7 @@ def _score(logits: Tensor, confidence: Tensor, rows: StepRows) -> Tensor:
     if by_margin is not None:
         top = logits.softmax(dim=-1).topk(2, dim=-1).values.double()
         score = torch.where(by_margin, top[:, 0] - top[:, 1], score)
-    by_entropy = rows.with_policy("entropy", "entropy_bound")
+    by_entropy = rows.with_policy("entropy", "entropy_bound", "entropy_sum")
     if by_entropy is not None:
         probability = logits.softmax(dim=-1)
         negative_entropy = (probability * (probability + 1e-10).log()).sum(dim=-1).double()

@@ -1,0 +1,212 @@
+"""LLaDA with experts: LLaDA-MoE 7B-A1B, and LLaDA2.0 / 2.1 mini and flash.
+
+Formats: `inclusionAI/LLaDA-MoE-7B-A1B-Instruct` and `inclusionAI/LLaDA2.0-mini` on the Hugging Face
+Hub. The two share a vocabulary; LLaDA2 attends block by block and limits experts by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.decoder import DecoderConfig
+from vdiff_kserve.models.moe import MoEConfig
+from vdiff_kserve.models.qwen import TENSOR_NAMES as QWEN_TENSOR_NAMES
+from vdiff_kserve.models.qwen import rope_theta
+from vdiff_kserve.models.spec import ModelSpec
+from vdiff_kserve.models.tensor_names import TensorNames
+
+MASK_TOKEN_ID = 156895
+EOS_TOKEN_ID = 156892
+END_OF_TURN = "<|role_end|>"
+BLOCK_LENGTH = 32
+
+LLADA_MOE_PROFILES: Mapping[str, Mapping[str, Any]] = {
+    "exact": {"policy": "low_confidence", "cache": "none"},
+    "quality": {"policy": "threshold", "threshold": 0.9, "cache": "none"},
+    "fast": {"policy": "threshold", "threshold": 0.8, "cache": "dual", "max_lookahead": 64},
+}
+LLADA2_PROFILES: Mapping[str, Mapping[str, Any]] = {
+    "exact": {"policy": "low_confidence", "cache": "exact"},
+    "quality": {"policy": "threshold", "threshold": 0.95, "cache": "exact"},
+    "fast": {"policy": "threshold", "threshold": 0.85, "cache": "exact"},
+}
+
+EXPERT_TENSORS = {
+    "layers.{}.mlp.experts.gate_up_proj": (
+        "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+        "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    ),
+    "layers.{}.mlp.experts.down_proj": ("model.layers.{}.mlp.experts.{}.down_proj.weight",),
+}
+
+LLADA_MOE_TENSORS = TensorNames(
+    {
+        **QWEN_TENSOR_NAMES,
+        "model.layers.{}.mlp.gate.weight": "layers.{}.mlp.router.weight",
+        "model.layers.{}.shared_expert.gate_proj.weight": "layers.{}.mlp.shared.gate_proj.weight",
+        "model.layers.{}.shared_expert.up_proj.weight": "layers.{}.mlp.shared.up_proj.weight",
+        "model.layers.{}.shared_expert.down_proj.weight": "layers.{}.mlp.shared.down_proj.weight",
+    },
+    stacked=EXPERT_TENSORS,
+)
+
+_SHARED = "model.layers.{}.mlp.shared_experts"
+LLADA2_TENSORS = TensorNames(
+    {
+        "model.word_embeddings.weight": "embed_tokens.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "lm_head.weight",
+        "model.layers.{}.input_layernorm.weight": "layers.{}.attention_norm.weight",
+        "model.layers.{}.attention.query_layernorm.weight": "layers.{}.attention.q_norm.weight",
+        "model.layers.{}.attention.key_layernorm.weight": "layers.{}.attention.k_norm.weight",
+        "model.layers.{}.attention.dense.weight": "layers.{}.attention.o_proj.weight",
+        "model.layers.{}.post_attention_layernorm.weight": "layers.{}.mlp_norm.weight",
+        "model.layers.{}.mlp.gate_proj.weight": "layers.{}.mlp.gate_proj.weight",
+        "model.layers.{}.mlp.up_proj.weight": "layers.{}.mlp.up_proj.weight",
+        "model.layers.{}.mlp.down_proj.weight": "layers.{}.mlp.down_proj.weight",
+        "model.layers.{}.mlp.gate.weight": "layers.{}.mlp.router.weight",
+        "model.layers.{}.mlp.gate.expert_bias": "layers.{}.mlp.router.bias",
+        f"{_SHARED}.gate_proj.weight": "layers.{}.mlp.shared.gate_proj.weight",
+        f"{_SHARED}.up_proj.weight": "layers.{}.mlp.shared.up_proj.weight",
+        f"{_SHARED}.down_proj.weight": "layers.{}.mlp.shared.down_proj.weight",
+    },
+    stacked=EXPERT_TENSORS,
+    fused={
+        "model.layers.{}.attention.query_key_value.weight": (
+            "layers.{}.attention.q_proj.weight",
+            "layers.{}.attention.k_proj.weight",
+            "layers.{}.attention.v_proj.weight",
+        )
+    },
+)
+
+LLADA_MOE_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "hidden_act": ("silu",),
+    "moe_router_enable_expert_bias": (False,),
+    "qk_layernorm": (True,),
+}
+LLADA2_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "norm_head": (False,),
+    "score_function": ("sigmoid",),
+    "use_bias": (False,),
+    "use_qk_norm": (True,),
+    "use_qkv_bias": (False,),
+    "use_rmsnorm": (True,),
+    "use_sliding_window": (False,),
+}
+"""Variants that the published classes know and no published checkpoint uses, as for LLaDA."""
+
+
+def read_llada_moe_spec(config: CheckpointConfig) -> ModelSpec:
+    """Translate the `config.json` of LLaDA-MoE.
+
+    Its published class reads neither `norm_topk_prob` nor `routed_scaling_factor` nor the fields of
+    expert groups: the weights are the softmax over all experts as it is.
+    """
+    for field, allowed in LLADA_MOE_FIXED.items():
+        config.expect(field, allowed)
+    if config.get("clip_qkv") is not None:
+        raise config.error("clip_qkv", "clipped queries and keys are not supported")
+    frequency = config.get("moe_layer_freq")
+    dense = frozenset(i for i, f in enumerate(frequency or ()) if f == 0)
+    decoder = _read_decoder(
+        config,
+        moe=MoEConfig(
+            num_experts=config.integer("num_experts"),
+            experts_per_token=config.integer("num_experts_per_tok"),
+            expert_size=config.integer("expert_intermediate_size"),
+            shared_size=config.get("shared_expert_intermediate_size") or 0,
+        ),
+        dense_layers=dense,
+        dense_field="dense_intermediate_size",
+        attention_block=None,
+    )
+    return _spec(config, decoder, "llada_moe", LLADA_MOE_PROFILES)
+
+
+def read_llada2_spec(config: CheckpointConfig) -> ModelSpec:
+    """Translate the `config.json` of LLaDA2.0 and 2.1."""
+    for field, allowed in LLADA2_FIXED.items():
+        config.expect(field, allowed)
+    expert_size = config.integer("moe_intermediate_size")
+    decoder = _read_decoder(
+        config,
+        moe=MoEConfig(
+            num_experts=config.integer("num_experts"),
+            experts_per_token=config.integer("num_experts_per_tok"),
+            expert_size=expert_size,
+            scoring="sigmoid",
+            renormalize=bool(config.get("norm_topk_prob")),
+            scaling=config.number("routed_scaling_factor"),
+            choice_bias=bool(config.get("moe_router_enable_expert_bias")),
+            num_groups=config.integer("n_group"),
+            groups_kept=config.integer("topk_group"),
+            shared_size=expert_size * (config.get("num_shared_experts") or 0),
+        ),
+        dense_layers=frozenset(range(config.get("first_k_dense_replace") or 0)),
+        dense_field="intermediate_size",
+        attention_block=config.block_length(default=BLOCK_LENGTH),
+    )
+    return _spec(config, decoder, "llada2", LLADA2_PROFILES)
+
+
+def _read_decoder(
+    config: CheckpointConfig,
+    *,
+    moe: MoEConfig,
+    dense_layers: frozenset[int],
+    dense_field: str,
+    attention_block: int | None,
+) -> DecoderConfig:
+    if moe.experts_per_token > moe.num_experts:
+        raise config.error("num_experts_per_tok", f"there are only {moe.num_experts} experts")
+    hidden_size = config.integer("hidden_size")
+    num_heads = config.integer("num_attention_heads")
+    num_layers = config.integer("num_hidden_layers")
+    head_dim = config.integer("head_dim", default=hidden_size // num_heads)
+    has_dense = bool(dense_layers & set(range(num_layers)))
+    return DecoderConfig(
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=config.integer(dense_field) if has_dense else moe.expert_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=config.divisor("num_key_value_heads", of=num_heads),
+        head_dim=head_dim,
+        rms_norm_eps=config.number("rms_norm_eps"),
+        rope_theta=rope_theta(config),
+        rope_in_float32=False,
+        tie_embeddings=bool(config.get("tie_word_embeddings")),
+        qk_norm=True,
+        attention_block=attention_block,
+        rotary_dim=int(head_dim * (config.get("partial_rotary_factor") or 1)),
+        moe=moe,
+        dense_layers=dense_layers,
+    )
+
+
+def _spec(
+    config: CheckpointConfig,
+    decoder: DecoderConfig,
+    family: str,
+    profiles: Mapping[str, Mapping[str, Any]],
+) -> ModelSpec:
+    vocab_size = decoder.vocab_size
+    end = config.get("pad_token_id")
+    return ModelSpec(
+        family=family,
+        decoder=decoder,
+        mask_token_id=config.mask_token_id(vocab_size, default=MASK_TOKEN_ID),
+        eos_token_id=config.token_id(
+            "eos_token_id", vocab_size, default=EOS_TOKEN_ID if end is None else end
+        ),
+        eot_token_id=None,
+        max_model_len=config.integer("max_position_embeddings"),
+        block_length=decoder.attention_block or BLOCK_LENGTH,
+        profiles=profiles,
+        eot_token=END_OF_TURN,
+    )

@@ -1,0 +1,176 @@
+"""Mixture of experts: a router chooses a few of many MLPs for each token.
+
+Tokens are sorted by expert, so that every expert computes its own in one piece: the cost grows with
+tokens times chosen experts, not with the number of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdiff_kserve.models.layers import GatedMLP
+from vdiff_kserve.models.packed_linear import linear_packed, pack_weight
+
+EXPERTS_PER_GROUP_SCORE = 2
+"""A group of experts is as good as its best two together."""
+GROUPED_DTYPES = (torch.bfloat16,)
+"""What `torch.nn.functional.grouped_mm` multiplies on every GPU that it runs on."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The experts of a layer and how a token's are chosen; sizes in elements.
+
+    Attributes:
+        num_experts: experts of a layer.
+        experts_per_token: how many of them a token passes through.
+        expert_size: width of an expert's MLP.
+        scoring: what makes scores of the router's logits.
+        renormalize: whether the weights of a token's experts are made to sum to 1.
+        scaling: factor on the weights.
+        choice_bias: whether a learned bias is added to the scores for the choice, not the weights.
+        num_groups, groups_kept: experts come in groups; a token's are taken from the best groups.
+        shared_size: width of an MLP that every token passes through besides; 0 is none.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = False
+    scaling: float = 1.0
+    choice_bias: bool = False
+    num_groups: int = 1
+    groups_kept: int = 1
+    shared_size: int = 0
+
+
+class SparseMLP(nn.Module):
+    """The mixture in the place of a layer's MLP."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.router = Router(hidden_size, config)
+        self.experts = Experts(hidden_size, config)
+        self.shared: GatedMLP | None = None
+        if config.shared_size:
+            self.shared = GatedMLP(hidden_size, config.shared_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, hidden_size] -> the same."""
+        mixed = self.experts(x, *self.router(x))
+        return mixed if self.shared is None else mixed + self.shared(x)
+
+
+class Router(nn.Module):
+    """Which experts a token passes through, and with what weight.
+
+    Weights and arithmetic are float32 whatever the model's dtype: a rounded score can change the
+    choice, and so everything after it.
+    """
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.bias: nn.Parameter | None = None
+        if config.choice_bias:
+            self.bias = nn.Parameter(torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden_size] -> experts int64 and weights float32, [tokens, experts_per_token].
+
+        Groups are limited as in DeepSeek-V3 (arXiv 2412.19437), which LLaDA2 follows.
+        """
+        config = self.config
+        logits = F.linear(x.float(), self.weight)
+        scores = logits.softmax(dim=-1) if config.scoring == "softmax" else logits.sigmoid()
+        preference = scores if self.bias is None else scores + self.bias
+        if config.groups_kept < config.num_groups:
+            preference = _best_groups(preference, config.num_groups, config.groups_kept)
+        experts = preference.topk(config.experts_per_token, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if config.renormalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return experts, weights * config.scaling
+
+
+def _best_groups(preference: Tensor, groups: int, kept: int) -> Tensor:
+    """`preference` [tokens, experts] with -inf outside of each token's best groups."""
+    grouped = preference.unflatten(-1, (groups, -1))
+    top = min(EXPERTS_PER_GROUP_SCORE, grouped.shape[-1])
+    best = grouped.topk(top, dim=-1).values.sum(dim=-1).topk(kept, dim=-1).indices
+    left_out = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=preference.device)
+    left_out = left_out.scatter(-1, best, False)
+    return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
+
+
+class Experts(nn.Module):
+    """All experts of a layer, their weights stacked.
+
+    Attributes:
+        gate_up_proj: [experts, 2 * expert_size, hidden_size], gate rows first.
+        down_proj: [experts, hidden_size, expert_size].
+    """
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        experts, size = config.num_experts, config.expert_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, size))
+        self._packed: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of what each token's experts make of it.
+
+        Args:
+            x: [tokens, hidden_size].
+            experts: int64 [tokens, experts_per_token]; as `weights`, float32.
+        """
+        chosen, order = experts.flatten().sort(stable=True)
+        sorted_x = x[order // experts.shape[1]]
+        if x.is_cuda and x.dtype in GROUPED_DTYPES:
+            computed = self._grouped(sorted_x, chosen)
+        else:
+            computed = self._one_by_one(sorted_x, chosen)
+        by_token = torch.empty_like(computed)
+        by_token[order] = computed
+        by_token = by_token.unflatten(0, experts.shape).float()
+        return (by_token * weights[..., None]).sum(dim=1).to(x.dtype)
+
+    def pack(self) -> None:
+        """Lay the weights out as CPUs multiply them fastest; the stacked ones are freed."""
+        for gate_up, down in zip(self.gate_up_proj, self.down_proj, strict=True):
+            self._packed.append((pack_weight(gate_up), pack_weight(down)))
+        del self.gate_up_proj, self.down_proj
+
+    def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """All experts in two kernels, without waiting for the GPU."""
+        numbers = torch.arange(len(self.gate_up_proj), device=x.device)
+        ends = torch.searchsorted(chosen, numbers, right=True).to(torch.int32)
+        gate_up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
+        return F.grouped_mm(_activate(gate_up), self.down_proj.transpose(1, 2), offs=ends)
+
+    def _one_by_one(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """One expert after the other, of those that have tokens."""
+        hit, counts = chosen.unique_consecutive(return_counts=True)
+        parts = x.split(counts.tolist())
+        computed = [self._expert(e, part) for e, part in zip(hit.tolist(), parts, strict=True)]
+        return torch.cat(computed)
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        if not self._packed:
+            hidden = _activate(F.linear(x, self.gate_up_proj[expert]))
+            return F.linear(hidden, self.down_proj[expert])
+        gate_up, down = self._packed[expert]
+        return linear_packed(_activate(linear_packed(x, gate_up)), down)
+
+
+def _activate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
