@@ -25,6 +25,7 @@ from vdiff_kserve.command_line import (
 from vdiff_kserve.decoding import DECODING_FIELDS, PROFILES
 from vdiff_kserve.setting import SIZE, ConfigError, Kind, Setting
 
+DIFFUSION_FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe", "fast_dllm_v2")
 MODEL_SOURCES = ("model_dir", "model_id", "model")
 WORKERS_REASON = (
     "each further worker is a process that would need the whole model, and KServe cannot hand a "
@@ -94,6 +95,25 @@ class ServerConfig:
         metavar="DIR_OR_ID",
         default_text="the embedded model",
         help="Either of the two: a folder when one of that name exists, else a hub id.",
+    )
+    diffusion_family: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="FAMILY",
+        choices=DIFFUSION_FAMILIES,
+        default_text="what config.json names",
+        help="How the checkpoint is read and decoded, where its config.json names a plain causal "
+        "class: Open-dCoder is dream.",
+    )
+    mask_token_id: int | None = _setting(
+        int,
+        None,
+        group="model",
+        metavar="ID",
+        low=0,
+        default_text="of config.json, else of the tokenizer, else of the family",
+        help="The token that stands for a position not yet written.",
     )
     dtype: str = _setting(
         str,

@@ -24,6 +24,7 @@ from vdiff_kserve.engine import (
 from vdiff_kserve.models import (
     CheckpointError,
     Decoder,
+    Hints,
     ModelSpec,
     check_same_vocabulary,
     choose_device,
@@ -103,8 +104,10 @@ def load_model(
     folder = find_checkpoint(config)
     device = choose_device(config.device) if rank is None else rank.device
     dtype = choose_dtype(config.dtype, device)
-    decoder, spec = load_decoder(folder, device, dtype, None if rank is None else rank.mesh)
     tokenizer = load_tokenizer(folder)
+    mesh = None if rank is None else rank.mesh
+    hints = _hints(config, folder, tokenizer)
+    decoder, spec = load_decoder(folder, device, dtype, mesh, hints)
     spec = with_end_of_turn(spec, tokenizer)
     auxiliary = _load_auxiliary(config, folder, tokenizer, device, dtype)
     limits = _limits(config, spec, has_auxiliary=auxiliary is not None)
@@ -128,6 +131,16 @@ def load_model(
         engine.config.max_num_batched_tokens,
     )  # fmt: skip
     return loaded
+
+
+def _hints(config: ServerConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Hints:
+    return Hints(
+        family=config.diffusion_family,
+        mask_token_id=config.mask_token_id,
+        tokenizer_mask_token_id=tokenizer.mask_token_id,
+        block_length=config.decoding.get("block_length"),
+        name=config.hub_id or folder.name,
+    )
 
 
 def _engine_config(

@@ -131,13 +131,13 @@ class CheckpointConfig:
         fallback = default if of_tokenizer is None else of_tokenizer
         return self.token_id("mask_token_id", vocab_size, default=fallback)
 
-    def block_length(self, default: int, field: str = "block_size") -> int:
+    def block_length(self, default: int) -> int:
         """How many positions see each other: as the operator says, else this file, else the name
         of the checkpoint, else `default`."""
         if self.hints.block_length is not None:
             return self.hints.block_length
         named = re.search(r"-b(\d+)$", self.hints.name)
-        return self.integer(field, default=int(named[1]) if named else default)
+        return self.integer("block_size", default=int(named[1]) if named else default)
 
     def expect(self, field: str, allowed: tuple[Any, ...]) -> None:
         """Refuse a checkpoint whose `field` is present with a value that is not implemented."""

@@ -54,6 +54,11 @@ class DecoderConfig:
     moe: MoEConfig | None = None
     dense_layers: frozenset[int] = frozenset()
 
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether any layer has a plain MLP."""
+        return self.moe is None or any(layer < self.num_layers for layer in self.dense_layers)
+
 
 class Attention(nn.Module):
     """Multi-head (or grouped-query) attention over rows, with rotary positions."""

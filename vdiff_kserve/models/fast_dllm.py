@@ -33,7 +33,7 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
     Attention is block-causal, the logits at position i predict token i + 1 within a block, and the
     first token of a block is predicted from the block before.
     """
-    block = config.block_length(default=BLOCK_LENGTH, field="bd_size")
+    block = config.integer("bd_size", default=BLOCK_LENGTH)
     if block % SUB_BLOCK_LENGTH:
         raise config.error("bd_size", f"must be a multiple of {SUB_BLOCK_LENGTH}, not {block}")
     decoder = read_qwen_decoder(config, qkv_bias=True, qk_norm=False, attention_block=block)

@@ -11,9 +11,9 @@ from typing import Any
 
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
 from vdiff_kserve.models.decoder import DecoderConfig
+from vdiff_kserve.models.llada import PROFILES as LLADA_PROFILES
 from vdiff_kserve.models.moe import MoEConfig
-from vdiff_kserve.models.qwen import TENSOR_NAMES as QWEN_TENSOR_NAMES
-from vdiff_kserve.models.qwen import rope_theta
+from vdiff_kserve.models.qwen import EXPERT_TENSORS, MOE_TENSORS, rope_theta
 from vdiff_kserve.models.spec import ModelSpec
 from vdiff_kserve.models.tensor_names import TensorNames
 
@@ -22,29 +22,24 @@ EOS_TOKEN_ID = 156892
 END_OF_TURN = "<|role_end|>"
 BLOCK_LENGTH = 32
 
-LLADA_MOE_PROFILES: Mapping[str, Mapping[str, Any]] = {
-    "exact": {"policy": "low_confidence", "cache": "none"},
-    "quality": {"policy": "threshold", "threshold": 0.9, "cache": "none"},
-    "fast": {"policy": "threshold", "threshold": 0.8, "cache": "dual", "max_lookahead": 64},
-}
+_AS_PUBLISHED = {"cache": "exact", "filtered_confidence": True}
 LLADA2_PROFILES: Mapping[str, Mapping[str, Any]] = {
-    "exact": {"policy": "low_confidence", "cache": "exact"},
-    "quality": {"policy": "threshold", "threshold": 0.95, "cache": "exact"},
-    "fast": {"policy": "threshold", "threshold": 0.85, "cache": "exact"},
+    "exact": _AS_PUBLISHED | {"policy": "low_confidence"},
+    "quality": _AS_PUBLISHED | {"policy": "dynamic", "threshold": 0.95},
+    "fast": _AS_PUBLISHED | {"policy": "dynamic", "threshold": 0.85},
 }
-
-EXPERT_TENSORS = {
-    "layers.{}.mlp.experts.gate_up_proj": (
-        "model.layers.{}.mlp.experts.{}.gate_proj.weight",
-        "model.layers.{}.mlp.experts.{}.up_proj.weight",
-    ),
-    "layers.{}.mlp.experts.down_proj": ("model.layers.{}.mlp.experts.{}.down_proj.weight",),
+_EDITING = _AS_PUBLISHED | {"policy": "edit"}
+EDITING_PROFILES: Mapping[str, Mapping[str, Any]] = {
+    "exact": LLADA2_PROFILES["exact"],
+    "quality": _EDITING | {"threshold": 0.7, "edit_threshold": 0.5},
+    "fast": _EDITING | {"threshold": 0.5, "edit_threshold": 0.0},
 }
+"""The two modes of LLaDA2.1's model card. Its weights were trained to edit, those of 2.0 not, and
+only the checkpoint's name tells them apart."""
 
 LLADA_MOE_TENSORS = TensorNames(
     {
-        **QWEN_TENSOR_NAMES,
-        "model.layers.{}.mlp.gate.weight": "layers.{}.mlp.router.weight",
+        **MOE_TENSORS.by_published,
         "model.layers.{}.shared_expert.gate_proj.weight": "layers.{}.mlp.shared.gate_proj.weight",
         "model.layers.{}.shared_expert.up_proj.weight": "layers.{}.mlp.shared.up_proj.weight",
         "model.layers.{}.shared_expert.down_proj.weight": "layers.{}.mlp.shared.down_proj.weight",
@@ -125,7 +120,7 @@ def read_llada_moe_spec(config: CheckpointConfig) -> ModelSpec:
         dense_field="dense_intermediate_size",
         attention_block=None,
     )
-    return _spec(config, decoder, "llada_moe", LLADA_MOE_PROFILES)
+    return _spec(config, decoder, "llada_moe", LLADA_PROFILES)
 
 
 def read_llada2_spec(config: CheckpointConfig) -> ModelSpec:
@@ -151,7 +146,8 @@ def read_llada2_spec(config: CheckpointConfig) -> ModelSpec:
         dense_field="intermediate_size",
         attention_block=config.block_length(default=BLOCK_LENGTH),
     )
-    return _spec(config, decoder, "llada2", LLADA2_PROFILES)
+    edits = "LLaDA2.1" in config.hints.name
+    return _spec(config, decoder, "llada2", EDITING_PROFILES if edits else LLADA2_PROFILES)
 
 
 def _read_decoder(
@@ -168,7 +164,7 @@ def _read_decoder(
     num_heads = config.integer("num_attention_heads")
     num_layers = config.integer("num_hidden_layers")
     head_dim = config.integer("head_dim", default=hidden_size // num_heads)
-    has_dense = bool(dense_layers & set(range(num_layers)))
+    has_dense = any(layer < num_layers for layer in dense_layers)
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,

@@ -1,4 +1,4 @@
-"""Checkpoints in Qwen2 / Qwen3 / Llama layout: Dream, SDAR, and the auxiliary models of APD.
+"""Checkpoints in Qwen2 / Qwen3 / Llama layout: Dream, and the auxiliary models of APD.
 
 Dream-v0 7B, DiffuCoder and Dream-Coder are Qwen2.5 weights run without a causal mask; their logits
 at position i predict token i + 1. The same names describe causal language models.
@@ -11,25 +11,19 @@ from typing import Any
 
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
 from vdiff_kserve.models.decoder import DecoderConfig
+from vdiff_kserve.models.moe import MoEConfig
 from vdiff_kserve.models.spec import ModelSpec
+from vdiff_kserve.models.tensor_names import TensorNames
 
 DREAM_MASK_TOKEN_ID = 151666
 DREAM_EOT_TOKEN_ID = 151645
 DREAM_BLOCK_LENGTH = 32
-SDAR_MASK_TOKEN_ID = 151669
-SDAR_BLOCK_LENGTH = 4
 
 DREAM_PROFILES: Mapping[str, Mapping[str, Any]] = {
     "exact": {"policy": "entropy", "cache": "none"},
     "quality": {"policy": "threshold", "threshold": 0.9, "cache": "prefix"},
     "fast": {"policy": "threshold", "threshold": 0.8, "cache": "dual", "max_lookahead": 64},
 }
-SDAR_PROFILES: Mapping[str, Mapping[str, Any]] = {
-    "exact": {"policy": "low_confidence", "cache": "exact"},
-    "quality": {"policy": "threshold", "threshold": 0.95, "cache": "exact"},
-    "fast": {"policy": "threshold", "threshold": 0.85, "cache": "exact"},
-}
-
 TENSOR_NAMES = {
     "model.embed_tokens.weight": "embed_tokens.weight",
     "model.norm.weight": "norm.weight",
@@ -51,6 +45,19 @@ TENSOR_NAMES = {
 }
 """Published tensor name -> name in `Decoder`; `{}` stands for the layer's number."""
 
+EXPERT_TENSORS = {
+    "layers.{}.mlp.experts.gate_up_proj": (
+        "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+        "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    ),
+    "layers.{}.mlp.experts.down_proj": ("model.layers.{}.mlp.experts.{}.down_proj.weight",),
+}
+"""Stacked parameter -> tensors of an expert, one above the other."""
+MOE_TENSORS = TensorNames(
+    {**TENSOR_NAMES, "model.layers.{}.mlp.gate.weight": "layers.{}.mlp.router.weight"},
+    stacked=EXPERT_TENSORS,
+)
+
 
 def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
     """Translate the `config.json` of Dream and its relatives."""
@@ -68,25 +75,6 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
         profiles=DREAM_PROFILES,
         eot_token="<|im_end|>",
         shifted_logits=True,
-    )
-
-
-def read_sdar_spec(config: CheckpointConfig) -> ModelSpec:
-    """Translate the `config.json` of SDAR: Qwen3 weights with block-causal attention."""
-    config.expect("attention_bias", (False,))
-    block = config.block_length(default=SDAR_BLOCK_LENGTH)
-    decoder = read_qwen_decoder(config, qkv_bias=False, qk_norm=True, attention_block=block)
-    vocab_size = decoder.vocab_size
-    return ModelSpec(
-        family="sdar",
-        decoder=decoder,
-        mask_token_id=config.mask_token_id(vocab_size, default=SDAR_MASK_TOKEN_ID),
-        eos_token_id=config.token_id("eos_token_id", vocab_size),
-        eot_token_id=DREAM_EOT_TOKEN_ID if vocab_size > DREAM_EOT_TOKEN_ID else None,
-        max_model_len=config.integer("max_position_embeddings"),
-        block_length=block,
-        profiles=SDAR_PROFILES,
-        eot_token="<|im_end|>",
     )
 
 
@@ -109,7 +97,13 @@ def read_llama_decoder(config: CheckpointConfig) -> DecoderConfig:
 
 
 def read_qwen_decoder(
-    config: CheckpointConfig, *, qkv_bias: bool, qk_norm: bool, attention_block: int | None
+    config: CheckpointConfig,
+    *,
+    qkv_bias: bool,
+    qk_norm: bool,
+    attention_block: int | None,
+    moe: MoEConfig | None = None,
+    dense_layers: frozenset[int] = frozenset(),
 ) -> DecoderConfig:
     """What `config.json` says in the field names of Qwen2, Qwen3 and Llama."""
     config.expect("hidden_act", ("silu",))
@@ -117,17 +111,13 @@ def read_qwen_decoder(
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", default=hidden_size // num_heads)
-    num_kv_heads = config.integer("num_key_value_heads", default=num_heads)
-    if num_heads % num_kv_heads:
-        problem = f"{num_kv_heads} does not divide num_attention_heads = {num_heads}"
-        raise config.error("num_key_value_heads", problem)
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=config.integer("intermediate_size"),
         num_layers=config.integer("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=config.divisor("num_key_value_heads", of=num_heads),
         head_dim=head_dim,
         rms_norm_eps=config.number("rms_norm_eps"),
         rope_theta=rope_theta(config),
@@ -136,6 +126,8 @@ def read_qwen_decoder(
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         attention_block=attention_block,
+        moe=moe,
+        dense_layers=dense_layers,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vdiff_kserve.models import fast_dllm, llada, llada_moe, qwen
+from vdiff_kserve.models import fast_dllm, llada, llada_moe, qwen, sdar
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.spec import ModelSpec
@@ -39,7 +39,8 @@ FAMILIES: Mapping[str, Family] = {
     "LLaDAMoEModelLM": Family(llada_moe.read_llada_moe_spec, llada_moe.LLADA_MOE_TENSORS),
     "LLaDA2MoeModelLM": Family(llada_moe.read_llada2_spec, llada_moe.LLADA2_TENSORS),
     "DreamModel": Family(qwen.read_dream_spec, _QWEN_NAMES),
-    "SDARForCausalLM": Family(qwen.read_sdar_spec, _QWEN_NAMES),
+    "SDARForCausalLM": Family(sdar.read_spec, _QWEN_NAMES),
+    "SDARMoeForCausalLM": Family(sdar.read_moe_spec, qwen.MOE_TENSORS),
     "Fast_dLLM_QwenForCausalLM": Family(fast_dllm.read_spec, _QWEN_NAMES),
 }
 """`architectures` in config.json -> diffusion family."""
@@ -50,6 +51,8 @@ FAMILY_NAMES: Mapping[str, str] = {
     "llada2": "LLaDA2MoeModelLM",
     "dream": "DreamModel",
     "sdar": "SDARForCausalLM",
+    "sdar_moe": "SDARMoeForCausalLM",
+    "fast_dllm_v2": "Fast_dLLM_QwenForCausalLM",
 }
 """`--diffusion_family` -> the architecture that it stands for."""
 

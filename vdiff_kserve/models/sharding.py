@@ -2,8 +2,9 @@
 
 Tensor parallelism as in Megatron-LM (arXiv 1909.08053): the projections that widen (queries, keys,
 values, gate, up) are split by output, those that narrow again (attention output, down) by input, so
-that a layer needs one sum over the ranks after its attention and one after its MLP. Embedding and
-head are split by vocabulary. The plan is applied by `torch.distributed.tensor.parallel`.
+that a layer needs one sum over the ranks after its attention and one after its MLP. Every expert of
+a layer is split as an MLP is. Embedding and head are split by vocabulary. The plan is applied by
+`torch.distributed.tensor.parallel`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
+from vdiff_kserve.models.moe import Experts
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,16 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> Mapping[str, Slice]:
         "layers.*.attention.[qkv]_proj": by_output,
         "layers.*.attention.o_proj": by_input,
         "layers.*.mlp": _Sum(),
-        "layers.*.mlp.gate_proj": by_output,
-        "layers.*.mlp.up_proj": by_output,
-        "layers.*.mlp.down_proj": by_input,
     }
-    parallelize_module(decoder, mesh, plan)
     config, size = decoder.config, mesh.size()
+    mlps = ["mlp"] if config.has_dense_layers else []
+    if config.moe is not None:
+        plan["layers.*.mlp.experts"] = _SplitExperts(0, parts)
+        mlps += ["mlp.shared"] if config.moe.shared_size else []
+    for mlp in mlps:
+        plan[f"layers.*.{mlp}.gate_proj"] = plan[f"layers.*.{mlp}.up_proj"] = by_output
+        plan[f"layers.*.{mlp}.down_proj"] = by_input
+    parallelize_module(decoder, mesh, plan)
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
     start = mesh.get_local_rank() * (config.vocab_size // size)
@@ -106,8 +112,13 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> Mapping[str, Slice]:
 
 
 def _check_divisible(config: DecoderConfig, size: int) -> None:
-    for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
-        value = getattr(config, name)
+    sizes = {
+        name: getattr(config, name)
+        for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+    }
+    if config.moe is not None:
+        sizes |= {"expert_size": config.moe.expert_size, "shared_size": config.moe.shared_size}
+    for name, value in sizes.items():
         if value % size:
             raise CheckpointError(
                 f"--tensor_parallel_size {size} does not divide the model's {name} = {value}"
@@ -134,6 +145,28 @@ class _Split(ParallelStyle):
             own[name] = Slice(self._dim, rank * length, length)
             kept = parameter.detach()[own[name].index]
             module.register_parameter(name, nn.Parameter(kept, requires_grad=False))
+        return module
+
+
+class _SplitExperts(_Split):
+    """Every rank has a part of every expert, as of a plain MLP: gate and up by output, down by
+    input. The parts are those of an expert's own tensors."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Experts)
+        experts, hidden_size, inner = module.down_proj.shape
+        length = inner // device_mesh.size()
+        start = device_mesh.get_local_rank() * length
+        self._parts[module] = {
+            "gate_up_proj": Slice(0, start, length),
+            "down_proj": Slice(1, start, length),
+        }
+        for name, shape in (
+            ("gate_up_proj", (experts, 2 * length, hidden_size)),
+            ("down_proj", (experts, hidden_size, length)),
+        ):
+            own = module.get_parameter(name).new_empty(shape)
+            module.register_parameter(name, nn.Parameter(own, requires_grad=False))
         return module
 
 

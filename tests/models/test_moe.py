@@ -1,0 +1,128 @@
+"""Layers with experts: every way of computing them equals one token at a time."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from vdiff_kserve.models import can_pack
+from vdiff_kserve.models.moe import Experts, MoEConfig, Router, SparseMLP
+
+HIDDEN = 32
+CPU = torch.device("cpu")
+
+
+def randomize(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        value = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+        parameter.data = value.to(dtype)
+        parameter.requires_grad_(False)
+
+
+def token_by_token(experts: Experts, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The definition: each token through each of its experts, in float64."""
+    rows = []
+    for token, own, shares in zip(x.double(), chosen.tolist(), weights.double(), strict=True):
+        total = torch.zeros_like(token)
+        for expert, share in zip(own, shares, strict=True):
+            gate, up = (experts.gate_up_proj[expert].double() @ token).chunk(2)
+            inner = torch.nn.functional.silu(gate) * up
+            total += share * (experts.down_proj[expert].double() @ inner)
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def as_loaded(experts: Experts) -> None:
+    pass
+
+
+def in_two_kernels(experts: Experts) -> None:
+    experts._one_by_one = experts._grouped  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", [as_loaded, in_two_kernels, Experts.pack])
+@torch.inference_mode()
+def test_experts_compute_what_their_tokens_need(
+    how: Callable[[Experts], None], dtype: torch.dtype, tokens: int
+) -> None:
+    """Also experts without tokens, and a token that all others share an expert with."""
+    if how is Experts.pack and not can_pack(CPU, dtype):
+        pytest.skip("this processor packs nothing")
+    experts = Experts(HIDDEN, MoEConfig(num_experts=8, experts_per_token=3, expert_size=16))
+    randomize(experts, dtype)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((tokens, HIDDEN), generator=generator).to(dtype)
+    chosen = torch.rand((tokens, 6), generator=generator).topk(3).indices + 1
+    weights = torch.rand((tokens, 3), generator=generator)
+    expected = token_by_token(experts, x, chosen, weights)
+    how(experts)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    computed = experts(x, chosen, weights)
+    assert computed.dtype == dtype
+    torch.testing.assert_close(computed.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@torch.inference_mode()
+def test_a_token_is_computed_as_if_it_were_alone() -> None:
+    layer = SparseMLP(HIDDEN, MoEConfig(8, 2, 16, shared_size=24))
+    randomize(layer)
+    x = torch.randn((20, HIDDEN), generator=torch.Generator().manual_seed(2))
+    together = layer(x)
+    for token, expected in zip(x, together, strict=True):
+        torch.testing.assert_close(layer(token[None])[0], expected, atol=1e-6, rtol=1e-6)
+
+
+def choose(scores: list[float], bias: list[float], groups: int, kept: int, count: int) -> list[int]:
+    """Group-limited choice, one token, without tensors."""
+    preference = [s + b for s, b in zip(scores, bias, strict=True)]
+    size = len(scores) // groups
+    best = [sum(sorted(preference[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+    allowed = sorted(range(groups), key=lambda g: -best[g])[:kept]
+    experts = [e for g in allowed for e in range(g * size, (g + 1) * size)]
+    return sorted(experts, key=lambda e: -preference[e])[:count]
+
+
+@torch.inference_mode()
+def test_router_limits_groups_and_leaves_the_bias_out_of_the_weights() -> None:
+    config = MoEConfig(
+        num_experts=12,
+        experts_per_token=4,
+        expert_size=8,
+        scoring="sigmoid",
+        renormalize=True,
+        scaling=2.5,
+        choice_bias=True,
+        num_groups=4,
+        groups_kept=2,
+    )
+    router = Router(HIDDEN, config)
+    randomize(router)
+    assert router.bias is not None
+    router.bias *= 3
+    x = torch.randn((50, HIDDEN), generator=torch.Generator().manual_seed(3))
+    experts, weights = router(x)
+    by_bias = 0
+    for token, own, shares in zip(x, experts, weights, strict=True):
+        scores = (router.weight @ token).sigmoid()
+        expected = choose(scores.tolist(), router.bias.tolist(), 4, 2, 4)
+        assert own.tolist() == expected
+        chosen = scores[own]
+        torch.testing.assert_close(shares, chosen / chosen.sum() * 2.5)
+        by_bias += expected != choose(scores.tolist(), [0.0] * 12, 4, 2, 4)
+    assert by_bias > 10, "the bias never mattered: the test says nothing"
+
+
+@torch.inference_mode()
+def test_router_takes_the_softmax_over_all_experts_as_it_is() -> None:
+    router = Router(HIDDEN, MoEConfig(num_experts=8, experts_per_token=2, expert_size=8))
+    randomize(router)
+    x = torch.randn((9, HIDDEN), generator=torch.Generator().manual_seed(4))
+    experts, weights = router(x.bfloat16())
+    expected = (x.bfloat16().float() @ router.weight.T).softmax(-1).topk(2)
+    assert torch.equal(experts, expected.indices)
+    torch.testing.assert_close(weights, expected.values)
+    assert (weights.sum(dim=-1) < 0.99).any()
