@@ -93,7 +93,7 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     special = {"model_dir": str(tmp_path), "dtype": "float16", "device": "cuda:1"}
     special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
     special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
-    special |= {"enable_repository_control": "true"}
+    special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
     values[bool] = "false"
     text = special.get(name, values[SETTINGS[name].kind])
     value = getattr(parse(**{f"VDIFF_{name.upper()}": text}), name)
