@@ -42,10 +42,10 @@ def requirement_names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w.-]+", each)[0].replace("-", "_") for each in requirements}
 
 
-def imported_packages() -> set[str]:
-    """Top-level names of everything foreign that the package imports."""
+def imported_packages(folder: Path = PACKAGE) -> set[str]:
+    """Top-level names of everything foreign that the package's modules in a folder import."""
     names = set()
-    for tree in package_trees().values():
+    for tree in (tree for file, tree in package_trees().items() if file.is_relative_to(folder)):
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name.partition(".")[0] for alias in node.names}
@@ -63,7 +63,15 @@ def test_imports_run_one_way_only():
 
 def test_every_package_imported_is_a_declared_dependency():
     declared = requirement_names(project()["dependencies"])
-    assert imported_packages() - declared == set()
+    assert imported_packages() - declared == {"ray"}
+
+
+def test_only_replicas_need_ray():
+    assert "ray" in requirement_names(project()["optional-dependencies"]["ray"])
+    assert "ray" in imported_packages(PACKAGE / "distributed")
+    for folder in PACKAGE.iterdir():
+        if folder.name != "distributed":
+            assert "ray" not in imported_packages(folder), folder.name
 
 
 def test_every_declared_dependency_is_imported():

@@ -8,6 +8,7 @@ import signal
 import sys
 
 from vdiff_kserve.config import ServerConfig, parse_args
+from vdiff_kserve.setting import ConfigError
 
 QUESTION = "What is 17 + 25?"
 
@@ -27,7 +28,7 @@ def main() -> int:
     code = 0
     try:
         Server(config, model).run(lambda url: announce(config, url))
-    except (CheckpointError, ServerError) as error:
+    except (CheckpointError, ConfigError, ServerError) as error:
         sys.stderr.write(f"error: {error}\n")
         code = 1
     if model.loading:

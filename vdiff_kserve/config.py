@@ -320,6 +320,74 @@ class ServerConfig:
         help="Let requests unload the model and load it again, by /v2/repository and gRPC; else "
         "they are refused with status 403.",
     )
+    replicas: str | None = _setting(
+        str,
+        None,
+        group="replicas",
+        metavar="N or MIN:MAX",
+        pattern=(r"[1-9]\d{0,3}(:[1-9]\d{0,3})?", "a number from 1 on, or two such as 1:4"),
+        default_text="none: the engine runs in the server's own process",
+        help="Engines that answer, each in a process of its own that Ray places on the machines it "
+        "has; MIN:MAX follows the load. A lost one is replaced, and its requests run again.",
+    )
+    ray_address: str | None = _setting(
+        str,
+        None,
+        group="replicas",
+        metavar="ADDRESS",
+        pattern=(r"auto|local|[\w.-]+:\d+|\[[\da-fA-F:]+\]:\d+", "auto, local or HOST:PORT"),
+        default_text="a Ray of its own on this machine",
+        help="Ray cluster for the replicas; auto is the one that this machine belongs to.",
+    )
+    ray_dashboard: bool = _setting(
+        bool,
+        False,
+        group="replicas",
+        metavar="BOOL",
+        help="Start Ray's dashboard with a Ray of the server's own.",
+    )
+    replica_gpus: float | None = _setting(
+        float,
+        None,
+        group="replicas",
+        metavar="N",
+        low=0,
+        default_text="one for each device of tensor_parallel_size where the cluster has GPUs, else 0",
+        help="GPUs that each replica asks Ray for.",
+    )
+    replica_cpus: float = _setting(
+        float,
+        1.0,
+        group="replicas",
+        metavar="N",
+        low=0,
+        help="CPU cores that each replica asks Ray for; it computes with as many threads.",
+    )
+    replica_memory: str | None = _setting(
+        str,
+        None,
+        group="replicas",
+        metavar="SIZE",
+        pattern=SIZE,
+        default_text="none",
+        help="Memory that each replica asks Ray for.",
+    )
+    replica_tokens: int | None = _setting(
+        int,
+        None,
+        group="replicas",
+        metavar="N",
+        low=1,
+        default_text="max_num_seqs answers of default_max_tokens",
+        help="With MIN:MAX, tokens of unfinished answers for which there is one replica.",
+    )
+    enable_restart: bool = _setting(
+        bool,
+        False,
+        group="replicas",
+        metavar="BOOL",
+        help="Let POST /admin/restart replace the replicas one after the other, as SIGHUP does.",
+    )
     grace_period: int = _setting(
         int,
         30,
@@ -348,8 +416,24 @@ class ServerConfig:
                     raise ConfigError(f"--{name} {problem}")
         self._check_decoding()
         self._check_sources()
+        self._check_replicas()
         if self.kserve.workers != 1:
             raise ConfigError(f"--workers must be 1, got {self.kserve.workers}: {WORKERS_REASON}")
+
+    def _check_replicas(self) -> None:
+        if self.replicas is None:
+            for name in ("ray_address", "ray_dashboard", "enable_restart"):
+                if getattr(self, name):
+                    raise ConfigError(f"--{name} needs --replicas")
+            return
+        low, _, high = self.replicas.partition(":")
+        if high and int(low) > int(high):
+            raise ConfigError(f"--replicas must have its smaller number first, got {self.replicas}")
+        if self.device.startswith("cuda:"):
+            raise ConfigError(
+                f"--device must be auto, cpu or cuda with --replicas, got {self.device}: Ray "
+                "chooses each replica's GPU"
+            )
 
     def _check_decoding(self) -> None:
         for name, value in self.decoding.items():
@@ -415,6 +499,7 @@ GROUPS = {
     "engine": "engine",
     "decoding": "decoding (defaults for requests that do not say)",
     "server": "server",
+    "replicas": "replicas",
 }
 
 

@@ -35,7 +35,9 @@ Prompt = str | Mapping[str, Any]
 Message = Mapping[str, Any]
 Result = TypeVar("Result")
 
-SERVER_ONLY = frozenset(name for name, each in SETTINGS.items() if each.group == "server")
+SERVER_ONLY = frozenset(
+    name for name, each in SETTINGS.items() if each.group in ("server", "replicas")
+)
 
 
 class SamplingParams(GenerationFields):

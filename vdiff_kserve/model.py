@@ -6,9 +6,10 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from enum import Enum
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from kserve import InferRequest, InferResponse, Model
@@ -16,7 +17,8 @@ from pydantic import BaseModel
 
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.distributed.tensor_parallel import load_sharded
-from vdiff_kserve.engine import Engine
+from vdiff_kserve.engine import GenerationEngine
+from vdiff_kserve.loading import LoadedModel
 from vdiff_kserve.observability.metrics import forget_engine, model_loaded, watch_engine
 from vdiff_kserve.observability.rounds import RoundMetrics
 from vdiff_kserve.openai import OpenAIGenerativeModel
@@ -27,6 +29,10 @@ from vdiff_kserve.openai.request_ids import clean_id, new_id
 from vdiff_kserve.openai.response_objects import ResponsesRequest
 from vdiff_kserve.openai.service import GenerationService
 from vdiff_kserve.openai.tokens import Tokens
+from vdiff_kserve.setting import ConfigError
+
+if TYPE_CHECKING:
+    from vdiff_kserve.distributed.start import ReplicatedModel
 
 logger = logging.getLogger("kserve.vdiff.model")
 
@@ -56,7 +62,8 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
         self.ready = True
         self._config = config
         self._state = State.LOADING
-        self._engine: Engine | None = None
+        self._engine: GenerationEngine | None = None
+        self._restart: Callable[[], None] | None = None
         self._loader: threading.Thread | None = None
         self._service: GenerationService | None = None
         self._tokens: Tokens | None = None
@@ -77,7 +84,9 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
         """Why requests are refused; None when they are answered."""
         if self._state is not State.READY:
             return self._state.value
-        return None if self.alive else "The model's engine has failed."
+        if not self.alive:
+            return "The model's engine has failed."
+        return None if self._engine and self._engine.ready else "No replica of the model is ready."
 
     @property
     def max_model_len(self) -> int | None:
@@ -116,7 +125,28 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
+            ConfigError: replicas are wanted, and there is no Ray for them.
         """
+        if self._config.replicas is not None:
+            self._service = await self._start_replicas()
+        else:
+            self._service = await self._load_here()
+        if self._state is State.LOADING:
+            self._state = State.READY
+
+    async def _start_replicas(self) -> GenerationService:
+        if find_spec("ray") is None:
+            raise ConfigError("--replicas needs Ray: pip install 'vdiff-kserve[ray]'")
+        from vdiff_kserve.distributed.start import start_replicas
+
+        started = time.perf_counter()
+        loaded = await start_replicas(self._config, RoundMetrics(self.name).observe)
+        self._engine = loaded.engine
+        self._restart = loaded.supervisor.restart
+        watch_engine(self.name, loaded.engine)
+        return self._service_of(loaded, started)
+
+    async def _load_here(self) -> GenerationService:
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[GenerationService] = loop.create_future()
 
@@ -131,9 +161,7 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
         # Not the loop's executor: at exit Python waits for its threads, and a load can take long.
         self._loader = threading.Thread(target=load, name="vdiff-load", daemon=True)
         self._loader.start()
-        self._service = await loaded
-        if self._state is State.LOADING:
-            self._state = State.READY
+        return await loaded
 
     async def load_again(self) -> None:
         """Load a model that was unloaded; a model that is loaded stays as it is.
@@ -186,8 +214,18 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
             await asyncio.sleep(DRAIN_POLL_SECONDS)
         await asyncio.to_thread(engine.stop)
         forget_engine(self.name)
-        self._service = self._engine = self._tokens = None
+        self._service = self._engine = self._tokens = self._restart = None
         logger.info("The model is unloaded.")
+
+    def restart(self) -> None:
+        """Replace the replicas, one after the other, while requests go on.
+
+        Raises:
+            RequestError: the model is not loaded, or has no replicas.
+        """
+        if self._restart is None or self._state is not State.READY:
+            raise unavailable("There are no replicas to restart.")
+        self._restart()
 
     def refuse(self) -> None:
         """Take no new requests; those that are running go on."""
@@ -213,6 +251,11 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
         self._engine = loaded.engine
         watch_engine(self.name, loaded.engine)
         loaded.warm_up()
+        return self._service_of(loaded, started)
+
+    def _service_of(
+        self, loaded: LoadedModel | ReplicatedModel, started: float
+    ) -> GenerationService:
         model_loaded(
             self.name,
             time.perf_counter() - started,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from vdiff_kserve.openai.dataplane import EngineDataPlane, FixedRepository, Open
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.guards import Access, RpcGuard
 from vdiff_kserve.openai.paths import PAGES
-from vdiff_kserve.openai.routes import build_router
+from vdiff_kserve.openai.routes import build_router, restart_router
 
 logger = logging.getLogger("kserve.vdiff.server")
 
@@ -91,6 +92,8 @@ class Server(ModelServer):  # type: ignore[misc]
 
     async def _serve_until_signal(self, on_ready: Callable[[str], None]) -> None:
         rest = HttpServer(self, self._config, self._model)
+        if self._config.replicas is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._restart_replicas)
         others = [asyncio.create_task(self._become_ready(rest, on_ready))]
         rpc = None
         if self.enable_grpc:
@@ -106,6 +109,12 @@ class Server(ModelServer):  # type: ignore[misc]
             if _failed(task):
                 task.result()
             task.cancel()
+
+    def _restart_replicas(self) -> None:
+        try:
+            self._model.restart()
+        except RequestError as error:
+            logger.warning("SIGHUP: %s", error.message)
 
     async def _become_ready(self, rest: HttpServer, on_ready: Callable[[str], None]) -> None:
         await self._model.start_engine()
@@ -136,6 +145,7 @@ class HttpServer(RESTServer):  # type: ignore[misc]
         self._max_body_bytes = config.max_body_bytes
         self._allowed_origins = config.allowed_origins
         self._open_paths = PAGES if server.enable_docs_url else ()
+        self._restart = model.restart if config.enable_restart else None
         self._server = DrainingServer(self.config, model, config.grace_period)
 
     async def url(self) -> str:
@@ -153,6 +163,8 @@ class HttpServer(RESTServer):  # type: ignore[misc]
 
     def _register_endpoints(self, app: FastAPI) -> None:
         app.include_router(build_router(self.dataplane, self._default_model))
+        if self._restart is not None:
+            app.include_router(restart_router(self._restart))
         root = APIRouter()
         root.add_api_route("/", self.dataplane.live)
         app.include_router(root)

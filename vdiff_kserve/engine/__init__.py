@@ -3,8 +3,10 @@
 from vdiff_kserve.engine.budget import REFRESH_SECONDS, measured_token_budget
 from vdiff_kserve.engine.engine import SCRATCH_BYTES, Engine, EngineConfig
 from vdiff_kserve.engine.grammar import CompiledGrammar, GrammarError, Grammars
+from vdiff_kserve.engine.interface import GenerationEngine
 from vdiff_kserve.engine.kv_cache import bytes_per_token
 from vdiff_kserve.engine.lockstep import Lockstep
+from vdiff_kserve.engine.prefix_cache import block_hashes
 from vdiff_kserve.engine.report import RoundObserver, RoundReport
 from vdiff_kserve.engine.request import (
     EngineError,
@@ -29,6 +31,7 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EngineStoppedError",
+    "GenerationEngine",
     "GenerationEvent",
     "GenerationRequest",
     "GenerationResult",
@@ -44,6 +47,7 @@ __all__ = [
     "RoundObserver",
     "RoundReport",
     "TokenLogprob",
+    "block_hashes",
     "bytes_per_token",
     "measured_token_budget",
 ]

@@ -119,6 +119,11 @@ class Engine:
         return self._thread.is_alive() and self.failure is None
 
     @property
+    def ready(self) -> bool:
+        """Whether requests are answered now."""
+        return self.alive
+
+    @property
     def num_running(self) -> int:
         return self._scheduler.num_running
 

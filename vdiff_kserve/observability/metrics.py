@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import REGISTRY, generate_latest
 
 from vdiff_kserve import __version__
-from vdiff_kserve.engine import Engine
+from vdiff_kserve.engine import GenerationEngine
 from vdiff_kserve.observability import families
 from vdiff_kserve.observability.requests import metrics_of
 from vdiff_kserve.observability.vllm import VLLMCollector
@@ -16,7 +16,7 @@ vllm = VLLMCollector()
 REGISTRY.register(vllm)
 
 
-def watch_engine(model_name: str, engine: Engine) -> None:
+def watch_engine(model_name: str, engine: GenerationEngine) -> None:
     """Read the gauges of the queue and the cache from the engine whenever they are asked for, and
     show the counters of requests at zero."""
     metrics_of(model_name)

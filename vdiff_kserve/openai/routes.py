@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
 from typing import Any, NoReturn
 
@@ -138,6 +138,19 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
     router.add_api_route("/load", server.load, methods=["GET"], tags=["Server"])
     router.add_api_route("/version", server.version, methods=["GET"], tags=["Server"])
     router.add_api_route("/metrics", server.metrics, methods=["GET"], tags=["Server"])
+    return router
+
+
+def restart_router(restart: Callable[[], None]) -> APIRouter:
+    """The route that begins a rolling restart."""
+    router = APIRouter()
+
+    async def begin() -> Response:
+        """Replace the replicas one after the other; answers at once."""
+        restart()
+        return Response(status_code=HTTPStatus.ACCEPTED)
+
+    router.add_api_route("/admin/restart", begin, methods=["POST"], tags=["Server"])
     return router
 
 

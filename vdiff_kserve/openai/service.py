@@ -12,7 +12,7 @@ from itertools import islice
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
-from vdiff_kserve.engine import Engine, GenerationStream
+from vdiff_kserve.engine import GenerationEngine, GenerationStream
 from vdiff_kserve.observability.requests import RequestRecord, count_refusal
 from vdiff_kserve.openai.answers import Answer, Job, Output
 from vdiff_kserve.openai.bounds import check_bounds
@@ -58,7 +58,7 @@ from vdiff_kserve.openai.work import Work
 
 
 class GenerationService:
-    """Answers chat and completion requests with one engine.
+    """Answers chat and completion requests with an engine.
 
     Attributes:
         active: requests that are being answered.
@@ -66,7 +66,11 @@ class GenerationService:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerFast, limits: ServingLimits, name: str
+        self,
+        engine: GenerationEngine,
+        tokenizer: PreTrainedTokenizerFast,
+        limits: ServingLimits,
+        name: str,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer

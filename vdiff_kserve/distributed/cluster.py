@@ -1,0 +1,92 @@
+"""The Ray cluster that replicas run on, and what each of them asks of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.distributed.replica import Loader, Replica
+from vdiff_kserve.setting import ConfigError, parse_size
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Of a cluster that this process starts. Messages are small and never come near it."""
+CONCURRENT_CALLS = 8
+"""Calls that a replica may have open: `control`, `poll`, and a few of people who look."""
+
+
+def connect(config: ServerConfig) -> None:
+    """Join the cluster at `config.ray_address`, or start one on this machine. Takes seconds.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own: dict[str, Any] = {}
+    if config.ray_address in (None, "local"):
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"} & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        own = {
+            "include_dashboard": config.ray_dashboard,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    try:
+        ray.init(address=config.ray_address or "local", logging_level="WARNING", **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"--ray_address: {error}") from error
+
+
+def keep_signal_handlers() -> None:
+    """Let SIGTERM mean again what it meant before `connect`, which gives it to Ray.
+
+    On the main thread only; others have no handlers to keep.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that this process started ends."""
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class ReplicaResources:
+    """What one replica asks of the cluster; Ray gives it to nobody else.
+
+    Attributes:
+        num_gpus: GPUs, all on one machine.
+        memory: bytes; None asks for none.
+    """
+
+    num_gpus: float
+    num_cpus: float
+    memory: int | None
+
+    @classmethod
+    def of(cls, config: ServerConfig, cluster: Mapping[str, float]) -> ReplicaResources:
+        """As configured; by itself a GPU for each rank, where the cluster has GPUs."""
+        gpus = config.replica_gpus
+        if gpus is None:
+            has_gpus = config.device != "cpu" and cluster.get("GPU", 0) >= 1
+            gpus = float(config.tensor_parallel_size) if has_gpus else 0.0
+        memory = config.replica_memory
+        return cls(gpus, config.replica_cpus, parse_size(memory) if memory else None)
+
+    def start(self, config: ServerConfig, loader: Loader) -> Any:
+        """The actor of a new replica, which Ray places where there is room, now or later."""
+        actor = ray.remote(Replica).options(
+            num_gpus=self.num_gpus,
+            num_cpus=self.num_cpus,
+            memory=self.memory,
+            max_restarts=0,
+            max_concurrency=CONCURRENT_CALLS,
+        )
+        return actor.remote(config, loader)

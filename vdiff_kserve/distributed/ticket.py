@@ -1,0 +1,126 @@
+"""One accepted request: what its client has of it, and how it goes on after a replica is lost."""
+
+from __future__ import annotations
+
+import time
+from asyncio import TimerHandle
+from dataclasses import dataclass, field, replace
+
+from vdiff_kserve.distributed.messages import Submit
+from vdiff_kserve.engine import EngineError, GenerationEvent, GenerationRequest, GenerationStream
+
+MAX_LOSSES = 4
+"""A request that was on so many replicas when they were lost is given up."""
+LOSSES_TO_ISOLATE = 2
+"""After so many it runs alone: nothing else is lost with it, and a further loss is its own."""
+
+
+class DivergedError(EngineError):
+    """A request that ran again and answered otherwise."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request between its admission and its end.
+
+    Attributes:
+        work: forward-pass tokens that it will cost, estimated.
+        prefixes: hashes of the prompt's beginnings, shortest first; empty when nobody caches them.
+        delivered: the tokens that its stream has.
+        losses: replicas that were lost with it.
+        timer: ends its wait at its deadline.
+    """
+
+    key: int
+    request: GenerationRequest
+    stream: GenerationStream
+    work: int
+    prefixes: tuple[bytes, ...] = ()
+    delivered: list[int] = field(default_factory=list)
+    losses: int = 0
+    done: bool = False
+    timer: TimerHandle | None = None
+    _seen: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Order among waiting requests: priority, then arrival."""
+        return self.request.priority, self.key
+
+    @property
+    def must_run_alone(self) -> bool:
+        return self.losses >= LOSSES_TO_ISOLATE
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens of the answer that are not delivered yet."""
+        return max(0, self.request.max_tokens - len(self.delivered))
+
+    @property
+    def work_left(self) -> float:
+        """Forward-pass tokens that the rest of it will cost, estimated."""
+        return self.work * self.tokens_left / self.request.max_tokens
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until its deadline; None is for ever."""
+        deadline = self.request.deadline
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    def begin(self) -> Submit:
+        """What a replica is told; it runs the request from its beginning."""
+        self._seen = 0
+        return Submit(self.key, replace(self.request, deadline=None), self.seconds_left)
+
+    def put(self, event: GenerationEvent | EngineError) -> None:
+        """Pass an event on, without what an earlier run delivered.
+
+        A request that differs from its earlier run, which equal seeds rule out but rounding may
+        not, fails: its client has text that does not go with the rest.
+        """
+        if self.done:
+            return
+        if isinstance(event, GenerationEvent):
+            try:
+                fresh = self._fresh(event)
+            except DivergedError as error:
+                self.fail(error)
+                return
+            if fresh is None:
+                return
+            event = fresh
+        if isinstance(event, EngineError) or event.finish_reason is not None:
+            self.close()
+        self.stream.put(event)
+
+    def fail(self, error: EngineError) -> None:
+        """End it with an error."""
+        self.put(error)
+
+    def close(self) -> None:
+        """Nothing more is delivered."""
+        self.done = True
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def _fresh(self, event: GenerationEvent) -> GenerationEvent | None:
+        """The part of an event that is new; None when there is none.
+
+        Raises:
+            DivergedError: the rest is not what was delivered.
+        """
+        tokens, seen, had = event.token_ids, self._seen, len(self.delivered)
+        known = min(len(tokens), had - seen)
+        self._seen += len(tokens)
+        if list(tokens[:known]) != self.delivered[seen : seen + known] or (
+            event.finish_reason is not None and self._seen < had
+        ):
+            raise DivergedError("The answer came out differently when it was run again.")
+        if known == 0:
+            self.delivered += tokens
+            return event
+        fresh = tokens[known:]
+        if not fresh and event.finish_reason is None:
+            return None
+        self.delivered += fresh
+        return replace(event, token_ids=fresh, logprobs=event.logprobs[known:])
