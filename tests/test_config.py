@@ -94,11 +94,31 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
     special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
     special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
+    special |= {"replica_memory": "3GiB", "replicas": "1:4"}
+    of_replicas = {"ray_address": "auto", "ray_dashboard": "true", "enable_restart": "true"}
+    special |= of_replicas
+    others = {"VDIFF_REPLICAS": "2"} if name in of_replicas else {}
     values[bool] = "false"
     text = special.get(name, values[SETTINGS[name].kind])
-    value = getattr(parse(**{f"VDIFF_{name.upper()}": text}), name)
+    value = getattr(parse(**others, **{f"VDIFF_{name.upper()}": text}), name)
     assert value == ((text,) if SETTINGS[name].many else SETTINGS[name].parse(text))
     assert value != SETTINGS[name].default
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--replicas", "0"], "--replicas: must be a number"),
+        (["--replicas", "4:2"], "smaller number first"),
+        (["--replicas", "2", "--device", "cuda:1"], "--device must be auto, cpu or cuda"),
+        (["--ray_address", "auto"], "--ray_address needs --replicas"),
+        (["--enable_restart", "true"], "--enable_restart needs --replicas"),
+    ],
+)
+def test_options_of_replicas_that_cannot_be_are_refused(argv, named, capsys):
+    with pytest.raises(SystemExit):
+        parse(*argv)
+    assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", DECODING_FLAGS)

@@ -352,7 +352,7 @@ class ServerConfig:
         group="replicas",
         metavar="N",
         low=0,
-        default_text="one for each device of tensor_parallel_size where the cluster has GPUs, else 0",
+        default_text="tensor_parallel_size where the cluster has GPUs, else 0",
         help="GPUs that each replica asks Ray for.",
     )
     replica_cpus: float = _setting(

@@ -20,6 +20,7 @@ def test_a_load_that_stays_brings_what_it_needs() -> None:
     assert scaler.look(250, now=0) == 1
     assert scaler.look(250, now=UP_AFTER_SECONDS - 0.1) == 1
     assert scaler.look(250, now=UP_AFTER_SECONDS) == 3
+    assert scaler.look(250, now=5) == 3
     assert scaler.look(10_000, now=10) == 3
     assert scaler.look(10_000, now=10 + UP_AFTER_SECONDS) == 4
 
