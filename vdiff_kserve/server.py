@@ -30,6 +30,7 @@ from vdiff_kserve.model import DiffusionModel
 from vdiff_kserve.observability.requests import count_refusal
 from vdiff_kserve.openai import handlers
 from vdiff_kserve.openai.dataplane import EngineDataPlane, FixedRepository, OpenRepository
+from vdiff_kserve.openai.document import describe
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.guards import Access, RpcGuard
 from vdiff_kserve.openai.paths import PAGES
@@ -170,6 +171,7 @@ class HttpServer(RESTServer):  # type: ignore[misc]
         app.include_router(root)
         register_v1_endpoints(app, self.dataplane, self.model_repository_extension)
         register_v2_endpoints(app, self.dataplane, self.model_repository_extension)
+        describe(app)
 
     def _add_exception_handlers(self, app: FastAPI) -> None:
         super()._add_exception_handlers(app)

@@ -104,7 +104,7 @@ def test_v1_model_and_list(http: httpx.Client) -> None:
     assert one["name"] == "ref"
     assert one["ready"] is True
     assert http.post("/v1/models/nope:predict", json={"instances": ["x"]}).status_code == 404
-    assert http.post("/v1/models/tiny:explain", json={"instances": ["x"]}).status_code == 501
+    assert http.post("/v1/models/tiny:explain", json={"instances": ["x"]}).status_code == 404
 
 
 def test_v2_answers_a_tensor_of_prompts(http: httpx.Client) -> None:

@@ -37,6 +37,7 @@ KSERVE_ERRORS: dict[type[Exception], HTTPStatus] = {
     ModelNotReady: HTTPStatus.SERVICE_UNAVAILABLE,
     ServerNotLive: HTTPStatus.SERVICE_UNAVAILABLE,
     ServerNotReady: HTTPStatus.SERVICE_UNAVAILABLE,
+    NotImplementedError: HTTPStatus.NOT_FOUND,  # versions of a model, explanations
 }
 """KServe's own handlers for these answer the same, but log each with a traceback."""
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from vdiff_kserve import __version__
 from vdiff_kserve.observability import metrics
@@ -21,7 +21,6 @@ from vdiff_kserve.openai.protocol import (
     ChatCompletionRequest,
     Completion,
     CompletionRequest,
-    ErrorResponse,
     ModelCard,
     ModelList,
 )
@@ -35,31 +34,6 @@ from vdiff_kserve.openai.tokens import (
     TokenizeResponse,
 )
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    HTTPStatus.BAD_REQUEST.value: {"model": ErrorResponse, "description": "The request is wrong."},
-    HTTPStatus.UNAUTHORIZED.value: {
-        "model": ErrorResponse,
-        "description": "The server wants an API key, and this is none.",
-    },
-    HTTPStatus.NOT_FOUND.value: {"model": ErrorResponse, "description": "No such model."},
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value: {
-        "model": ErrorResponse,
-        "description": "The body is too long.",
-    },
-    HTTPStatus.TOO_MANY_REQUESTS.value: {
-        "model": ErrorResponse,
-        "description": "The queue is full, or you asked too often; `Retry-After` says when to try "
-        "again.",
-    },
-    HTTPStatus.INTERNAL_SERVER_ERROR.value: {
-        "model": ErrorResponse,
-        "description": "The model failed on this request.",
-    },
-    HTTPStatus.SERVICE_UNAVAILABLE.value: {
-        "model": ErrorResponse,
-        "description": "The model is loading or the server is stopping.",
-    },
-}
 STORED_RESPONSE = (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items"))
 """What OpenAI's clients may ask about a response that was stored, behind its id."""
 GENERATION_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
@@ -95,23 +69,17 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
                 handler,
                 methods=["POST"],
                 response_model=None,
-                responses=REFUSALS | {200: {"model": answer, "content": GENERATION_STREAM}},
+                responses={200: {"model": answer, "content": GENERATION_STREAM}},
                 dependencies=[Depends(only_json)],
                 tags=["OpenAI"],
             )
-        for path, method in (
-            ("", "GET"),
-            ("", "DELETE"),
-            ("/cancel", "POST"),
-            ("/input_items", "GET"),
-        ):
+        for method, path in STORED_RESPONSE:
             router.add_api_route(
                 f"{prefix}{RESPONSES}/{{response_id}}{path}",
                 stored_response,
                 methods=[method],
                 response_model=None,
                 status_code=HTTPStatus.NOT_FOUND,
-                responses={code: REFUSALS[code] for code in (401, 404, 429)},
                 tags=["OpenAI"],
             )
         router.add_api_route(f"{prefix}/models", models.all, methods=["GET"], tags=["OpenAI"])
@@ -119,7 +87,6 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
             f"{prefix}/models/{{model_name:path}}",
             models.one,
             methods=["GET"],
-            responses={code: REFUSALS[code] for code in (401, 404, 429, 503)},
             tags=["OpenAI"],
         )
     tokens = _Tokens(dataplane, default_model)
@@ -128,16 +95,10 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
             path,
             convert,
             methods=["POST"],
-            responses=REFUSALS,
             dependencies=[Depends(only_json)],
             tags=["Tokens"],
         )
-    server = _Server(dataplane)
-    router.add_api_route("/health", server.health, methods=["GET"], tags=["Server"])
-    router.add_api_route("/ping", server.health, methods=["GET", "POST"], tags=["Server"])
-    router.add_api_route("/load", server.load, methods=["GET"], tags=["Server"])
-    router.add_api_route("/version", server.version, methods=["GET"], tags=["Server"])
-    router.add_api_route("/metrics", server.metrics, methods=["GET"], tags=["Server"])
+    _add_server_routes(router, _Server(dataplane))
     return router
 
 
@@ -152,6 +113,17 @@ def restart_router(restart: Callable[[], None]) -> APIRouter:
 
     router.add_api_route("/admin/restart", begin, methods=["POST"], tags=["Server"])
     return router
+
+
+def _add_server_routes(router: APIRouter, server: _Server) -> None:
+    for path, methods, handler, kind in (
+        ("/health", ["GET"], server.health, Response),
+        ("/ping", ["GET", "POST"], server.health, Response),
+        ("/load", ["GET"], server.load, JSONResponse),
+        ("/version", ["GET"], server.version, JSONResponse),
+        ("/metrics", ["GET"], server.metrics, PlainTextResponse),
+    ):
+        router.add_api_route(path, handler, methods=methods, response_class=kind, tags=["Server"])
 
 
 class _Generation:
