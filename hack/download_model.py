@@ -27,7 +27,7 @@ from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, filter_repo_objects
 
 INCLUDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-"""What a checkpoint needs; `vdiff_kserve.checkpoint` downloads the same."""
+"""What a checkpoint needs; `vdiff_kserve.hub` downloads the same."""
 SPARE_BYTES = 1 << 28
 CHUNK_BYTES = 1 << 22
 PART = ".part"

@@ -92,12 +92,15 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     values = {int: "3", float: "0.5", str: "text"}
     special = {"model_dir": str(tmp_path), "dtype": "float16", "device": "cuda:1"}
     special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
-    special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
     special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
-    special |= {"replica_memory": "3GiB", "replicas": "1:4"}
+    special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
+    special |= {"replica_memory": "3GiB", "replicas": "1:4", "dcp_path": str(tmp_path)}
     of_replicas = {"ray_address": "auto", "ray_dashboard": "true", "enable_restart": "true"}
     special |= of_replicas
     others = {"VDIFF_REPLICAS": "2"} if name in of_replicas else {}
+    others |= {"revision": {"VDIFF_MODEL_ID": "a/b"}}.get(name, {})
+    others |= {"dcp_path": {"VDIFF_BASE_MODEL": "a/b"}}.get(name, {})
+    others |= {"base_model": {"VDIFF_DCP_PATH": str(tmp_path)}}.get(name, {})
     values[bool] = "false"
     text = special.get(name, values[SETTINGS[name].kind])
     value = getattr(parse(**others, **{f"VDIFF_{name.upper()}": text}), name)
@@ -236,6 +239,10 @@ def test_two_models_contradict_each_other(capsys):
         ("--temperature 2.5", "--temperature: must be a number from 0 to 2, got 2.5"),
         ("--dtype fp8", "--dtype: must be one of auto, bfloat16, float16, float32, half, float"),
         ("--device gpu", "--device: must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("--revision v1", "--revision is for --model_id, --model and --base_model"),
+        ("--base_model a/b", "--dcp_path and --base_model need each other; give both"),
+        ("--dcp_path . --base_model a/b/c", "must be a folder that exists or a hub id"),
+        ("--dcp_path /no/such --base_model a/b", "--dcp_path must be a folder that exists"),
         ("--model_id a/b/c", "--model_id: must be a hub id such as GSAI-ML/LLaDA-8B-Instruct"),
         ("--model ./none", "--model must be a folder that exists or a hub id such as"),
         ("--model_dir /none", "--model_dir must be a folder that exists, got '/none'"),

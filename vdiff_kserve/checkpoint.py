@@ -1,35 +1,50 @@
-"""Where the served checkpoint is: in a folder, on the Hugging Face hub, or inside the package."""
+"""Where the served checkpoint is: a folder, the hub, a training run's, or inside the package."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
+from vdiff_kserve import hub
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.models import CheckpointError
 
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_AUXILIARY = "apd"
 """Folder of the auxiliary model inside the embedded one; they share a tokenizer."""
-DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+CONVERTED = "converted"
+"""Folder inside the cache folder."""
 
 
 def find_checkpoint(config: ServerConfig) -> Path:
-    """The folder of the checkpoint; one on the hub is downloaded, with progress bars.
+    """The folder of the checkpoint; one on the hub is downloaded, a training run's is converted.
 
     Raises:
         CheckpointError: it cannot be had.
     """
     if config.checkpoint_dir is not None:
         return config.checkpoint_dir
-    if config.hub_id is None:
-        return EMBEDDED
+    if config.hub_id is not None:
+        return hub.download(config.hub_id, config.revision)
+    return EMBEDDED if config.dcp_path is None else _converted(config)
+
+
+def _converted(config: ServerConfig) -> Path:
+    """The converted DCP directory, from the cache folder when an earlier start left it there."""
+    from vdiff_kserve.convert import Conversion, convert  # seconds, for torch's part of it
+
+    assert config.dcp_path is not None
+    assert config.base_model is not None
+    source = Path(config.dcp_path)
+    conversion = Conversion(source, config.base_model, config.revision)
+    name = f"{source.resolve().name}-{conversion.fingerprint[:16]}"
+    output = Path(config.cache_dir).expanduser() / CONVERTED / name
     try:
-        return Path(snapshot_download(config.hub_id, allow_patterns=list(DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"{config.hub_id} cannot be downloaded: {error}") from error
+        convert(conversion, output)
+    except OSError as error:
+        raise CheckpointError(
+            f"{source} cannot be converted into --cache_dir {config.cache_dir}: {error}"
+        ) from error
+    return output
 
 
 def auxiliary_checkpoint(config: ServerConfig, folder: Path) -> Path | None:

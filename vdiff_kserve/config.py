@@ -26,7 +26,7 @@ from vdiff_kserve.decoding import DECODING_FIELDS, PROFILES
 from vdiff_kserve.setting import SIZE, ConfigError, Kind, Setting
 
 DIFFUSION_FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe", "fast_dllm_v2")
-MODEL_SOURCES = ("model_dir", "model_id", "model")
+MODEL_SOURCES = ("model_dir", "model_id", "model", "dcp_path")
 WORKERS_REASON = (
     "each further worker is a process that would need the whole model, and KServe cannot hand a "
     "loaded model to it. Requests are batched inside the one worker; for more, run more servers"
@@ -114,6 +114,38 @@ class ServerConfig:
         low=0,
         default_text="of config.json, else of the tokenizer, else of the family",
         help="The token that stands for a position not yet written.",
+    )
+    revision: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="REVISION",
+        default_text="the main branch",
+        help="Branch, tag or commit of a checkpoint, or of a base model, on the hub.",
+    )
+    dcp_path: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="DIR",
+        default_text="the embedded model",
+        help="PyTorch Distributed Checkpoint of a training run, such as NeMo-RL writes; converted "
+        "at the first start.",
+    )
+    base_model: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="DIR_OR_ID",
+        default_text="none",
+        help="With --dcp_path: the model that was trained, for its configuration and tokenizer.",
+    )
+    cache_dir: str = _setting(
+        str,
+        "~/.cache/vdiff_kserve",
+        group="model",
+        metavar="DIR",
+        help="Where converted checkpoints are kept. Downloads are kept below HF_HOME.",
     )
     dtype: str = _setting(
         str,
@@ -450,7 +482,18 @@ class ServerConfig:
             raise ConfigError(f"{flags} contradict each other; give one of them")
         if self.model_dir and not Path(self.model_dir).is_dir():
             raise ConfigError(f"--model_dir must be a folder that exists, got {self.model_dir!r}")
+        if (self.dcp_path is None) != (self.base_model is None):
+            raise ConfigError("--dcp_path and --base_model need each other; give both")
+        if self.dcp_path and not Path(self.dcp_path).is_dir():
+            raise ConfigError(f"--dcp_path must be a folder that exists, got {self.dcp_path!r}")
         hub = SETTINGS["model_id"]
+        if self.base_model and not Path(self.base_model).is_dir() and hub.problem(self.base_model):
+            raise ConfigError(
+                f"--base_model must be a folder that exists or {hub.allowed}, got "
+                f"{self.base_model!r}"
+            )
+        if self.revision and self.hub_id is None and self.base_model is None:
+            raise ConfigError("--revision is for --model_id, --model and --base_model")
         if self.model and self.checkpoint_dir is None and hub.problem(self.model):
             raise ConfigError(
                 f"--model must be a folder that exists or {hub.allowed}, got {self.model!r}"

@@ -2,6 +2,9 @@
 # Serve a model as a Slurm job: hack/slurm/serve.sh [OPTION ...] [-- SERVER_OPTION ...]
 #
 #   --model PATH_OR_ID    checkpoint folder or hub id (the embedded model)
+#   --dcp PATH            instead: a training run's distributed checkpoint, converted at first start
+#   --base-model PATH_OR_ID   with --dcp: the model that was trained
+#   --cache PATH          where converted checkpoints are kept (~/.cache/vdiff_kserve)
 #   --name NAME           model name in requests, and the job's name (llada)
 #   --account NAME        who pays
 #   --partition NAME      where to run
@@ -24,16 +27,17 @@ fail() {
     exit 2
 }
 
-model= name=llada account= partition= gpus=1 cpus=8 memory=32G time=04:00:00
+model= dcp= base_model= cache=$HOME/.cache/vdiff_kserve name=llada account= partition= gpus=1 cpus=8 memory=32G time=04:00:00
 container= python=python port=0 dry_run=
 while [ $# -gt 0 ]; do
     case $1 in
-        -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$0" && exit ;;
+        -h | --help) sed -n '2,23s/^# \{0,1\}//p' "$0" && exit ;;
         --dry-run) dry_run=yes && shift ;;
-        --model | --name | --account | --partition | --gpus | --cpus | --memory | --time | \
+        --model | --dcp | --base-model | --cache | --name | --account | --partition | --gpus | --cpus | --memory | --time | \
             --container | --python | --port)
             [ $# -gt 1 ] || fail "$1 needs a value"
-            printf -v "${1#--}" %s "$2"
+            option=${1#--}
+            printf -v "${option//-/_}" %s "$2"
             shift 2
             ;;
         --) shift && break ;;
@@ -42,24 +46,34 @@ while [ $# -gt 0 ]; do
 done
 [[ $gpus =~ ^[0-9]+$ ]] || fail "--gpus must be a number, got $gpus"
 [[ $port =~ ^[0-9]+$ ]] || fail "--port must be a number, got $port"
+[ -z "$model" ] || [ -z "$dcp" ] || fail "--model and --dcp contradict each other"
+[ -z "$dcp$base_model" ] || { [ -n "$dcp" ] && [ -n "$base_model" ]; } ||
+    fail "--dcp and --base-model need each other"
 [[ $name =~ ^[A-Za-z0-9._-]+$ ]] || fail "--name must be letters, digits, dots and dashes, got $name"
 
 state=${VDIFF_SLURM_DIR:-$HOME/.cache/vdiff-slurm}
 server=("$python" -m vdiff_kserve --model_name "$name" --port "$port" --enable_grpc false)
 [ -z "$model" ] || server+=(--model "$model")
+[ -z "$dcp" ] || server+=(--dcp_path "$dcp" --base_model "$base_model" --cache_dir "$cache")
 server+=("$@")
+
+mounts=()
+for path in "$model" "$dcp" "$base_model"; do
+    [ ! -e "$path" ] || mounts+=("$path:$path:ro")
+done
+[ -z "$dcp" ] || mounts+=("$cache:$cache")
 
 case $container in
     "") runner=() ;;
     *.sif)
         runner=(apptainer exec)
         [ "$gpus" = 0 ] || runner+=(--nv)
-        [ ! -e "$model" ] || runner+=(--bind "$model:$model:ro")
+        for mount in ${mounts[@]+"${mounts[@]}"}; do runner+=(--bind "$mount"); done
         runner+=("$container")
         ;;
     *)
         runner=(srun "--container-image=$container")
-        [ ! -e "$model" ] || runner+=("--container-mounts=$model:$model:ro")
+        [ ${#mounts[@]} = 0 ] || runner+=("--container-mounts=$(IFS=, && echo "${mounts[*]}")")
         ;;
 esac
 
@@ -87,6 +101,7 @@ if [ -n "$dry_run" ]; then
     exit
 fi
 mkdir -p "$state"
+[ -z "$dcp" ] || mkdir -p "$cache"
 number=$(job | sbatch --parsable)
 number=${number%%;*}
 echo "$number" >"$state/latest"

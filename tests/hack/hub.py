@@ -7,8 +7,11 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
+
+import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors",)
@@ -22,6 +25,9 @@ class Hub:
         ranges: first byte of every download, by name.
         broken: names whose contents arrive damaged.
         stall_after: bytes after which downloads stop without an end; None lets them finish.
+        revisions: branches and tags that there are.
+        refusal: status and error code with which everything is refused; None answers.
+        tokens: what clients sent to prove who they are.
     """
 
     def __init__(self, model_id: str, files: dict[str, bytes]) -> None:
@@ -30,6 +36,9 @@ class Hub:
         self.ranges: dict[str, list[int]] = {}
         self.broken: set[str] = set()
         self.stall_after: int | None = None
+        self.revisions = {"main", COMMIT}
+        self.refusal: tuple[int, str] | None = None
+        self.tokens: set[str | None] = set()
         self.released = threading.Event()
         self._server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
@@ -46,6 +55,15 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
 
+    def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Let this process download from here into `cache`; it reads the environment only once."""
+        constants = "huggingface_hub.constants"
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(f"{constants}.ENDPOINT", self.url)
+        monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
+
     def info(self) -> dict:
         return {
             "id": self.model_id,
@@ -60,6 +78,20 @@ class Hub:
                 for name, data in self.files.items()
             ],
         }
+
+    def tree(self) -> list[dict]:
+        files = []
+        for name, data in self.files.items():
+            large = lfs(name, data).get("lfs")
+            files.append(
+                {"type": "file", "path": name, "size": len(data), "oid": git_hash(data)}
+                | (
+                    {"lfs": {"oid": large["sha256"], "size": len(data), "pointerSize": 134}}
+                    if large
+                    else {}
+                )
+            )
+        return files
 
 
 def lfs(name: str, data: bytes) -> dict:
@@ -79,9 +111,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
+        self.hub.tokens.add(self.headers.get("Authorization"))
+        if self.hub.refusal is not None:
+            status, code = self.hub.refusal
+            return self.send(b"{}", status, {"X-Error-Code": code})
         if path.startswith(f"/api/models/{self.hub.model_id}"):
-            return self.send(json.dumps(self.hub.info()).encode())
+            return self.send_description(path.removeprefix(f"/api/models/{self.hub.model_id}"))
         return self.send_file(path)
+
+    def send_description(self, path: str) -> None:
+        kind, _, revision = path.strip("/").partition("/")
+        if revision and revision not in self.hub.revisions:
+            return self.send(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
+        about = self.hub.tree() if kind == "tree" else self.hub.info()
+        return self.send(json.dumps(about).encode())
 
     do_HEAD = do_GET
 

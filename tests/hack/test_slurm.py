@@ -74,8 +74,35 @@ def test_a_container_image_runs_the_server(image, runner):
     assert runner in dry_run("--container", image)
 
 
+def test_a_training_run_is_served_with_its_base_model(tmp_path):
+    run, base, cache = (tmp_path / name for name in ("run", "base", "cache"))
+    run.mkdir()
+    base.mkdir()
+    paths = ("--dcp", str(run), "--base-model", str(base), "--cache", str(cache))
+    config = parse_args(server_options(dry_run(*paths)), {})
+    assert (config.dcp_path, config.base_model) == (str(run), str(base))
+    assert config.cache_dir == str(cache)
+    mounts = f"{run}:{run}:ro,{base}:{base}:ro,{cache}:{cache}"
+    assert rf"--container-mounts={mounts} ".replace(",", r"\,") in dry_run(
+        *paths, "--container", "i"
+    )
+    bound = f"--bind {run}:{run}:ro --bind {base}:{base}:ro --bind {cache}:{cache} "
+    assert bound in dry_run(*paths, "--container", "i.sif")
+    assert not cache.exists()
+
+
 @pytest.mark.parametrize(
-    "wrong", [("--gpu", "1"), ("--gpus", "one"), ("--model",), ("--name", "a b"), ("--port", "x")]
+    "wrong",
+    [
+        ("--dcp", "x"),
+        ("--base-model", "x"),
+        ("--model", "x", "--dcp", "y", "--base-model", "z"),
+        ("--gpu", "1"),
+        ("--gpus", "one"),
+        ("--model",),
+        ("--name", "a b"),
+        ("--port", "x"),
+    ],
 )
 def test_wrong_options_are_refused(wrong):
     done = subprocess.run(

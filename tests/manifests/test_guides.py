@@ -20,8 +20,8 @@ from vdiff_kserve.command_line import kserve_options, plain
 from vdiff_kserve.config import ALL_SETTINGS, parse_args
 
 PAGES = (
-    "api", "deployment", "getting-started", "kserve", "migration-from-vllm", "openshift-ai",
-    "operations", "security", "troubleshooting",
+    "api", "checkpoints", "deployment", "getting-started", "kserve", "migration-from-vllm",
+    "openshift-ai", "operations", "security", "troubleshooting",
 )  # fmt: skip
 NOT_RUN = {
     "cluster": r"need a cluster",
@@ -34,7 +34,8 @@ NOT_RUN = {
 }
 """What the word after `sh` says a block needs, and what its page must say then."""
 FOREIGN = {
-    "dry_run", "gpu_memory", "trust_remote_code", "tensor_parallel_size", "upgrade",
+    "base_model", "check", "dcp", "dry_run", "dtype", "gpu_memory", "prefix", "shard_size",
+    "tensor_parallel_size", "trust_remote_code", "upgrade", "verify",
 }  # fmt: skip
 """Options of other programs that the texts name."""
 

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from vdiff_kserve import checkpoint as checkpoints
 from vdiff_kserve import model as models
@@ -81,20 +80,9 @@ async def test_a_failed_load_is_raised(tmp_path: Path) -> None:
     assert not await model.healthy()
 
 
-def test_the_checkpoint_is_a_folder_or_embedded_or_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_checkpoint_is_a_folder_or_embedded(tmp_path: Path) -> None:
     assert checkpoints.find_checkpoint(ServerConfig()) == checkpoints.EMBEDDED
     assert checkpoints.find_checkpoint(config(str(tmp_path))) == tmp_path
-    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: str(tmp_path))
-    assert checkpoints.find_checkpoint(ServerConfig(model_id="a/b")) == tmp_path
-
-    def fail(*_: object, **__: object) -> str:
-        raise LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(checkpoints, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=r"a/b cannot be downloaded.*no network"):
-        checkpoints.find_checkpoint(ServerConfig(model_id="a/b"))
 
 
 def access(method: str, path: str, status: int) -> logging.LogRecord:

@@ -1,4 +1,4 @@
-"""Tensors of safetensors files, by plain reads into memory that is there already.
+"""Tensors of safetensors files, read and written by plain reads and writes, one at a time.
 
 A file mapped to memory counts as the process's own, arrives page by page, and is slow on network
 file systems; so files are read in pieces, several at once, each straight to where it is wanted.
@@ -6,6 +6,7 @@ file systems; so files are read in pieces, several at once, each straight to whe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -16,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +41,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -196,3 +199,42 @@ def _read_fully(descriptor: int, target: Tensor, position: int) -> bool:
         memory = memory[count:]
         position += count
     return True
+
+
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, so that none but the current one is in memory.
+
+    Args:
+        layout: dtype and shape of every tensor by name, in the order in which they will come.
+
+    Attributes:
+        sha256: of what is written so far.
+    """
+
+    def __init__(
+        self, stream: IO[bytes], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> None:
+        self._stream = stream
+        self._layout = layout
+        self.sha256 = hashlib.sha256()
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in layout.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._write(len(text).to_bytes(8, "little") + text)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor; it must be the next one of the layout."""
+        assert (tensor.dtype, tuple(tensor.shape)) == self._layout[name], name
+        self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self.sha256.update(data)
