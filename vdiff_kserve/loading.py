@@ -25,11 +25,14 @@ from vdiff_kserve.models import (
     CheckpointError,
     Decoder,
     Hints,
+    LanguageModel,
     ModelSpec,
     check_same_vocabulary,
     choose_device,
     choose_dtype,
+    is_causal,
     load_causal_decoder,
+    load_causal_model,
     load_decoder,
     load_tokenizer,
     with_end_of_turn,
@@ -107,13 +110,19 @@ def load_model(
     tokenizer = load_tokenizer(folder)
     mesh = None if rank is None else rank.mesh
     hints = _hints(config, folder, tokenizer)
-    decoder, spec = load_decoder(folder, device, dtype, mesh, hints)
+    model: LanguageModel
+    if hints.family is None and is_causal(folder):
+        model, spec = load_causal_model(folder, device, dtype, mesh)
+    else:
+        model, spec = load_decoder(folder, device, dtype, mesh, hints)
     spec = with_end_of_turn(spec, tokenizer)
+    if spec.autoregressive and config.apd_model is not None:
+        raise CheckpointError("--apd_model is for diffusion models; this one is autoregressive")
     auxiliary = _load_auxiliary(config, folder, tokenizer, device, dtype)
     limits = _limits(config, spec, has_auxiliary=auxiliary is not None)
     lockstep = None if rank is None else rank.lockstep
-    engine_config = _engine_config(config, decoder, limits, observer, lockstep)
-    engine = Engine(decoder, spec, engine_config, auxiliary)
+    engine_config = _engine_config(config, model, limits, observer, lockstep)
+    engine = Engine(model, spec, engine_config, auxiliary)
     if lockstep is None or lockstep.leads:
         engine.start()
     loaded = LoadedModel(
@@ -145,14 +154,14 @@ def _hints(config: ServerConfig, folder: Path, tokenizer: PreTrainedTokenizerFas
 
 def _engine_config(
     config: ServerConfig,
-    decoder: Decoder,
+    model: LanguageModel,
     limits: ServingLimits,
     observer: RoundObserver | None,
     lockstep: Lockstep | None,
 ) -> EngineConfig:
     budget = config.max_num_batched_tokens
     if budget is None:
-        budget = measured_token_budget(decoder, limits.max_model_len)
+        budget = measured_token_budget(model, limits.max_model_len)
         budget = budget if lockstep is None else lockstep.least(budget)
     return EngineConfig(
         max_num_seqs=config.max_num_seqs,
@@ -194,6 +203,8 @@ def _limits(config: ServerConfig, spec: ModelSpec, has_auxiliary: bool) -> Servi
         has_auxiliary=has_auxiliary,
         allows_apd=config.enable_apd,
         sub_blocks=spec.sub_blocks,
+        autoregressive=spec.autoregressive,
+        cacheable=spec.cacheable,
     )
     profiles = {
         name: DecodingParams(**({"block_length": spec.block_length} | dict(changes)))

@@ -102,15 +102,19 @@ def size(
         CheckpointError: a `config.json` that is missing, or of no family that is served.
     """
     config = CheckpointConfig.read(model_dir)
-    spec = find_by_architecture(config, FAMILIES).read_spec(config)
-    decoders = [spec.decoder]
+    if any(name in CAUSAL_FORMATS for name in config.architectures):
+        decoders = [find_by_architecture(config, CAUSAL_FORMATS).read_decoder(config)]
+        longest = config.integer("max_position_embeddings")
+    else:
+        spec = find_by_architecture(config, FAMILIES).read_spec(config)
+        decoders, longest = [spec.decoder], spec.max_model_len
     if auxiliary_dir is not None:
         causal = CheckpointConfig.read(auxiliary_dir)
         decoders.append(find_by_architecture(causal, CAUSAL_FORMATS).read_decoder(causal))
     return Sizing(
         weights=sum(weight_bytes(each, dtype) for each in decoders),
         per_token=sum(bytes_per_token(each, dtype) for each in decoders),
-        request_tokens=request_tokens or spec.max_model_len,
+        request_tokens=request_tokens or longest,
         memory=memory,
         utilization=utilization,
     )

@@ -18,6 +18,7 @@ from vdiff_kserve.sampler import SCHEDULED_POLICIES, CacheMode, DecodingParams, 
 BIDIRECTIONAL = ModelTraits(block_causal=False, block_length=32, has_auxiliary=True)
 BLOCK_CAUSAL = ModelTraits(block_causal=True, block_length=4, has_auxiliary=False)
 SUB_BLOCKS = replace(BLOCK_CAUSAL, block_length=32, sub_blocks=True)
+AUTOREGRESSIVE = replace(BLOCK_CAUSAL, block_length=1, autoregressive=True)
 EXACT = DecodingParams()
 FAST = DecodingParams(policy="threshold", threshold=0.8, cache="dual", max_lookahead=64)
 PROFILE_PARAMS = {"exact": EXACT, "fast": FAST}
@@ -177,6 +178,48 @@ def test_a_model_with_smaller_blocks_decodes_in_any_that_fit_its_own() -> None:
     assert "divide 32" in str(refusal(default, SUB_BLOCKS, block_length=12))
     assert "none, exact, dual" in str(refusal(default, SUB_BLOCKS, cache="prefix"))
     assert refusal(default, SUB_BLOCKS, policy="edit").response.error.param == "policy"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"threshold": 0.8},
+        {"policy": "entropy"},
+        {"steps": 4},
+        {"block_length": 1},
+        {"cfg_scale": 1.0},
+        {"profile": "fast"},
+        {"apd": True},
+        {"max_lookahead": 8},
+    ],
+)
+def test_an_autoregressive_model_refuses_what_only_diffusion_has(given: dict[str, Any]) -> None:
+    error = refusal(traits=AUTOREGRESSIVE, **given)
+    assert error.response.error.param == next(iter(given))
+    assert "autoregressive" in str(error)
+
+
+def test_an_autoregressive_model_samples_and_caches() -> None:
+    default = DecodingParams(block_length=1, cache="exact")
+    params = decode(default, AUTOREGRESSIVE, temperature=0.7, top_p=0.9, top_k=4, apd=False)
+    assert params == replace(default, temperature=0.7, top_p=0.9, top_k=4)
+    assert decode(default, AUTOREGRESSIVE, use_cache=False).cache == "none"
+    assert decode(default, AUTOREGRESSIVE, use_cache=True).cache == "exact"
+    assert "none, exact" in str(refusal(default, AUTOREGRESSIVE, cache="dual"))
+    assert refusal(default, AUTOREGRESSIVE, temperature=-1.0).response.error.param == "temperature"
+    uncached = replace(AUTOREGRESSIVE, cacheable=False)
+    default = replace(default, cache="none")
+    assert "one of none for" in str(refusal(default, uncached, cache="exact"))
+    assert report(params, 16, AUTOREGRESSIVE) == {
+        "policy": "autoregressive",
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 4,
+        "min_p": 0.0,
+        "cache": "exact",
+        "max_tokens": 16,
+        "seed": 0,
+    }
 
 
 def test_a_server_without_apd_refuses_it() -> None:

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from vdiff_kserve.models import Decoder, ForwardBatch
+from vdiff_kserve.models import ForwardBatch, LanguageModel
 
 REFRESH_SECONDS = 0.25
 """How much longer than a round of cached passes a round may take for the sake of whole ones."""
@@ -16,7 +16,7 @@ SAMPLE_TOKENS = 256
 
 
 @torch.inference_mode()
-def measured_token_budget(decoder: Decoder, longest: int) -> int:
+def measured_token_budget(decoder: LanguageModel, longest: int) -> int:
     """Tokens whose forward pass takes about `REFRESH_SECONDS` on this machine: a power of two.
 
     Args:
@@ -29,7 +29,7 @@ def measured_token_budget(decoder: Decoder, longest: int) -> int:
     return max(LEAST, min(MOST, 1 << (affordable.bit_length() - 1)))
 
 
-def _seconds(decoder: Decoder, batch: ForwardBatch) -> float:
+def _seconds(decoder: LanguageModel, batch: ForwardBatch) -> float:
     started = time.perf_counter()
     decoder(batch)
     if decoder.device.type == "cuda":

@@ -32,7 +32,7 @@ from vdiff_kserve.engine.row_kinds import make_row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import FollowingScheduler, Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
-from vdiff_kserve.models import Decoder, ModelSpec
+from vdiff_kserve.models import LanguageModel, ModelSpec
 
 Inbox = SimpleQueue[GenerationEvent | EngineError]
 
@@ -87,10 +87,10 @@ class Engine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: LanguageModel,
         spec: ModelSpec,
         config: EngineConfig,
-        auxiliary: Decoder | None = None,
+        auxiliary: LanguageModel | None = None,
         grammars: Grammars | None = None,
     ) -> None:
         self.grammars = grammars
@@ -107,10 +107,10 @@ class Engine:
         self._auxiliary_cache = others[0] if others else None
         self._prefixes: PrefixCache | None = None
         if spec.block_causal and config.enable_prefix_caching:
-            self._prefixes = PrefixCache(self._cache, spec.block_length)
+            self._prefixes = PrefixCache(self._cache, spec.prefix_block_length)
         self._memory = RowMemory(self._cache, self._auxiliary_cache, self._prefixes)
         self._runner = ModelRunner(decoder, spec, self._cache, auxiliary, self._auxiliary_cache)
-        self._scheduler = self._make_scheduler(decoder.config.num_layers)
+        self._scheduler = self._make_scheduler(decoder.stages)
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
 
     @property
@@ -207,12 +207,12 @@ class Engine:
         make_row = partial(self.make_row, sink=lambda _: None)
         return FollowingScheduler(self._memory, slots, budget, num_layers, lockstep, make_row)
 
-    def _cache_tokens(self, decoders: Sequence[Decoder]) -> int:
+    def _cache_tokens(self, decoders: Sequence[LanguageModel]) -> int:
         """Canvas tokens for which all models' caches have room, on every rank."""
         tokens, lockstep = self._own_cache_tokens(decoders), self.config.lockstep
         return tokens if lockstep is None else lockstep.least(tokens)
 
-    def _own_cache_tokens(self, decoders: Sequence[Decoder]) -> int:
+    def _own_cache_tokens(self, decoders: Sequence[LanguageModel]) -> int:
         config = self.config
         if config.kv_cache_tokens is not None:
             return config.kv_cache_tokens

@@ -17,7 +17,7 @@ from vdiff_kserve.engine.request import (
     GenerationStats,
     TokenLogprob,
 )
-from vdiff_kserve.models import LayerwisePass, ModelSpec, RowSpan
+from vdiff_kserve.models import ForwardPass, ModelSpec, RowSpan
 from vdiff_kserve.sampler import (
     DecodingParams,
     Evidence,
@@ -72,14 +72,14 @@ class Row:
         self.sink = sink
         self.prompt_length = len(request.prompt_ids)
         self.answer_end = self.prompt_length + request.max_tokens
-        self.canvas = torch.full((self._canvas_length(spec),), spec.mask_token_id)
+        self.canvas = torch.full((self._canvas_length(spec),), spec.mask_token_id or 0)
         self.canvas[: self.prompt_length] = torch.tensor(request.prompt_ids)
         self.masked = torch.arange(len(self.canvas)) >= self.prompt_length
         self.frontier = self.prompt_length
         self.aborted = False
         self.place = (request.priority, 0)
         self.last_round = 0
-        self.begun_pass: LayerwisePass | None = None
+        self.begun_pass: ForwardPass | None = None
         self.cached_tokens = 0
         self.pass_kind: PassKind = "refresh"
         self.finished_block_steps: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vdiff_kserve.engine.autoregressive import AutoregressiveRow
 from vdiff_kserve.engine.request import EventSink, GenerationRequest
 from vdiff_kserve.engine.row import Decision, PassKind, Row
 from vdiff_kserve.engine.sub_blocks import SubBlockRow
@@ -198,6 +199,8 @@ def make_row(
     """The row of a request, of the kind that its policy needs."""
     if request.decoding.policy == "apd" and has_auxiliary:
         return ApdRow(request, sink, spec)
+    if spec.autoregressive:
+        return AutoregressiveRow(request, sink, spec)
     if spec.sub_blocks:
         return SubBlockRow(request, sink, spec)
     row_class: type[Row]

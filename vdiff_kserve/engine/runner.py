@@ -14,14 +14,7 @@ from vdiff_kserve.engine.grammar_rows import GrammarRow
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
-from vdiff_kserve.models import (
-    Decoder,
-    ForwardBatch,
-    LayerwisePass,
-    ModelSpec,
-    RowSpan,
-    VocabShard,
-)
+from vdiff_kserve.models import ForwardBatch, LanguageModel, ModelSpec, RowSpan, VocabShard
 from vdiff_kserve.sampler import (
     AllowedTokens,
     ConstrainedRow,
@@ -66,10 +59,10 @@ class ModelRunner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: LanguageModel,
         spec: ModelSpec,
         cache: KVCache,
-        auxiliary: Decoder | None = None,
+        auxiliary: LanguageModel | None = None,
         auxiliary_cache: KVCache | None = None,
     ) -> None:
         self._decoder = decoder
@@ -149,7 +142,7 @@ class ModelRunner:
         with self._timed("forward"):
             if row.begun_pass is None:
                 batch = self._pack(_passes([row], self._mask_token_id))
-                row.begun_pass = LayerwisePass(self._decoder, batch)
+                row.begun_pass = self._decoder.begin(batch)
             row.begun_pass.advance(layers)
 
     def _hidden(
@@ -339,16 +332,18 @@ class ModelRunner:
         without_prompt = None if unguided is None else unguided[checked]
         diffusion = constrain(self._logits(hidden[checked], without_prompt, part), part)
         auxiliary = constrain(auxiliary[:, : self._vocab_size], part)
-        diffusion[:, self._special.mask] = -torch.inf
-        if self._special.mask < auxiliary.shape[-1]:
-            auxiliary[:, self._special.mask] = -torch.inf
+        mask = self._special.mask
+        assert mask is not None, "only masks are drafted"
+        diffusion[:, mask] = -torch.inf
+        if mask < auxiliary.shape[-1]:
+            auxiliary[:, mask] = -torch.inf
         suppressed = part.where(lambda p: p.logits_eos_inf)
         if suppressed is not None:
             diffusion[suppressed, self._special.eos] = -torch.inf
         accept[checked] = verify(proposal.token[checked], diffusion, auxiliary, part)
 
 
-def _passes(rows: Sequence[Row], mask_token_id: int) -> list[tuple[Tensor, RowSpan]]:
+def _passes(rows: Sequence[Row], mask_token_id: int | None) -> list[tuple[Tensor, RowSpan]]:
     """The canvases and spans of the rows' passes: a guided row has a second one, whose prompt is
     masked, behind its own."""
     passes = []
@@ -357,6 +352,7 @@ def _passes(rows: Sequence[Row], mask_token_id: int) -> list[tuple[Tensor, RowSp
         passes.append((row.canvas, span))
         if row.params.cfg_scale > 0:
             canvas = row.canvas.clone()
+            assert mask_token_id is not None, "guidance masks the prompt"
             canvas[: row.prompt_length] = mask_token_id
             offset = row.cache_offsets[1] if row.cache_offsets else None
             passes.append((canvas, replace(span, cache_offset=offset)))

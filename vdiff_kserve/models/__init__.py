@@ -1,8 +1,10 @@
 """The architectures, written natively in PyTorch, and the checkpoint loader."""
 
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
+from vdiff_kserve.models.causal import is_causal, load_causal_model
 from vdiff_kserve.models.checkpoint_config import CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig, LayerwisePass
+from vdiff_kserve.models.language_model import ForwardPass, LanguageModel
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.precision import choose_device, choose_dtype
@@ -15,8 +17,10 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "ForwardBatch",
+    "ForwardPass",
     "Hints",
     "KeyValueStore",
+    "LanguageModel",
     "LayerwisePass",
     "ModelSpec",
     "RowSpan",
@@ -25,7 +29,9 @@ __all__ = [
     "check_same_vocabulary",
     "choose_device",
     "choose_dtype",
+    "is_causal",
     "load_causal_decoder",
+    "load_causal_model",
     "load_decoder",
     "load_tokenizer",
     "pack_linear_layers",

@@ -163,13 +163,22 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
+    @property
+    def stages(self) -> int:
+        """A pass may stop after each layer."""
+        return self.config.num_layers
+
+    def begin(self, batch: ForwardBatch) -> LayerwisePass:
+        """A pass of which no layer has run."""
+        return LayerwisePass(self, batch)
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Run the rows of `batch`; the last block computes only the tokens asked for.
 
         Returns:
             hidden states after the final norm, [outputs, hidden_size], rows end to end.
         """
-        whole = LayerwisePass(self, batch)
+        whole = self.begin(batch)
         whole.advance(self.config.num_layers)
         return whole.outputs
 

@@ -68,9 +68,12 @@ def load_decoder(
 
 
 def load_causal_decoder(
-    folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    mesh: DeviceMesh | None = None,
 ) -> Decoder:
-    """Read a causal language model (the auxiliary model of APD), as `load_decoder` does.
+    """Read a causal language model, as `load_decoder` does.
 
     Raises:
         CheckpointError: anything wrong with the folder, in one message.
@@ -78,7 +81,7 @@ def load_causal_decoder(
     config = CheckpointConfig.read(Path(folder))
     causal_format = find_by_architecture(config, CAUSAL_FORMATS)
     decoder_config = causal_format.read_decoder(config)
-    return _load(Path(folder), decoder_config, causal_format.tensor_names, device, dtype)
+    return _load(Path(folder), decoder_config, causal_format.tensor_names, device, dtype, mesh)
 
 
 def _load(

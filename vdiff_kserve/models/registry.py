@@ -85,6 +85,9 @@ def find_by_architecture(config: CheckpointConfig, known: Mapping[str, T]) -> T:
         if architecture in known:
             return known[architecture]
     named = ", ".join(config.architectures) or "nothing"
+    served = ", ".join(known)
+    if known is FAMILIES:
+        served += ", and causal language models that transformers implements"
     raise CheckpointError(
-        f"{config.path}: field `architectures` names {named}; served are {', '.join(known)}"
+        f"{config.path}: field `architectures` names {named}; served are {served}"
     )

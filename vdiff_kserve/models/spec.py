@@ -8,6 +8,8 @@ from typing import Any
 
 from vdiff_kserve.models.decoder import DecoderConfig
 
+AUTOREGRESSIVE_PREFIX_BLOCK = 16
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -15,7 +17,8 @@ class ModelSpec:
 
     Attributes:
         family: short name of the family, for logs and the model list.
-        mask_token_id: the token that stands for "not yet written"; never sampled.
+        mask_token_id: the token that stands for "not yet written"; never sampled. None for a model
+            that has none.
         eos_token_id: ends a text and fills the canvas after it.
         eot_token_id: ends a chat turn; None when the vocabulary has none.
         max_model_len: most tokens of a canvas (prompt and answer).
@@ -24,13 +27,16 @@ class ModelSpec:
             model's authors do, `quality` is the server's default, `fast` gives up some quality.
         sub_blocks: whether the blocks of a block-causal model begin with a token that is predicted
             from the block before, and the rest of them is decoded in smaller blocks.
+        autoregressive: whether it is a causal language model, served token by token.
+        cacheable: whether an autoregressive model's keys and values can be kept between its passes.
+        more_end_token_ids: further tokens that end an answer.
         shifted_logits: whether the logits at position i predict token i + 1, not token i.
         eot_token: how the tokenizer writes the token that ends a chat turn.
     """
 
     family: str
     decoder: DecoderConfig
-    mask_token_id: int
+    mask_token_id: int | None
     eos_token_id: int
     eot_token_id: int | None
     max_model_len: int
@@ -38,6 +44,9 @@ class ModelSpec:
     profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shifted_logits: bool = False
     sub_blocks: bool = False
+    autoregressive: bool = False
+    cacheable: bool = True
+    more_end_token_ids: tuple[int, ...] = ()
     eot_token: str = ""
 
     @property
@@ -46,7 +55,12 @@ class ModelSpec:
         return self.decoder.attention_block is not None
 
     @property
+    def prefix_block_length(self) -> int:
+        """Prompts that begin alike are recognized by whole blocks of this length."""
+        return AUTOREGRESSIVE_PREFIX_BLOCK if self.autoregressive else self.block_length
+
+    @property
     def end_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        ids = (self.eos_token_id, self.eot_token_id)
+        ids = (self.eos_token_id, self.eot_token_id, *self.more_end_token_ids)
         return tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -40,6 +40,10 @@ REQUEST_FIELDS = frozenset(DECODING_FIELDS) | {
 """The decoding fields of a request, and the further names it may use for them."""
 
 
+AUTOREGRESSIVE_FIELDS = frozenset({"temperature", "top_p", "top_k", "min_p", "cache", "use_cache"})
+"""The decoding fields that mean something to a model which writes one token after the other."""
+
+
 @dataclass(frozen=True)
 class ModelTraits:
     """What the served model allows.
@@ -49,6 +53,8 @@ class ModelTraits:
         block_length: the block length it was trained with.
         sub_blocks: whether its blocks are decoded in smaller ones.
         has_auxiliary: whether APD has an auxiliary model.
+        autoregressive: whether it writes one token after the other.
+        cacheable: whether an autoregressive model's keys and values can be kept.
         allows_apd: False when the server was started without APD.
     """
 
@@ -57,6 +63,8 @@ class ModelTraits:
     has_auxiliary: bool
     allows_apd: bool = True
     sub_blocks: bool = False
+    autoregressive: bool = False
+    cacheable: bool = True
 
 
 def resolve(
@@ -75,6 +83,8 @@ def resolve(
     Raises:
         RequestError: a value out of range, or fields that contradict each other or the model.
     """
+    if traits.autoregressive:
+        return _resolve_autoregressive(given, default, traits)
     base = default
     if given.get("profile") is not None:
         base = _profile(given["profile"], profiles)
@@ -106,6 +116,31 @@ def resolve(
             "policy apd with an auxiliary model is for bidirectional models.", param="policy"
         )
     return replace(base, **fields)
+
+
+def _resolve_autoregressive(
+    given: Mapping[str, Any], default: DecodingParams, traits: ModelTraits
+) -> DecodingParams:
+    for name, value in given.items():
+        if name not in AUTOREGRESSIVE_FIELDS and value is not None and value is not False:
+            raise RequestError(
+                f"{name} is for diffusion models. This model is autoregressive: it writes one "
+                "token after the other.",
+                param=name,
+            )
+    fields = {name: given[name] for name in DECODING_FIELDS if given.get(name) is not None}
+    if given.get("use_cache") is not None:
+        fields.setdefault("cache", "exact" if given["use_cache"] else "none")
+    for name, value in fields.items():
+        _check_value(name, value)
+    allowed = ("none", "exact") if traits.cacheable else ("none",)
+    if fields.get("cache", default.cache) not in allowed:
+        raise RequestError(
+            f"cache must be one of {', '.join(allowed)} for this autoregressive model, got "
+            f"{fields['cache']}.",
+            param="cache" if given.get("cache") else "use_cache",
+        )
+    return replace(default, **fields)
 
 
 def _check_block_length(length: int | None, traits: ModelTraits) -> None:
@@ -245,6 +280,10 @@ def _check_cache(
 def report(params: DecodingParams, max_tokens: int, traits: ModelTraits) -> dict[str, Any]:
     """The decoding that was used, for the response: the parameters that its policy reads."""
     used: dict[str, Any] = {}
+    if traits.autoregressive:
+        names = [name for name in DECODING_FIELDS if name in AUTOREGRESSIVE_FIELDS]
+        used = {name: getattr(params, name) for name in names}
+        return {"policy": "autoregressive", **used, "max_tokens": max_tokens, "seed": params.seed}
     for name, field in DECODING_FIELDS.items():
         if field.policies is not None and params.policy not in field.policies:
             continue

@@ -201,14 +201,12 @@ class GenerationService:
         ends = extra if request.ignore_eos else (*spec.end_token_ids, *extra)
         lengths = [answer_length(request, len(prompt), self.limits) for prompt in prompts]
         decoding = decoding_params(request, self.limits)
-        unwritten = {spec.mask_token_id} | (
-            {spec.eos_token_id} if decoding.logits_eos_inf else set()
-        )
+        unwritten = [spec.mask_token_id, spec.eos_token_id if decoding.logits_eos_inf else None]
         constraints = constraints_of(
             request,
             self._tokenizer,
             vocab_size=self.limits.vocab_size,
-            never_written=frozenset(unwritten),
+            never_written=frozenset(token for token in unwritten if token is not None),
             end_token_ids=ends,
             max_tokens=min(lengths),
         )

@@ -69,7 +69,7 @@ def raw_logprobs(logits: Tensor, rows: StepRows) -> Tensor | None:
     return None if asked is None else logits[asked].float().log_softmax(dim=-1)
 
 
-def tell(raw: Tensor, token: Tensor, rows: StepRows, mask_token: int) -> Logprobs:
+def tell(raw: Tensor, token: Tensor, rows: StepRows, mask_token: int | None) -> Logprobs:
     """What is told of the positions of rows that ask. The mask token is never among the likeliest.
 
     As many of these are kept whatever the rows ask for, so that a row's answer does not depend on
@@ -80,6 +80,7 @@ def tell(raw: Tensor, token: Tensor, rows: StepRows, mask_token: int) -> Logprob
         token: int64 [positions], the candidates of all positions.
     """
     chosen = raw.gather(-1, token[asked_logprobs(rows)][:, None])
-    raw[:, mask_token] = -torch.inf
+    if mask_token is not None:
+        raw[:, mask_token] = -torch.inf
     top, top_tokens = raw.topk(min(MAX_TOP_LOGPROBS, raw.shape[-1] - 1), dim=-1)
     return Logprobs(chosen.squeeze(-1), (raw > chosen).sum(-1) + 1, top_tokens, top)

@@ -29,7 +29,7 @@ def _needs_whole(p: DecodingParams) -> bool:
     filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
     return (
         p.policy in ("topk_margin", "entropy", "entropy_bound", "credit", "apd")
-        or (p.temperature > 0 and (filtered or p.policy in DREAM_POLICIES))
+        or (p.temperature > 0 and (filtered or p.filtered_confidence or p.policy in DREAM_POLICIES))
         or p.constraints is not None
         or p.top_logprobs is not None
     )
@@ -49,7 +49,8 @@ def propose_from_shards(
     if suppressed is not None:
         _suppress(logits, special.eos - first, suppressed)
     scores = logits.double()
-    _suppress(scores, special.mask - first, slice(None))
+    if special.mask is not None:
+        _suppress(scores, special.mask - first, slice(None))
     _sample(scores, first, rows)
     best, own = scores.max(dim=-1)
     last = rows.where(lambda p: p.confidence_eos_eot_inf)

@@ -25,9 +25,9 @@ LEAST_SCORE = -1e9
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Tokens that decoding treats apart."""
+    """Tokens that decoding treats apart; a model may lack those that are None."""
 
-    mask: int
+    mask: int | None
     eos: int
     eot: int | None
 
@@ -166,8 +166,10 @@ def propose(logits: Tensor, rows: StepRows, special: SpecialTokens) -> Proposal:
     return Proposal(token, confidence.nan_to_num(0.0), score.nan_to_num(LEAST_SCORE))
 
 
-def _without(logits: Tensor, token: int, compute: Callable[[], Tensor]) -> Tensor:
-    """`compute()` while the column of `token` is -inf."""
+def _without(logits: Tensor, token: int | None, compute: Callable[[], Tensor]) -> Tensor:
+    """`compute()` while the column of `token`, if there is one, is -inf."""
+    if token is None:
+        return compute()
     column = logits[:, token].clone()
     logits[:, token] = -torch.inf
     result = compute()
@@ -176,14 +178,15 @@ def _without(logits: Tensor, token: int, compute: Callable[[], Tensor]) -> Tenso
 
 
 def _sample(
-    logits: Tensor, greedy: Tensor, sampled: Tensor, rows: StepRows, mask_token: int
+    logits: Tensor, greedy: Tensor, sampled: Tensor, rows: StepRows, mask_token: int | None
 ) -> tuple[Tensor, Tensor]:
     """Tokens with those of `sampled` positions drawn, and the logits their confidence is of."""
     drawn = replace(rows, row=rows.row[sampled], position=rows.position[sampled])
     params = rows.params
     temperature = drawn.per_position([p.temperature for p in params])
     scores = logits[sampled].double() / temperature[:, None]
-    scores[:, mask_token] = -torch.inf
+    if mask_token is not None:
+        scores[:, mask_token] = -torch.inf
     scores = filter_tokens(
         scores,
         top_k=drawn.per_position([p.top_k for p in params], torch.int64),

@@ -1,0 +1,177 @@
+"""Causal checkpoints of the hub, served token by token, against transformers' `generate`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from tests.golden import GOLDEN_DIR
+from tests.models.causal_folders import MODELS, write_causal
+from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
+from vdiff_kserve.models import (
+    CheckpointError,
+    Decoder,
+    ForwardBatch,
+    is_causal,
+    load_causal_model,
+)
+from vdiff_kserve.models.transformers_model import CachedTransformersModel, TransformersModel
+from vdiff_kserve.sampler import DecodingParams
+
+NATIVE = {"llama", "qwen2", "qwen3"}
+UNCACHED = {"bloom", "mamba"}
+NEW_TOKENS = 20
+PROMPTS = [
+    torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    for length in (5, 1, 23, 17)
+]
+
+
+def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return written[0, len(prompt) :].tolist()
+
+
+def generate(
+    folder: Path, prompts: list[list[int]], cache: str | None = None
+) -> list[GenerationResult]:
+    model, spec = load_causal_model(folder)
+    engine = Engine(model, spec, EngineConfig(max_num_seqs=3))
+    engine.start()
+    decoding = dict(spec.profiles["quality"]) | ({} if cache is None else {"cache": cache})
+    requests = [
+        GenerationRequest(tuple(prompt), NEW_TOKENS, DecodingParams(**decoding))
+        for prompt in prompts
+    ]
+    results = engine.generate(requests)
+    engine.stop()
+    return results
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_answers_equal_generate(name: str, tmp_path: Path) -> None:
+    """More prompts than slots, so that rows of all ages share a pass."""
+    reference = write_causal(name, tmp_path)
+    assert is_causal(tmp_path)
+    model, spec = load_causal_model(tmp_path)
+    expected_class = Decoder if name in NATIVE else CachedTransformersModel
+    assert type(model) is (TransformersModel if name in UNCACHED else expected_class)
+    assert spec.cacheable == (name not in UNCACHED)
+    results = generate(tmp_path, PROMPTS)
+    expected = [greedy(reference, prompt) for prompt in PROMPTS]
+    assert len({token for answer in expected for token in answer}) > 15, "nothing to compare"
+    assert [list(result.token_ids) for result in results] == expected
+    for result in results:
+        assert result.stats.nfe == NEW_TOKENS
+        assert result.stats.refreshes == (NEW_TOKENS if name in UNCACHED else 1)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral"])
+def test_answers_without_the_cache_are_the_same(name: str, tmp_path: Path) -> None:
+    write_causal(name, tmp_path)
+    cached, plain = (generate(tmp_path, PROMPTS, cache) for cache in ("exact", "none"))
+    assert [each.token_ids for each in cached] == [each.token_ids for each in plain]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3"])
+def test_a_prompt_seen_before_is_copied(name: str, tmp_path: Path) -> None:
+    reference = write_causal(name, tmp_path)
+    model, spec = load_causal_model(tmp_path)
+    engine = Engine(model, spec, EngineConfig(max_num_seqs=2))
+    engine.start()
+    decoding = DecodingParams(**spec.profiles["quality"])
+    (first,) = engine.generate([GenerationRequest(tuple(PROMPTS[2]), NEW_TOKENS, decoding)])
+    turn = [*PROMPTS[2], *first.token_ids, 7]
+    (second,) = engine.generate([GenerationRequest(tuple(turn), NEW_TOKENS, decoding)])
+    engine.stop()
+    assert second.stats.cached_tokens == 32
+    assert list(second.token_ids) == greedy(reference, turn)
+
+
+def test_sampled_answers_depend_on_the_seed_and_not_on_the_batch(tmp_path: Path) -> None:
+    write_causal("mistral", tmp_path)
+    model, spec = load_causal_model(tmp_path)
+    engine = Engine(model, spec, EngineConfig(max_num_seqs=4))
+    engine.start()
+    requests = [
+        GenerationRequest(
+            tuple(PROMPTS[0]),
+            NEW_TOKENS,
+            DecodingParams(**spec.profiles["quality"], temperature=1.0, seed=seed),
+        )
+        for seed in range(4)
+    ]
+    together = engine.generate(requests)
+    alone = [engine.generate([request])[0] for request in requests]
+    engine.stop()
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+    assert len({each.token_ids for each in together}) == 4
+
+
+@torch.inference_mode()
+def test_a_pass_tells_the_logits_of_every_token_that_is_asked_for(tmp_path: Path) -> None:
+    """What the chain rule needs: each prompt token's probability, in one pass."""
+    reference = write_causal("gemma2", tmp_path)
+    model, _ = load_causal_model(tmp_path)
+    rows = [torch.tensor(prompt) for prompt in PROMPTS]
+    logits = model.logits(model(ForwardBatch.pack(rows))).split([len(row) for row in rows])
+    for row, found in zip(rows, logits, strict=True):
+        torch.testing.assert_close(found, reference(row[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
+    write_causal("qwen2", tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    assert load_causal_model(tmp_path)[1].end_token_ids == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2, 9]}))
+    assert load_causal_model(tmp_path)[1].end_token_ids == (5, 2, 9)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 999]}))
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        load_causal_model(tmp_path)
+
+
+def test_a_model_that_cannot_be_cached_is_served_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_causal("mamba", tmp_path)
+    with caplog.at_level(logging.WARNING, "kserve.vdiff.model"):
+        load_causal_model(tmp_path)
+    assert "without a cache" in caplog.text
+
+
+def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
+    write_causal("mistral", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        load_causal_model(tmp_path)
+
+
+def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    write_causal("mistral", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('the code was run')")
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        load_causal_model(tmp_path)
+
+
+def test_diffusion_checkpoints_are_not_causal() -> None:
+    assert not is_causal(GOLDEN_DIR / "dream")
+    assert not is_causal(GOLDEN_DIR / "llada")

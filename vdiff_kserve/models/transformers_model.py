@@ -1,0 +1,284 @@
+"""A causal language model as transformers implements it, over the engine's rows and cache."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
+from vdiff_kserve.models.causal_attention import NAME, AttentionCalls, attending
+from vdiff_kserve.models.checkpoint_config import CheckpointError
+from vdiff_kserve.models.decoder import DecoderConfig
+from vdiff_kserve.models.loader import list_tensors
+
+CACHED_LAYERS = {"full_attention", "sliding_attention"}
+PROBE_LENGTHS = (13, 7)
+PROBE_CONTINUES = 3
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+"""Largest difference to transformers' own logits, relative to the largest of them."""
+
+logger = logging.getLogger("kserve.vdiff.model")
+
+
+class NotCacheableError(Exception):
+    """A model that the engine's attention and cache cannot run; the message says why."""
+
+
+class TransformersModel:
+    """Runs rows through a model of transformers.
+
+    What `__call__` returns are the logits themselves, since models treat them in ways of their own
+    (scaling, soft caps): [outputs, vocab].
+    """
+
+    def __init__(self, model: PreTrainedModel, config: DecoderConfig) -> None:
+        self._model = model
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    @property
+    def vocab_shard(self) -> None:
+        """The vocabulary is whole."""
+        return None
+
+    @property
+    def stages(self) -> int:
+        """A pass runs in one piece."""
+        return 1
+
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """Logits of the wanted tokens, [outputs, vocab], of rows that see all of themselves.
+
+        Each row runs alone and from its beginning, in transformers' own way.
+        """
+        ids = batch.input_ids.split([span.queries for span in batch.spans])
+        logits = []
+        for row, span in zip(ids, batch.spans, strict=True):
+            assert span.start == 0, "there is no cache"
+            whole = self._model(input_ids=row[None], use_cache=False).logits[0]
+            logits.append(whole[span.output_start : span.output_start + span.outputs])
+        return torch.cat(logits)
+
+    def begin(self, batch: ForwardBatch) -> WholePass:
+        """A pass that runs in one piece."""
+        return WholePass(self, batch)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the pass returned."""
+        return hidden
+
+    own_logits = logits
+
+
+class CachedTransformersModel(TransformersModel):
+    """Runs all rows of a batch in one pass, over the engine's attention and cache."""
+
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """Logits of the wanted tokens: [outputs, vocab]."""
+        return _run(self._model, batch)[0]
+
+
+@dataclass
+class WholePass:
+    """A forward pass with a single stage."""
+
+    model: TransformersModel
+    batch: ForwardBatch
+    layers_left: int = 1
+    _outputs: Tensor | None = None
+
+    def advance(self, layers: int) -> None:
+        """Run it, unless `layers` is 0."""
+        if layers and self.layers_left:
+            self._outputs = self.model(self.batch)
+            self.layers_left = 0
+
+    @property
+    def outputs(self) -> Tensor:
+        """[outputs, vocab]"""
+        assert self._outputs is not None, "the pass is not complete"
+        return self._outputs
+
+
+def load_transformers_model(
+    folder: Path, device: torch.device | str, dtype: torch.dtype
+) -> tuple[TransformersModel, int]:
+    """Read a checkpoint with transformers' class for it.
+
+    Returns:
+        the model, with a cache if that gives what transformers computes without one, and its
+        context length.
+
+    Raises:
+        CheckpointError: the folder is not sound, or transformers does not know the architecture.
+    """
+    list_tensors(folder)  # safetensors only, and whole
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+    wrong = {name: report[name] for name in ("missing_keys", "mismatched_keys") if report[name]}
+    if wrong:
+        found = "; ".join(f"{name}: {sorted(map(str, keys))[:8]}" for name, keys in wrong.items())
+        raise CheckpointError(f"{folder}: tensors do not fit config.json. {found}")
+    model = model.to(device).requires_grad_(False).eval()
+    longest = _context(model.config.get_text_config())
+    if longest is None:
+        raise CheckpointError(f"{folder}/config.json does not tell the model's context length")
+    own_attention = model.config._attn_implementation
+    try:
+        return CachedTransformersModel(model, _probe(model)), longest
+    except NotCacheableError as reason:
+        logger.warning(
+            "%s is served without a cache, each token for a pass over all before it: %s.",
+            type(model).__name__, reason,
+        )  # fmt: skip
+        if model.config._attn_implementation == NAME:
+            model.set_attn_implementation(own_attention)
+        return TransformersModel(model, _sizes(model)), longest
+
+
+@torch.inference_mode()
+def _run(model: PreTrainedModel, batch: ForwardBatch) -> tuple[Tensor, AttentionCalls]:
+    """Logits of the wanted tokens, and what the attention layers were."""
+    wanted = batch.output_tokens
+    with attending(batch) as calls:
+        logits = model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            **({} if wanted is None else {"logits_to_keep": wanted}),
+        ).logits[0]
+    if wanted is not None and len(logits) == len(batch.input_ids) != len(wanted):
+        logits = logits[wanted]
+    return logits, calls
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel) -> DecoderConfig:
+    """The model's sizes, once rows packed together, cached and continued give what it computes
+    alone.
+
+    Raises:
+        NotCacheableError: they do not.
+    """
+    text = model.config.get_text_config()
+    other = set(getattr(text, "layer_types", None) or ()) - CACHED_LAYERS
+    if other:
+        raise NotCacheableError(f"it has layers of type {', '.join(sorted(other))}")
+    if "dynamic" in _rotary_types(text):
+        raise NotCacheableError("its rotary positions depend on the length of the text")
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        torch.randint(text.vocab_size, (length,), generator=generator).to(model.device)
+        for length in PROBE_LENGTHS
+    ]
+    alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+    try:
+        model.set_attn_implementation(NAME)
+        _, calls = _run(model, ForwardBatch.pack(rows, device=model.device))
+    except (ValueError, TypeError, RuntimeError, LookupError) as error:
+        raise NotCacheableError(f"its attention cannot be exchanged ({error})") from error
+    if not calls.shapes:
+        raise NotCacheableError("its attention cannot be exchanged")
+    if _slides(text) and not any(calls.windows):
+        raise NotCacheableError("its layers do not tell their sliding window")
+    heads, keys, values = (max(sizes) for sizes in zip(*calls.shapes, strict=True))
+    config = _sizes(model, len(calls.shapes), heads, max(keys, values))
+    difference = _difference(model, config, rows, alone)
+    if not difference <= TOLERANCE[model.dtype]:
+        raise NotCacheableError(
+            "it keeps more than keys and values between tokens (batched and cached, its logits "
+            f"differ by {difference:.1e} of the largest)"
+        )
+    return config
+
+
+def _sizes(
+    model: PreTrainedModel, num_layers: int = 1, num_kv_heads: int = 1, head_dim: int = 1
+) -> DecoderConfig:
+    """What is known of a model, and the shape of its cache."""
+    text = model.config.get_text_config()
+    return DecoderConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        num_layers=num_layers,
+        num_heads=getattr(text, "num_attention_heads", 1),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=getattr(text, "rms_norm_eps", 0.0),
+        rope_theta=0.0,
+        rope_in_float32=False,
+        tie_embeddings=bool(model.config.tie_word_embeddings),
+        attention_block=1,
+    )
+
+
+def _context(text: Any) -> int | None:
+    """Most tokens of a text; None when the configuration does not tell. Where longer texts have
+    other rotary positions (longrope), those that share a batch could not: only short ones are
+    served."""
+    longest = getattr(text, "max_position_embeddings", None)
+    if "longrope" in _rotary_types(text):
+        longest = getattr(text, "original_max_position_embeddings", None) or (
+            text.rope_parameters.get("original_max_position_embeddings", longest)
+        )
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def _rotary_types(text: Any) -> set[str]:
+    given = getattr(text, "rope_parameters", None) or {}
+    by_layer = [each for each in given.values() if isinstance(each, dict)] or [given]
+    return {str(each.get("rope_type", "default")) for each in by_layer}
+
+
+def _slides(text: Any) -> bool:
+    types = getattr(text, "layer_types", None)
+    if types is not None:
+        return "sliding_attention" in types
+    return bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True)
+
+
+def _difference(
+    model: PreTrainedModel, config: DecoderConfig, rows: list[Tensor], alone: list[Tensor]
+) -> float:
+    """Largest difference of the logits, relative to the largest: rows batched, and their last
+    tokens continued from the cache one by one, against each row alone."""
+    shape = (config.num_layers, sum(PROBE_LENGTHS), config.num_kv_heads, config.head_dim)
+    keys, values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+    store = KeyValueStore(keys, values)
+    parts: list[list[Tensor]] = [[] for _ in rows]
+    for step in range(PROBE_CONTINUES + 1):
+        spans, offset = [], 0
+        for row in rows:
+            end = len(row) - PROBE_CONTINUES + step
+            start = 0 if step == 0 else end - 1
+            spans.append(RowSpan(start, end - start, end, start, end - start, offset))
+            offset += len(row)
+        logits, _ = _run(model, ForwardBatch.pack(rows, spans, store, model.device))
+        for part, piece in zip(parts, logits.split([span.queries for span in spans]), strict=True):
+            part.append(piece)
+    found = torch.cat([piece for part in parts for piece in part]).float()
+    expected = torch.cat(alone).float()
+    return float((found - expected).abs().max() / expected.abs().max())
