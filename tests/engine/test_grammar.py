@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -147,6 +148,28 @@ def test_block_causal_models_follow_random_schemas(
     block_causal: Engine, decoding: dict[str, Any], cache: str
 ) -> None:
     assert_schemas_are_followed(block_causal, range(3, 5), cache=cache, **decoding)
+
+
+@pytest.mark.parametrize("kind", ["sub_blocks", "autoregressive"])
+def test_models_with_first_tokens_follow_random_schemas_with_and_without_cache(kind: str) -> None:
+    """Forced tokens fill whole blocks without a pass: the next one computes what was left out."""
+    block = 8 if kind == "sub_blocks" else 1
+    decoder = tiny_decoder(vocab_size=VOCAB, attention_block=block)
+    spec = spec_of(decoder, shifted_logits=True, **{kind: True})
+    spec = replace(spec, block_length=block, mask_token_id=MASK if block > 1 else None)
+    schemas = [random_schema(number) for number in range(6)]
+    texts = {}
+    with engine_of(decoder, spec) as engine:
+        for cache in ("none", "exact", "dual"):
+            requests = [
+                request_of(json_grammar(each), block_length=min(4, block), cache=cache)
+                for each in schemas
+            ]
+            results = engine.generate(requests)
+            texts[cache] = [text_of(result) for result in results]
+            for schema, result in zip(schemas, results, strict=True):
+                assert_valid(result, schema)
+    assert texts["exact"] == texts["none"]
 
 
 @pytest.mark.parametrize("cache", [{"cache": "prefix"}, {"cache": "dual", "vicinity": 3}], ids=str)

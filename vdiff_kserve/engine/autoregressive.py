@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from vdiff_kserve.engine.row import Row
+from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.models import RowSpan
 
 
 class AutoregressiveRow(Row):
     """One token per pass, each predicted by the position before it.
 
-    The first pass computes the prompt; with a cache, every other one computes the token that was
-    written last.
+    The first pass computes the prompt; with a cache, every other one computes what was written
+    since the one before.
     """
+
+    _stored = 0
+    """Canvas positions from the left whose keys and values are in the cache."""
 
     def _enter_block(self, start: int) -> None:
         self.block_start = start
@@ -26,9 +29,13 @@ class AutoregressiveRow(Row):
     def next_span(self) -> RowSpan:
         end, start = self.block_start, 0
         if self.cache_offsets:
-            start = self.cached_tokens if self.is_fresh else end - 1
+            start = max(self._stored, self.cached_tokens)
         offset = self.cache_offsets[0] if self.cache_offsets else None
         return RowSpan(start, end - start, end, end - 1, 1, offset)
+
+    def apply(self, decision: Decision) -> None:
+        self._stored = decision.span.keys
+        super().apply(decision)
 
     @property
     def refreshes_next(self) -> bool:
@@ -40,8 +47,7 @@ class AutoregressiveRow(Row):
 
     @property
     def final_tokens(self) -> int:
-        """All that a pass has computed; the token that was written last is not among them."""
-        return self.frontier - 1
+        return self._stored
 
     @property
     def reusable_prompt(self) -> tuple[int, ...]:

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vdiff_kserve.engine.autoregressive import AutoregressiveRow
 from vdiff_kserve.engine.grammar import GrammarCursor
 from vdiff_kserve.engine.request import EventSink, FinishReason, GenerationRequest, TokenLogprob
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow, BlockCausalRow
+from vdiff_kserve.engine.sub_blocks import SubBlockRow
 from vdiff_kserve.models import ModelSpec, RowSpan
 
 
@@ -33,7 +35,7 @@ class GrammarRow(Row):
     ) -> None:
         super().__init__(request, sink, spec)
         self._cursor = cursor
-        self._mask_token_id = spec.mask_token_id
+        self._mask_token_id = spec.mask_token_id or 0
         self._settled = self.prompt_length
         self._write_forced()
         self._begin()
@@ -154,6 +156,14 @@ class BlockCausalGrammarRow(GrammarRow, BlockCausalRow):
         super().apply(decision)
 
 
+class SubBlockGrammarRow(GrammarRow, SubBlockRow):
+    """The same for a model whose blocks are decoded in smaller ones."""
+
+
+class AutoregressiveGrammarRow(GrammarRow, AutoregressiveRow):
+    """One token after the other, but for those that the grammar leaves no choice about."""
+
+
 class ApdGrammarRow(GrammarRow, ApdRow):
     """Adaptive parallel decoding with the grammar as one more verifier of the draft."""
 
@@ -197,5 +207,9 @@ def make_grammar_row(
     which edits has nothing to edit."""
     if request.decoding.policy == "apd" and has_auxiliary:
         return ApdGrammarRow(request, sink, spec, cursor)
+    if spec.autoregressive:
+        return AutoregressiveGrammarRow(request, sink, spec, cursor)
+    if spec.sub_blocks:
+        return SubBlockGrammarRow(request, sink, spec, cursor)
     row_class = BlockCausalGrammarRow if spec.block_causal else GrammarRow
     return row_class(request, sink, spec, cursor)

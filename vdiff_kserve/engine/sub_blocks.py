@@ -28,6 +28,7 @@ class SubBlockRow(Row):
 
     def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
         self._outer_length = spec.block_length
+        self._stored = 0
         self._computed_block: int | None = None  # start of the last block that was computed whole
         super().__init__(request, sink, spec)
 
@@ -42,7 +43,8 @@ class SubBlockRow(Row):
         self._block_passes = 0
         masks = int(self.masked[self.block_start : self.block_end].sum())
         self._block_masks = masks
-        self._block_steps = block_steps(self.params, len(self) - self.prompt_length, masks)
+        canvas_masks = len(self) - self.prompt_length
+        self._block_steps = block_steps(self.params, canvas_masks, max(1, masks))
         self._block_step = 0
         self._skip_idle_steps()
 
@@ -75,9 +77,9 @@ class SubBlockRow(Row):
         offset = self.cache_offsets[0] if self.cache_offsets else None
         if self._first_token_is_due:
             end = self.block_start
-            start = self._first_uncached(end - self._outer_length)
+            start = self._first_uncached
             return RowSpan(start, end - start, end, end - 1, 1, offset)
-        start = self._first_uncached(self._outer_start)
+        start = self._first_uncached
         end = keys = self._outer_start + self._outer_length
         if self._reuses_block:
             start = max(self._outer_start, self.block_start - self.params.vicinity)
@@ -87,6 +89,7 @@ class SubBlockRow(Row):
 
     def apply(self, decision: Decision) -> None:
         span, began_block = decision.span, self._first_token_is_due
+        self._stored = max(self._stored, self._outer_start)
         if not began_block and span.start <= self._outer_start:
             self._computed_block = self._outer_start
         super().apply(decision)
@@ -96,13 +99,12 @@ class SubBlockRow(Row):
     def _kind_of(self, span: RowSpan) -> PassKind:
         if self.refreshes_next:
             return "refresh"
-        return "commit" if span.keys <= self.block_start else "reuse"
+        return "commit" if span.start < self._outer_start else "reuse"
 
-    def _first_uncached(self, block_start: int) -> int:
-        """Where a pass begins that has to compute the block at `block_start`."""
-        if not self.cache_offsets:
-            return 0
-        return self.cached_tokens if self.is_fresh else block_start
+    @property
+    def _first_uncached(self) -> int:
+        """The first position whose final keys and values no pass has left behind."""
+        return max(self._stored, self.cached_tokens) if self.cache_offsets else 0
 
     @property
     def _reuses_block(self) -> bool:
@@ -124,8 +126,7 @@ class SubBlockRow(Row):
     @property
     def final_tokens(self) -> int:
         """A block is final when the first token of the next one is written."""
-        behind = self._outer_length if self._first_token_is_due else 0
-        return max(0, self._outer_start - behind)
+        return self._stored
 
     @property
     def reusable_prompt(self) -> tuple[int, ...]:
