@@ -112,9 +112,9 @@ def _keep(
 ) -> tuple[Tensor, Tensor] | None:
     """Write the new keys and values to the cache; returns this layer's part of it. Layers with
     fewer heads or dimensions than others leave the rest of their places empty."""
-    places, tokens = batch.cache_places, batch.cached_tokens
-    if batch.store is None or places is None:
+    if batch.store is None or batch.cache_places is None:
         return None
+    places, tokens = batch.cache_places, batch.cached_tokens
     cached = batch.store.keys[layer], batch.store.values[layer]
     for stored, fresh in zip(cached, (key, value), strict=True):
         kept = fresh if tokens is None else fresh[tokens]
