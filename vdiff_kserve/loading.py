@@ -116,8 +116,8 @@ def load_model(
     else:
         model, spec = load_decoder(folder, device, dtype, mesh, hints)
     spec = with_end_of_turn(spec, tokenizer)
-    if spec.autoregressive and config.apd_model is not None:
-        raise CheckpointError("--apd_model is for diffusion models; this one is autoregressive")
+    if spec.autoregressive:
+        _refuse_diffusion_options(config)
     auxiliary = _load_auxiliary(config, folder, tokenizer, device, dtype)
     limits = _limits(config, spec, has_auxiliary=auxiliary is not None)
     lockstep = None if rank is None else rank.lockstep
@@ -140,6 +140,12 @@ def load_model(
         engine.config.max_num_batched_tokens,
     )  # fmt: skip
     return loaded
+
+
+def _refuse_diffusion_options(config: ServerConfig) -> None:
+    for name in ("apd_model", "mask_token_id"):
+        if getattr(config, name) is not None:
+            raise CheckpointError(f"--{name} is for diffusion models; this one is autoregressive")
 
 
 def _hints(config: ServerConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Hints:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from vdiff_kserve.decoding import CACHES, DECODING_FIELDS, POLICIES, PROFILES, SCHEDULED
-from vdiff_kserve.models import fast_dllm, llada, qwen
+from vdiff_kserve.models import fast_dllm, llada, llada_moe, qwen, sdar
 from vdiff_kserve.models.registry import FAMILIES
 from vdiff_kserve.openai.decoding import ModelTraits, report, resolve
 from vdiff_kserve.openai.errors import RequestError
@@ -42,7 +42,7 @@ def refusal(
 def test_the_table_knows_every_policy_and_cache_of_the_sampler() -> None:
     assert set(POLICIES) == set(get_args(Policy))
     assert set(CACHES) == set(get_args(CacheMode))
-    assert SCHEDULED == SCHEDULED_POLICIES
+    assert set(SCHEDULED) == SCHEDULED_POLICIES
 
 
 def test_every_decoding_parameter_is_a_field_of_requests() -> None:
@@ -60,7 +60,9 @@ def test_every_decoding_parameter_is_a_field_of_requests() -> None:
     [
         (llada.PROFILES, BIDIRECTIONAL),
         (qwen.DREAM_PROFILES, BIDIRECTIONAL),
-        (qwen.SDAR_PROFILES, replace(BLOCK_CAUSAL, block_length=32)),
+        (sdar.PROFILES, replace(BLOCK_CAUSAL, block_length=32)),
+        (llada_moe.LLADA2_PROFILES, replace(BLOCK_CAUSAL, block_length=32)),
+        (llada_moe.EDITING_PROFILES, replace(BLOCK_CAUSAL, block_length=32)),
         (fast_dllm.PROFILES, SUB_BLOCKS),
     ],
 )

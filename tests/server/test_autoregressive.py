@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from tests.models.causal_folders import write_causal
 from tests.server.checkpoint import make_tokenizer
 from tests.server.process import ServerProcess
+from vdiff_kserve.config import parse_args
+from vdiff_kserve.loading import load_model
+from vdiff_kserve.models import CheckpointError
 
 QUESTION = [{"role": "user", "content": "One word after the other?"}]
 
@@ -110,6 +113,20 @@ def test_fields_of_diffusion_are_refused_with_the_reason(
     with pytest.raises(BadRequestError, match="autoregressive") as refused:
         client.completions.create(model="", prompt="a", extra_body={field: value})
     assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(("--mask_token_id", "5"), "--mask_token_id"), (("--threshold", "0.5"), "threshold")],
+)
+def test_options_of_diffusion_end_the_start(
+    tmp_path: Path, flags: tuple[str, ...], named: str
+) -> None:
+    write_causal("qwen2", tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=named) as refused:
+        load_model(parse_args(["--model_dir", str(tmp_path), *flags]))
+    assert "autoregressive" in str(refused.value)
 
 
 def test_a_layout_that_the_native_decoder_reads_is_served_without_flags(tmp_path: Path) -> None:
