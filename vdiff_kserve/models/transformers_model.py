@@ -135,7 +135,7 @@ def load_transformers_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
     wrong = {name: report[name] for name in ("missing_keys", "mismatched_keys") if report[name]}
     if wrong:
