@@ -94,6 +94,7 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
     special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
     special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
+    special |= {"trust_remote_code": "true"}
     special |= {"replica_memory": "3GiB", "replicas": "1:4", "dcp_path": str(tmp_path)}
     of_replicas = {"ray_address": "auto", "ray_dashboard": "true", "enable_restart": "true"}
     special |= of_replicas

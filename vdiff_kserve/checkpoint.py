@@ -24,7 +24,7 @@ def find_checkpoint(config: ServerConfig) -> Path:
     if config.checkpoint_dir is not None:
         return config.checkpoint_dir
     if config.hub_id is not None:
-        return hub.download(config.hub_id, config.revision)
+        return hub.download(config.hub_id, config.revision, tokenizer_code=config.trust_remote_code)
     return EMBEDDED if config.dcp_path is None else _converted(config)
 
 

@@ -147,6 +147,23 @@ class ServerConfig:
         metavar="DIR",
         help="Where converted checkpoints are kept. Downloads are kept below HF_HOME.",
     )
+    chat_template: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="FILE",
+        default_text="the checkpoint's own",
+        help="Jinja file with the chat template.",
+    )
+    trust_remote_code: bool = _setting(
+        bool,
+        False,
+        group="model",
+        metavar="BOOL",
+        help="Let a tokenizer that has neither tokenizer.json nor vocabulary files be made by the "
+        "checkpoint's own code. Nothing else of a checkpoint is ever run, so that no model needs "
+        "this.",
+    )
     dtype: str = _setting(
         str,
         "auto",

@@ -30,9 +30,12 @@ from vdiff_kserve.models import CheckpointError
 WEIGHTS = ("*.safetensors",)
 DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 """Configuration, tokenizer and index: all that a checkpoint needs beside its weights."""
+TOKENIZER_CODE = ("tokenization_*.py",)
 
 
-def download(hub_id: str, revision: str | None, *, weights: bool = True) -> Path:
+def download(
+    hub_id: str, revision: str | None, *, weights: bool = True, tokenizer_code: bool = False
+) -> Path:
     """The folder of a repository's checkpoint, downloaded where it is not there yet.
 
     Progress is shown on stderr.
@@ -40,11 +43,13 @@ def download(hub_id: str, revision: str | None, *, weights: bool = True) -> Path
     Args:
         revision: branch, tag or commit; None is the main branch.
         weights: whether they are wanted, too.
+        tokenizer_code: whether Python files of tokenizers are; no others ever.
 
     Raises:
         CheckpointError: it cannot be had; the message says why and what would help.
     """
     patterns = [*DESCRIPTION, *(WEIGHTS if weights else ())]
+    patterns += TOKENIZER_CODE if tokenizer_code else ()
     with _told_as_checkpoint_error(hub_id, revision):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
 

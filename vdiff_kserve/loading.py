@@ -107,7 +107,7 @@ def load_model(
     folder = find_checkpoint(config)
     device = choose_device(config.device) if rank is None else rank.device
     dtype = choose_dtype(config.dtype, device)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = configured_tokenizer(config, folder)
     mesh = None if rank is None else rank.mesh
     hints = _hints(config, folder, tokenizer)
     model: LanguageModel
@@ -179,6 +179,15 @@ def _engine_config(
         observer=observer,
         lockstep=lockstep,
     )
+
+
+def configured_tokenizer(config: ServerConfig, folder: Path) -> PreTrainedTokenizerFast:
+    """The checkpoint's tokenizer, with the chat template that the configuration names.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    return load_tokenizer(folder, config.chat_template, trust_code=config.trust_remote_code)
 
 
 def _load_auxiliary(

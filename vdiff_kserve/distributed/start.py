@@ -19,7 +19,8 @@ from vdiff_kserve.distributed.replica import Loader
 from vdiff_kserve.distributed.supervisor import Supervisor
 from vdiff_kserve.distributed.tensor_parallel import load_sharded
 from vdiff_kserve.engine import RoundObserver
-from vdiff_kserve.models import ModelSpec, load_tokenizer
+from vdiff_kserve.loading import configured_tokenizer
+from vdiff_kserve.models import ModelSpec
 from vdiff_kserve.openai.limits import ServingLimits
 
 logger = logging.getLogger("kserve.vdiff.replicas")
@@ -84,7 +85,7 @@ async def start_replicas(
     pool.on_stop = close
     try:
         facts = await supervisor.start()
-        tokenizer = await asyncio.to_thread(load_tokenizer, find_checkpoint(config))
+        tokenizer = await asyncio.to_thread(configured_tokenizer, config, find_checkpoint(config))
     except BaseException:
         pool.stop()
         raise

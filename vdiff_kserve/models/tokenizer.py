@@ -2,28 +2,91 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 from vdiff_kserve.models.spec import ModelSpec
 
+logger = logging.getLogger("kserve.vdiff.model")
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
-    """Read `tokenizer.json` and the chat template; no code of the checkpoint is run.
+VOCABULARY_FILES = ("vocab.json", "merges.txt")
+
+
+def load_tokenizer(
+    folder: Path | str, chat_template: Path | str | None = None, *, trust_code: bool = False
+) -> PreTrainedTokenizerFast:
+    """Read `tokenizer.json`, or build the tokenizer from `vocab.json` and `merges.txt`.
+
+    Args:
+        chat_template: file of the chat template; None takes the checkpoint's own, of
+            `chat_template.jinja` or `tokenizer_config.json`.
+        trust_code: whether a tokenizer that has neither may be made by the checkpoint's own code.
+            Otherwise, and for everything else, no code of the checkpoint is run.
 
     Raises:
-        CheckpointError: the folder has no `tokenizer.json` or it cannot be read.
+        CheckpointError: the folder has no tokenizer, or it or the template cannot be read.
     """
     folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+        tokenizer = _read(folder, trust_code)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(chat_template))
+    return tokenizer
+
+
+def _read(folder: Path, trust_code: bool) -> PreTrainedTokenizerFast:
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if all((folder / name).is_file() for name in VOCABULARY_FILES):
+        return _from_vocabulary(folder)
+    has_code = "AutoTokenizer" in _json(folder / "tokenizer_config.json").get("auto_map", {})
+    if trust_code and has_code:
+        logger.warning("Running the tokenizer's code in %s, as --trust_remote_code allows.", folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            return tokenizer
+        raise CheckpointError(
+            f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; make it a tokenizer.json"
+        )
+    raise CheckpointError(
+        f"{folder} has no tokenizer.json, nor {' and '.join(VOCABULARY_FILES)}. Copy it from the "
+        "model that this one was made from"
+        + (", or let the checkpoint's code run by --trust_remote_code" if has_code else "")
+    )
+
+
+def _from_vocabulary(folder: Path) -> PreTrainedTokenizerFast:
+    """Qwen2's byte-level BPE, of which Dream has the files; LLaDA2's splits words alike."""
+    for name in ("vocab.json", "tokenizer_config.json"):
+        _json(folder / name)  # the library tells damaged ones by an exception without a type
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _read_template(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the chat template {file} cannot be read: {error}") from error
+    except TemplateSyntaxError as error:
+        raise CheckpointError(
+            f"the chat template {file} has an error in line {error.lineno}: {error.message}"
+        ) from error
+    return text
 
 
 def with_end_of_turn(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> ModelSpec:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.limits import ServingLimits, check_token_ids
+from vdiff_kserve.openai.literals import Literals
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, CompletionRequest
 
 TokenIds = tuple[int, ...]
@@ -33,6 +34,10 @@ def chat_prompt(request: ChatCompletionRequest, tokenizer: PreTrainedTokenizerFa
             f"chat_template_kwargs cannot set {', '.join(sorted(reserved))}.",
             param="chat_template_kwargs",
         )
+    literals = Literals.of(tokenizer)
+    marker = literals.marker([messages, variables])
+    if marker is not None:
+        messages, variables = literals.marked([messages, variables], marker)
     try:
         text = tokenizer.apply_chat_template(
             messages,
@@ -45,7 +50,11 @@ def chat_prompt(request: ChatCompletionRequest, tokenizer: PreTrainedTokenizerFa
         raise RequestError(
             f"The chat template does not accept these messages: {error}", param="messages"
         ) from error
-    return _encode(tokenizer, str(text), add_special_tokens=request.add_special_tokens)
+    add_special_tokens = request.add_special_tokens
+    if marker is None:
+        return _encode(tokenizer, str(text), add_special_tokens=add_special_tokens)
+    _require_characters(str(text))
+    return tuple(literals.encode(str(text), marker, add_special_tokens=add_special_tokens))
 
 
 def _message(message: ChatMessageParam, index: int) -> dict[str, Any]:
@@ -93,8 +102,12 @@ def completion_prompts(
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str, *, add_special_tokens: bool) -> TokenIds:
+    _require_characters(text)
+    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def _require_characters(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError("The prompt has a lone surrogate, which is no character.") from error
-    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
