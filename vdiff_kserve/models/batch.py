@@ -10,6 +10,9 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
+from vdiff_kserve.models.attention import PackedRows, pack_rows
+from vdiff_kserve.models.transfer import to_device
+
 
 @dataclass(frozen=True)
 class RowSpan:
@@ -103,7 +106,7 @@ class ForwardBatch:
             row[span.start : span.start + span.queries]
             for row, span in zip(rows, spans, strict=True)
         ]
-        return cls(torch.cat(queries).to(device), tuple(spans), store)
+        return cls(to_device(torch.cat(queries), device), tuple(spans), store)
 
     @classmethod
     def dense(cls, input_ids: Tensor) -> ForwardBatch:
@@ -111,11 +114,20 @@ class ForwardBatch:
         rows, length = input_ids.shape
         return cls(input_ids.reshape(-1), (RowSpan.whole(length),) * rows)
 
+    @classmethod
+    def of_tensors(
+        cls, input_ids: Tensor, store: KeyValueStore, **tensors: Tensor | PackedRows | None
+    ) -> ForwardBatch:
+        """A pass whose tensors are given: by name, what is otherwise derived from the spans."""
+        batch = cls(input_ids, (), store)
+        batch.__dict__.update(tensors)
+        return batch
+
     @cached_property
     def positions(self) -> Tensor:
         """int64 [tokens], each query token's position in its own canvas."""
         starts = [span.start for span in self.spans]
-        return ranges(starts, self._queries).to(self.input_ids.device)
+        return to_device(ranges(starts, self._queries), self.input_ids.device)
 
     @cached_property
     def output_tokens(self) -> Tensor | None:
@@ -127,7 +139,7 @@ class ForwardBatch:
             for begin, span in zip(self._begins, self.spans, strict=True)
         ]
         outputs = [span.outputs for span in self.spans]
-        return ranges(firsts, outputs).to(self.input_ids.device)
+        return to_device(ranges(firsts, outputs), self.input_ids.device)
 
     @cached_property
     def cached_tokens(self) -> Tensor | None:
@@ -150,6 +162,25 @@ class ForwardBatch:
             if span.cache_offset is not None
         ]
         return _ranges_on(self.input_ids.device, kept) if kept else None
+
+    @cached_property
+    def packed(self) -> PackedRows | None:
+        """The rows as `attend_packed` takes them; None when it cannot."""
+        return self._pack_rows(self._queries)
+
+    @cached_property
+    def packed_outputs(self) -> PackedRows | None:
+        """The same when only the wanted hidden states are computed."""
+        return self._pack_rows([span.outputs for span in self.spans])
+
+    def _pack_rows(self, queries: list[int]) -> PackedRows | None:
+        return pack_rows(
+            queries,
+            self._queries,
+            [span.keys for span in self.spans],
+            [span.cache_offset for span in self.spans],
+            self.input_ids.device,
+        )
 
     @property
     def _queries(self) -> list[int]:
@@ -180,7 +211,7 @@ def ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
 
 
 def _ranges_on(device: torch.device, kept: Sequence[tuple[int, int]]) -> Tensor:
-    return ranges([start for start, _ in kept], [count for _, count in kept]).to(device)
+    return to_device(ranges([start for start, _ in kept], [count for _, count in kept]), device)
 
 
 def _group(rows: Sequence[tuple[int, RowSpan]]) -> list[AttentionGroup]:

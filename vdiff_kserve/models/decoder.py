@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from vdiff_kserve.models.attention import attend_packed, has_kernel
 from vdiff_kserve.models.batch import ForwardBatch
 from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
 from vdiff_kserve.models.moe import MoEConfig, SparseMLP
@@ -89,13 +90,17 @@ class Attention(nn.Module):
         key = rotate(key, cos, sin)
         value = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))
         cached = self._keep(key, value, batch)
-        groups = batch.groups
         if outputs is not None:
-            hidden, groups = hidden[outputs], batch.output_groups
-            cos, sin = cos[outputs], sin[outputs]
+            hidden, cos, sin = hidden[outputs], cos[outputs], sin[outputs]
         query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim)))
         query = rotate(query, cos, sin)
-        return self.o_proj(attend(query, key, value, groups, cached, self.attention_block))
+        block = self.attention_block
+        if has_kernel(query.device, query.dtype, self.head_dim):
+            rows = batch.packed if outputs is None else batch.packed_outputs
+            if rows is not None and (block == 1 or rows.sees_all(block)):
+                return self.o_proj(attend_packed(query, key, value, rows, cached, block == 1))
+        groups = batch.groups if outputs is None else batch.output_groups
+        return self.o_proj(attend(query, key, value, groups, cached, block))
 
     def _keep(
         self, key: Tensor, value: Tensor, batch: ForwardBatch

@@ -1,0 +1,199 @@
+"""Attention over packed rows on a GPU: one kernel call per layer, whatever the rows' lengths.
+
+Rows are told apart by where their queries and keys begin and end (`cu_seqlens`, as FlashAttention's
+variable-length kernels take them), so nothing is padded. Keys in the cache are read where they lie:
+between two rows' keys stands a sequence without queries, which covers the places that are not
+theirs and costs nothing. What the kernel cannot do goes to `layers.attend`, which can do all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from vdiff_kserve.models.transfer import to_device
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+LARGEST_HEAD = 256
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU that FlashAttention-2 runs on: Ampere."""
+
+
+@dataclass(frozen=True)
+class VarlenCall:
+    """The sequences of one kernel call.
+
+    Attributes:
+        cu_queries: int32 [sequences + 1], where each sequence's queries begin, and the end.
+        cu_keys: int32 [sequences + 1], the same of its keys.
+        max_queries: most queries of a sequence; `max_keys` likewise, or a bound of it.
+    """
+
+    cu_queries: Tensor
+    cu_keys: Tensor
+    max_queries: int
+    max_keys: int
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """How the rows of a pass are computed by at most two calls.
+
+    Attributes:
+        fresh: rows whose keys are those of the pass itself; they come first. None without any.
+        cached: rows whose keys lie in the cache, in its order. None without any.
+        fresh_queries: query tokens of the first call; `fresh_keys` are its tokens.
+        shapes: (queries, keys) of every row.
+    """
+
+    fresh: VarlenCall | None
+    cached: VarlenCall | None
+    fresh_queries: int
+    fresh_keys: int
+    shapes: Sequence[tuple[int, int]]
+
+    def sees_all(self, block: int | None) -> bool:
+        """Whether no row needs a mask, with blocks of `block` positions that see none after them."""
+        if block is None:
+            return True
+        return all(
+            (keys - queries) // block == (keys - 1) // block for queries, keys in self.shapes
+        )
+
+
+def sequences_of(
+    queries: Sequence[int], key_starts: Sequence[int], keys: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Where the sequences of rows with keys at places of their own begin: `cu_seqlens` twice.
+
+    Every row has two sequences: one without queries up to its first key, and its own.
+
+    Args:
+        key_starts: place of each row's first key. Runs of keys are disjoint and ascending.
+    """
+    cu_queries, cu_keys = [0], [0]
+    for count, start, length in zip(queries, key_starts, keys, strict=True):
+        cu_queries += [cu_queries[-1], cu_queries[-1] + count]
+        cu_keys += [start, start + length]
+    return cu_queries, cu_keys
+
+
+def pack_rows(
+    queries: Sequence[int],
+    tokens: Sequence[int],
+    keys: Sequence[int],
+    offsets: Sequence[int | None],
+    device: torch.device,
+) -> PackedRows | None:
+    """The calls for rows that lie end to end; None for rows that no call can take.
+
+    Args:
+        queries: query tokens of each row; `tokens` are those that the pass computes, `keys` those
+            that the row sees.
+        offsets: where each row's keys begin in the cache; None for a row that has none there.
+    """
+    uncached = sum(offset is None for offset in offsets)
+    places = [offset for offset in offsets[uncached:] if offset is not None]
+    ends = [place + count for place, count in zip(places, keys[uncached:], strict=False)]
+    ordered = all(end <= place for end, place in zip(ends, places[1:], strict=False))
+    whole = list(tokens[:uncached]) == list(keys[:uncached])
+    if len(places) < len(offsets) - uncached or not ordered or not whole:
+        return None
+    fresh = cached = None
+    if uncached:
+        starts = [sum(tokens[:row]) for row in range(uncached)]
+        fresh = _call(queries[:uncached], starts, keys[:uncached], device)
+    if places:
+        cached = _call(queries[uncached:], places, keys[uncached:], device)
+    shapes = list(zip(queries, keys, strict=True))
+    return PackedRows(fresh, cached, sum(queries[:uncached]), sum(tokens[:uncached]), shapes)
+
+
+def _call(
+    queries: Sequence[int], key_starts: Sequence[int], keys: Sequence[int], device: torch.device
+) -> VarlenCall:
+    both = torch.tensor(sequences_of(queries, key_starts, keys), dtype=torch.int32)
+    cu_queries, cu_keys = to_device(both, device)
+    return VarlenCall(cu_queries, cu_keys, max(queries), max(keys))
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: PackedRows,
+    cached: tuple[Tensor, Tensor] | None,
+    causal: bool,
+) -> Tensor:
+    """Attention inside each row, as `layers.attend` computes it.
+
+    Args:
+        query: [query tokens, heads, head_dim], rows end to end.
+        key: [tokens, kv heads, head_dim], of the pass itself; as `value`.
+        cached: this layer's cached keys and values, [places, kv heads, head_dim] each.
+        causal: whether a query sees only the keys up to its own.
+
+    Returns:
+        [query tokens, heads * head_dim]
+    """
+    outputs = []
+    if rows.fresh is not None:
+        own = slice(rows.fresh_keys)
+        q = query[: rows.fresh_queries]
+        outputs.append(run_kernel(q, key[own], value[own], rows.fresh, causal))
+    if rows.cached is not None:
+        assert cached is not None
+        outputs.append(run_kernel(query[rows.fresh_queries :], *cached, rows.cached, causal))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined.flatten(1)
+
+
+def run_kernel(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, causal: bool) -> Tensor:
+    """One call of torch's variable-length attention: [queries, heads, head_dim]."""
+    attended: Tensor = varlen_attn(
+        query,
+        key,
+        value,
+        call.cu_queries,
+        call.cu_keys,
+        call.max_queries,
+        call.max_keys,
+        **_options(query.shape[1] != key.shape[1], causal),
+    )
+    return attended
+
+
+@cache
+def _options(grouped: bool, causal: bool) -> dict[str, Any]:
+    """The keywords of this torch's kernel: older ones take grouped heads without being told."""
+    known = _parameters(varlen_attn)
+    options: dict[str, Any] = {}
+    if grouped and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    if causal:
+        options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return options
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+@cache
+def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel takes heads of this size and number type on this device."""
+    return (
+        device.type == "cuda"
+        and dtype in KERNEL_DTYPES
+        and head_dim <= LARGEST_HEAD
+        and head_dim % 8 == 0
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    )
