@@ -92,6 +92,7 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     values = {int: "3", float: "0.5", str: "text"}
     special = {"model_dir": str(tmp_path), "dtype": "float16", "device": "cuda:1"}
     special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
+    special |= {"enforce_eager": "true"}
     special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
     special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
     special |= {"trust_remote_code": "true"}

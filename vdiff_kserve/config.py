@@ -246,6 +246,14 @@ class ServerConfig:
         default_text="what is free: on a CPU, half of it",
         help="Memory for keys and values.",
     )
+    enforce_eager: bool = _setting(
+        bool,
+        False,
+        group="engine",
+        metavar="BOOL",
+        help="Run cached passes on a GPU without CUDA graphs: slower, and without the memory and "
+        "the first moments that captures take. A CPU has none.",
+    )
     enable_prefix_caching: bool = _setting(
         bool,
         True,

@@ -176,6 +176,7 @@ def _engine_config(
         kv_cache_memory=parse_size(config.kv_cache_memory) if config.kv_cache_memory else None,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.enable_prefix_caching,
+        enforce_eager=config.enforce_eager,
         observer=observer,
         lockstep=lockstep,
     )

@@ -55,5 +55,5 @@ def test_memory_is_taken_when_first_needed() -> None:
     cache = cache_of(7)
     cache.reserve(3)
     assert "store" not in vars(cache)
-    expected = (CONFIG.num_layers, 7, CONFIG.num_kv_heads, CONFIG.head_dim)
+    expected = (CONFIG.num_layers, 7 + 1, CONFIG.num_kv_heads, CONFIG.head_dim)
     assert cache.store.keys.shape == cache.store.values.shape == expected

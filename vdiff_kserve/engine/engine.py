@@ -32,7 +32,7 @@ from vdiff_kserve.engine.row_kinds import make_row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import FollowingScheduler, Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
-from vdiff_kserve.models import LanguageModel, ModelSpec
+from vdiff_kserve.models import LanguageModel, ModelSpec, ReuseGraphs
 
 Inbox = SimpleQueue[GenerationEvent | EngineError]
 
@@ -57,6 +57,7 @@ class EngineConfig:
         gpu_memory_utilization: share of a GPU's memory that the process may use in all.
         enable_prefix_caching: whether a block-causal model keeps finished requests' keys and
             values for others that begin alike.
+        enforce_eager: whether a GPU runs cached passes without CUDA graphs.
         observer: told of every round.
         lockstep: the ranks that run this engine together, each with a shard of the model; None when
             the model is whole. All else in the configuration must be the same on every rank.
@@ -69,6 +70,7 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    enforce_eager: bool = False
     observer: RoundObserver | None = None
     lockstep: Lockstep | None = None
 
@@ -109,7 +111,12 @@ class Engine:
         if spec.block_causal and config.enable_prefix_caching:
             self._prefixes = PrefixCache(self._cache, spec.prefix_block_length)
         self._memory = RowMemory(self._cache, self._auxiliary_cache, self._prefixes)
-        self._runner = ModelRunner(decoder, spec, self._cache, auxiliary, self._auxiliary_cache)
+        graphs = None
+        if not config.enforce_eager and config.lockstep is None:
+            graphs = ReuseGraphs.for_model(decoder, spec.max_model_len)
+        self._runner = ModelRunner(
+            decoder, spec, self._cache, auxiliary, self._auxiliary_cache, graphs
+        )
         self._scheduler = self._make_scheduler(decoder.stages)
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
 

@@ -39,14 +39,15 @@ class KVCache:
     """One piece of memory for `capacity` tokens; each row gets a run of places.
 
     A request's canvas length is known when it arrives, so its memory is reserved once and never
-    grows. The memory itself is taken when the first row needs it.
+    grows. The memory itself is taken when the first row needs it; it has one place more, which is
+    lent to nobody: what a captured pass computes beside its rows goes there.
     """
 
     def __init__(
         self, config: DecoderConfig, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.capacity = capacity
-        self._shape = (config.num_layers, capacity, config.num_kv_heads, config.head_dim)
+        self._shape = (config.num_layers, capacity + 1, config.num_kv_heads, config.head_dim)
         self._device = device
         self._dtype = dtype
         self._free = [(0, capacity)]

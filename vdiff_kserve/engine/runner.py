@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,15 @@ from vdiff_kserve.engine.grammar_rows import GrammarRow
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
-from vdiff_kserve.models import ForwardBatch, LanguageModel, ModelSpec, RowSpan, VocabShard
+from vdiff_kserve.models import (
+    ForwardBatch,
+    LanguageModel,
+    ModelSpec,
+    ReuseGraphs,
+    RowSpan,
+    VocabShard,
+    to_device,
+)
 from vdiff_kserve.sampler import (
     AllowedTokens,
     ConstrainedRow,
@@ -64,11 +73,13 @@ class ModelRunner:
         cache: KVCache,
         auxiliary: LanguageModel | None = None,
         auxiliary_cache: KVCache | None = None,
+        graphs: ReuseGraphs | None = None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._auxiliary = auxiliary
         self._auxiliary_cache = auxiliary_cache
+        self._graphs = graphs
         self._device = decoder.device
         self.seconds = {"forward": 0.0, "sample": 0.0}
         self._mask_token_id = spec.mask_token_id
@@ -84,15 +95,19 @@ class ModelRunner:
         """
         spans = [row.next_span() for row in rows]
         opened = [row.open_positions() for row in rows]
-        written = [
+        was_written = [
             torch.where(row.masked[positions], -1, row.canvas[positions])
             for row, positions in zip(rows, opened, strict=True)
         ]
         counts = [len(positions) for positions in opened]
+        row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        row_index, position, written = to_device(
+            torch.stack([row_of, torch.cat(opened), torch.cat(was_written)]), self._device
+        )
         step_rows = StepRows(
-            row=torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(self._device),
-            position=torch.cat(opened).to(self._device),
-            written=torch.cat(written).to(self._device),
+            row=row_index,
+            position=position,
+            written=written,
             params=[row.step_params for row in rows],
             quotas=[row.quota for row in rows],
             lengths=[len(row) for row in rows],
@@ -122,10 +137,11 @@ class ModelRunner:
         if drafted:
             self._verify(accept, proposal, hidden, unguided, step_rows, rows)
         accept = hold_back(accept, proposal, step_rows)
-        tokens = proposal.token.cpu().split(counts)
+        chosen, proposed = torch.stack([accept.long(), proposal.token]).cpu()
+        tokens = proposed.split(counts)
         accepted = [
             row.review(*of_row)
-            for row, *of_row in zip(rows, opened, accept.cpu().split(counts), tokens, strict=True)
+            for row, *of_row in zip(rows, opened, chosen.bool().split(counts), tokens, strict=True)
         ]
         kept = [None] * len(rows) if evidence is None else self._keep(rows, opened, evidence)
         logprobs = [None] * len(rows) if told is None else _of_rows(told, rows, accepted)
@@ -153,39 +169,59 @@ class ModelRunner:
         begun = [row for row in rows if row.begun_pass is not None]
         twins = _twins(rows, spans)
         leaders = [row for row in rows if row.begun_pass is None and row not in twins]
-        starts: dict[Row, int] = {}
-        outputs, total = [], 0
-        for row in (*leaders, *begun):
-            starts[row] = total
-            total += row.next_span().outputs * (2 if row.params.cfg_scale > 0 else 1)
-        if leaders:
-            outputs.append(self._decoder(self._pack(_passes(leaders, self._mask_token_id))))
+        parts = self._run(_passes(leaders, self._mask_token_id)) if leaders else []
         for row in begun:
             assert row.begun_pass is not None
             row.begun_pass.advance(row.begun_pass.layers_left)
-            outputs.append(row.begun_pass.outputs)
-        hidden = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            parts.append((_passes([row], self._mask_token_id), row.begun_pass.outputs))
+        hidden = parts[0][1] if len(parts) == 1 else torch.cat([states for _, states in parts])
+        starts: dict[tuple[Row, bool], int] = {}
+        total = 0
+        for each in (each for passes, _ in parts for each in passes):
+            starts[each.row, each.guided] = total
+            total += each.span.outputs
         for twin, leader in twins.items():
-            starts[twin] = starts[leader]
+            for guided in (False, True):
+                if (leader, guided) in starts:
+                    starts[twin, guided] = starts[leader, guided]
             for own, source in zip(twin.cache_offsets, leader.cache_offsets, strict=True):
                 self._cache.copy(source, own, leader.next_span().queries)
-        places = [
-            positions - row.shift - span.output_start + starts[row]
-            for row, span, positions in zip(rows, spans, opened, strict=True)
-        ]
-        with_prompt = hidden[torch.cat(places).to(self._device)]
-        guided = [i for i, row in enumerate(rows) if row.params.cfg_scale > 0]
-        if not guided:
-            return with_prompt, None
-        for i in guided:
-            places[i] = places[i] + spans[i].outputs
-        return with_prompt, hidden[torch.cat(places).to(self._device)]
+        places = torch.cat(opened)
+        counts = torch.tensor([len(positions) for positions in opened])
 
-    def _pack(self, passes: Sequence[tuple[Tensor, RowSpan]]) -> ForwardBatch:
-        cached = any(span.cache_offset is not None for _, span in passes)
-        store = self._cache.store if cached else None
-        canvases, spans = zip(*passes, strict=True)
-        return ForwardBatch.pack(canvases, spans, store, self._device)
+        def states(guided: bool) -> Tensor:
+            shifts = [
+                starts.get((row, guided), starts[row, False]) - row.shift - span.output_start
+                for row, span in zip(rows, spans, strict=True)
+            ]
+            own = places + torch.tensor(shifts).repeat_interleave(counts, output_size=len(places))
+            return hidden[to_device(own, self._device)]
+
+        is_guided = any(row.params.cfg_scale > 0 for row in rows)
+        return states(guided=False), states(guided=True) if is_guided else None
+
+    def _run(self, passes: list[Pass]) -> list[tuple[list[Pass], Tensor]]:
+        """Passes and their hidden states: captured ones of one shape, and all others in one go."""
+        if self._graphs is None:
+            return [(passes, self._decoder(self._pack(passes)))]
+        # Rows that lie in the cache as they come in the pass take one attention call.
+        passes = sorted(passes, key=lambda each: _place(each.span))
+        parts = []
+        chosen = [passes[i] for i in self._graphs.choose([each.span for each in passes])]
+        if chosen:
+            canvases, spans = [each.canvas for each in chosen], [each.span for each in chosen]
+            states = self._graphs.run(canvases, spans, self._cache.store)
+            if states is not None:
+                parts.append((chosen, states))
+                passes = [each for each in passes if all(each is not other for other in chosen)]
+        if passes:
+            parts.append((passes, self._decoder(self._pack(passes))))
+        return parts
+
+    def _pack(self, passes: Sequence[Pass]) -> ForwardBatch:
+        spans = [each.span for each in passes]
+        store = self._cache.store if any(span.cache_offset is not None for span in spans) else None
+        return ForwardBatch.pack([each.canvas for each in passes], spans, store, self._device)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -343,20 +379,33 @@ class ModelRunner:
         accept[checked] = verify(proposal.token[checked], diffusion, auxiliary, part)
 
 
-def _passes(rows: Sequence[Row], mask_token_id: int | None) -> list[tuple[Tensor, RowSpan]]:
-    """The canvases and spans of the rows' passes: a guided row has a second one, whose prompt is
-    masked, behind its own."""
+class Pass(NamedTuple):
+    """One forward pass over a canvas of a row: its own, or the one without a prompt that guidance
+    compares it with."""
+
+    row: Row
+    guided: bool
+    canvas: Tensor
+    span: RowSpan
+
+
+def _passes(rows: Sequence[Row], mask_token_id: int | None) -> list[Pass]:
+    """The rows' passes: a guided row has a second one, whose prompt is masked, behind its own."""
     passes = []
     for row in rows:
         span = row.next_span()
-        passes.append((row.canvas, span))
+        passes.append(Pass(row, False, row.canvas, span))
         if row.params.cfg_scale > 0:
             canvas = row.canvas.clone()
             assert mask_token_id is not None, "guidance masks the prompt"
             canvas[: row.prompt_length] = mask_token_id
             offset = row.cache_offsets[1] if row.cache_offsets else None
-            passes.append((canvas, replace(span, cache_offset=offset)))
+            passes.append(Pass(row, True, canvas, replace(span, cache_offset=offset)))
     return passes
+
+
+def _place(span: RowSpan) -> int:
+    return -1 if span.cache_offset is None else span.cache_offset
 
 
 def _of_rows(

@@ -8,9 +8,11 @@ from vdiff_kserve.models.language_model import ForwardPass, LanguageModel
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.precision import choose_device, choose_dtype
+from vdiff_kserve.models.reuse_graphs import ReuseGraphs
 from vdiff_kserve.models.sharding import VocabShard
 from vdiff_kserve.models.spec import ModelSpec
 from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer, with_end_of_turn
+from vdiff_kserve.models.transfer import to_device
 
 __all__ = [
     "CheckpointError",
@@ -23,6 +25,7 @@ __all__ = [
     "LanguageModel",
     "LayerwisePass",
     "ModelSpec",
+    "ReuseGraphs",
     "RowSpan",
     "VocabShard",
     "can_pack",
@@ -35,5 +38,6 @@ __all__ = [
     "load_decoder",
     "load_tokenizer",
     "pack_linear_layers",
+    "to_device",
     "with_end_of_turn",
 ]

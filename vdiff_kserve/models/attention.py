@@ -60,7 +60,7 @@ class PackedRows:
     shapes: Sequence[tuple[int, int]]
 
     def sees_all(self, block: int | None) -> bool:
-        """Whether no row needs a mask, with blocks of `block` positions that see none after them."""
+        """Whether no row needs a mask when blocks of `block` positions see none after them."""
         if block is None:
             return True
         return all(
@@ -157,7 +157,7 @@ def attend_packed(
 
 def run_kernel(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, causal: bool) -> Tensor:
     """One call of torch's variable-length attention: [queries, heads, head_dim]."""
-    attended: Tensor = varlen_attn(
+    attended = varlen_attn(
         query,
         key,
         value,
@@ -167,6 +167,7 @@ def run_kernel(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, caus
         call.max_keys,
         **_options(query.shape[1] != key.shape[1], causal),
     )
+    assert isinstance(attended, Tensor), "no auxiliary output was asked for"
     return attended
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,15 +171,19 @@ class CapturedReuse:
         )
 
 
-def record_cuda(run: Pass) -> tuple[Tensor, Callable[[], None]]:
-    """Capture `run` as a CUDA graph, after running it once so that its libraries are set up."""
+def record_cuda(run: Pass, pool: Any) -> tuple[Tensor, Callable[[], None]]:
+    """Capture `run` as a CUDA graph, after running it once so that its libraries are set up.
+
+    Args:
+        pool: memory that captured passes share; only one of them runs at a time.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         output = run()
     return output, graph.replay
 
@@ -187,9 +193,10 @@ class ReuseGraphs:
 
     Args:
         longest: most tokens of a canvas.
+        record: captures a pass; returns its output and what runs it again.
     """
 
-    def __init__(self, decoder: Decoder, longest: int, record: Recorder = record_cuda) -> None:
+    def __init__(self, decoder: Decoder, longest: int, record: Recorder) -> None:
         self._decoder = decoder
         self._longest = longest
         self._record = record
@@ -197,10 +204,14 @@ class ReuseGraphs:
         self._failed = False
 
     @classmethod
-    def for_model(cls, decoder: Decoder, longest: int) -> ReuseGraphs | None:
-        """Those of a model whose passes can be captured; None when they cannot."""
-        usable = has_kernel(decoder.device, decoder.dtype, decoder.config.head_dim)
-        return cls(decoder, longest) if usable else None
+    def for_model(cls, decoder: object, longest: int) -> ReuseGraphs | None:
+        """Those of a model whose passes can be captured; None when they cannot: graphs need a GPU
+        and its attention kernel, and experts are chosen on the host."""
+        if not isinstance(decoder, Decoder) or decoder.config.moe is not None:
+            return None
+        if not has_kernel(decoder.device, decoder.dtype, decoder.config.head_dim):
+            return None
+        return cls(decoder, longest, partial(record_cuda, pool=torch.cuda.graph_pool_handle()))
 
     def choose(self, spans: Sequence[RowSpan]) -> list[int]:
         """Which rows of a pass to run captured: those of the most frequent shape, in the order of

@@ -1,0 +1,156 @@
+"""Packed attention takes the same rows apart as the per-row reference; the kernel needs a GPU."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.engine.tiny import CONFIG, tiny_decoder
+from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, RowSpan
+from vdiff_kserve.models import attention as packed_attention
+from vdiff_kserve.models import decoder as decoder_module
+from vdiff_kserve.models.attention import VarlenCall, has_kernel, pack_rows, sequences_of
+
+CPU = torch.device("cpu")
+TOLERANCE = dict(atol=1e-5, rtol=1e-5)
+
+
+def plain_kernel(
+    query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, causal: bool
+) -> Tensor:
+    """What the kernel is documented to do, sequence by sequence."""
+    output = torch.full_like(query, torch.nan)
+    assert len(call.cu_queries) == len(call.cu_keys)
+    assert call.cu_keys.dtype == call.cu_queries.dtype == torch.int32
+    bounds = zip(
+        itertools.pairwise(call.cu_queries.tolist()),
+        itertools.pairwise(call.cu_keys.tolist()),
+        strict=True,
+    )
+    for (q_start, q_end), (k_start, k_end) in bounds:
+        assert 0 <= q_end - q_start <= call.max_queries
+        assert 0 <= k_start <= k_end <= len(key)
+        if q_end == q_start:
+            continue
+        assert k_end - k_start <= call.max_keys
+        mask = None
+        if causal:
+            queries, keys = q_end - q_start, k_end - k_start
+            mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        q, k, v = (
+            each.transpose(0, 1)[None]
+            for each in (query[q_start:q_end], key[k_start:k_end], value[k_start:k_end])
+        )
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        output[q_start:q_end] = attended[0].transpose(0, 1)
+    return output
+
+
+def store_for(decoder: Decoder, places: int, seed: int = 0) -> KeyValueStore:
+    config = decoder.config
+    shape = (config.num_layers, places, config.num_kv_heads, config.head_dim)
+    keys, values = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
+    return KeyValueStore(keys, values)
+
+
+def use_packed(monkeypatch: pytest.MonkeyPatch) -> list[VarlenCall]:
+    """Let the decoder pack rows as on a GPU, with the plain kernel; returns the calls it makes."""
+    calls: list[VarlenCall] = []
+
+    def kernel(*args: object) -> Tensor:
+        calls.append(args[3])
+        return plain_kernel(*args)
+
+    monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "run_kernel", kernel)
+    return calls
+
+
+def mixed_rows(rng: random.Random) -> tuple[list[Tensor], list[RowSpan], int]:
+    """Rows with and without a cache, whole and in part, in the order of their places."""
+    canvases, spans, place = [], [], 0
+    for i in range(rng.randint(1, 7)):
+        length = rng.randint(9, 30)
+        canvases.append(torch.tensor(rng.choices(range(CONFIG.vocab_size), k=length)))
+        cached = i >= rng.randint(0, 3)
+        start = rng.randint(0, length - 8) if cached and rng.random() < 0.7 else 0
+        end = rng.randint(start + 4, length) if start else length
+        first = rng.randint(start, end - 2)
+        outputs = rng.randint(1, end - first)
+        if not cached and any(span.cache_offset is not None for span in spans):
+            cached = True
+        if cached:
+            place += rng.randint(0, 5)
+        offset = place if cached else None
+        spans.append(RowSpan(start, end - start, length, first, outputs, offset))
+        place += length if cached else 0
+    return canvases, spans, place + 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+@torch.inference_mode()
+def test_packed_rows_equal_rows_one_by_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny_decoder()
+    canvases, spans, places = mixed_rows(random.Random(seed))
+    expected = decoder(ForwardBatch.pack(canvases, spans, store_for(decoder, places)))
+    calls = use_packed(monkeypatch)
+    batch = ForwardBatch.pack(canvases, spans, store_for(decoder, places))
+    assert batch.packed is not None
+    torch.testing.assert_close(decoder(batch), expected, **TOLERANCE)
+    kinds = len({span.cache_offset is None for span in spans})
+    assert len(calls) == kinds * decoder.config.num_layers
+
+
+@pytest.mark.parametrize("queries", [4, 8, 12])
+@torch.inference_mode()
+def test_causal_rows_take_the_causal_kernel(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny_decoder(attention_block=1)
+    canvas = torch.arange(12)
+    span = RowSpan(12 - queries, queries, 12, 12 - queries, queries, cache_offset=2)
+    expected = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 16)))
+    calls = use_packed(monkeypatch)
+    packed = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 16)))
+    torch.testing.assert_close(packed, expected, **TOLERANCE)
+    assert len(calls) == decoder.config.num_layers
+
+
+@pytest.mark.parametrize(("start", "calls_made"), [(8, 2), (4, 1), (0, 1)])
+@torch.inference_mode()
+def test_passes_over_several_blocks_of_a_block_causal_model_are_masked(
+    start: int, calls_made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel knows no block mask: a pass of one block needs none, others go row by row. Only
+    one block is wanted of the last layer."""
+    decoder = tiny_decoder(attention_block=4)
+    canvas = torch.arange(12)
+    span = RowSpan(start, 12 - start, 12, 8, 4, cache_offset=0)
+    expected = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 12)))
+    calls = use_packed(monkeypatch)
+    packed = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 12)))
+    torch.testing.assert_close(packed, expected, **TOLERANCE)
+    assert len(calls) == calls_made
+
+
+def test_rows_that_no_call_can_take_are_left_to_the_reference() -> None:
+    assert pack_rows([4, 4], [4, 4], [8, 8], [8, 0], CPU) is None, "not in the cache's order"
+    assert pack_rows([4, 4], [4, 4], [8, 8], [0, 4], CPU) is None, "overlapping places"
+    assert pack_rows([4, 4], [4, 4], [8, 4], [0, None], CPU) is None, "no place behind one"
+    assert pack_rows([4], [4], [8], [None], CPU) is None, "keys that are nowhere"
+
+
+def test_the_places_between_rows_belong_to_sequences_without_queries() -> None:
+    cu_queries, cu_keys = sequences_of([3, 2], [5, 20], [10, 4])
+    assert cu_queries == [0, 0, 3, 3, 5]
+    assert cu_keys == [0, 5, 15, 20, 24]
+
+
+def test_the_kernel_is_for_gpus_and_their_number_types() -> None:
+    assert not has_kernel(CPU, torch.bfloat16, 64)
+    assert not has_kernel(torch.device("cuda"), torch.float32, 64)
+    assert not has_kernel(torch.device("cuda"), torch.bfloat16, 260)
+    assert not has_kernel(torch.device("cuda"), torch.bfloat16, 20)

@@ -1,0 +1,151 @@
+"""Captured passes: the right rows in the right places. A recorder that runs the pass anew stands
+for the GPU's; the tests marked `gpu` capture for real."""
+
+import logging
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.tiny import request_of, running, tiny_decoder
+from tests.models.test_attention import TOLERANCE, store_for, use_packed
+from vdiff_kserve.models import ForwardBatch, KeyValueStore, ReuseGraphs, RowSpan
+from vdiff_kserve.models.reuse_graphs import bucket_of
+
+PLACES = 200
+
+
+def run_again(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    output = run()
+    return output, lambda: output.copy_(run())
+
+
+def reuse_rows(
+    count: int, rng: random.Random, queries: int = 8, first: int = 0, outputs: int = 8
+) -> tuple[list[Tensor], list[RowSpan]]:
+    canvases, spans, place = [], [], 0
+    for _ in range(count):
+        length = rng.randint(10, 20)
+        start = rng.randint(0, length - queries)
+        canvases.append(torch.tensor(rng.choices(range(30), k=length)))
+        place += rng.randint(0, 3)
+        spans.append(RowSpan(start, queries, length, start + first, outputs, place))
+        place += length
+    return canvases, spans
+
+
+def graphs_of(decoder: torch.nn.Module, record: Callable = run_again) -> ReuseGraphs:
+    return ReuseGraphs(decoder, 96, record)
+
+
+@pytest.mark.parametrize(("queries", "first", "outputs"), [(8, 0, 8), (9, 0, 8), (8, 2, 4)])
+@torch.inference_mode()
+def test_captured_passes_equal_plain_ones(
+    queries: int, first: int, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several passes of one shape, so that the second finds what the first left in its tensors."""
+    decoder, rng = tiny_decoder(), random.Random(3)
+    cases = [reuse_rows(n, rng, queries, first, outputs) for n in (7, 5, 8, 1, 1)]
+    stores = [store_for(decoder, PLACES, seed) for seed in range(len(cases))]
+    expected = [
+        decoder(ForwardBatch.pack(*case, KeyValueStore(store.keys.clone(), store.values.clone())))
+        for case, store in zip(cases, stores, strict=True)
+    ]
+    use_packed(monkeypatch)
+    graphs = graphs_of(decoder)
+    shared = KeyValueStore(torch.zeros_like(stores[0].keys), torch.zeros_like(stores[0].values))
+    for (canvases, spans), store, states in zip(cases, stores, expected, strict=True):
+        shared.keys.copy_(store.keys)
+        shared.values.copy_(store.values)
+        captured = graphs.run(canvases, spans, shared)
+        torch.testing.assert_close(captured, states, **TOLERANCE)
+    assert len(graphs._captured) == 2, "one pass of eight rows, one of one"
+
+
+@torch.inference_mode()
+def test_idle_places_of_a_captured_pass_leave_other_rows_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = tiny_decoder()
+    use_packed(monkeypatch)
+    store = store_for(decoder, PLACES)
+    before = store.keys.clone()
+    canvases, spans = reuse_rows(3, random.Random(0))
+    graphs_of(decoder).run(canvases, spans, store)
+    written = (store.keys != before).any(0).any(-1).any(-1).nonzero().squeeze(-1).tolist()
+    own = [
+        place
+        for span in spans
+        for place in range(span.cache_offset + span.start, span.cache_offset + span.start + 8)
+    ]
+    assert set(written) <= {*own, PLACES - 1}
+
+
+def test_the_most_frequent_shape_is_captured_in_the_order_of_the_cache() -> None:
+    spans = [
+        RowSpan(0, 20, 20, 0, 8, 300),  # a refresh
+        RowSpan(8, 8, 20, 8, 8, 200),
+        RowSpan(8, 4, 20, 8, 4, 250),  # a short last block
+        RowSpan(0, 8, 20, 0, 8, 0),
+        RowSpan(0, 8, 8, 0, 8),  # no cache
+    ]
+    assert graphs_of(tiny_decoder()).choose(spans) == [3, 1]
+    assert graphs_of(tiny_decoder()).choose([spans[0], spans[4]]) == []
+    two_blocks = [RowSpan(4, 8, 12, 8, 4, 0)]
+    assert graphs_of(tiny_decoder(attention_block=4)).choose(two_blocks) == []
+
+
+def test_rows_are_rounded_up_to_few_sizes() -> None:
+    sizes = [bucket_of(rows) for rows in range(1, 65)]
+    assert all(size >= rows for rows, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [1, 2, 4, *range(8, 65, 8)]
+
+
+def test_a_pass_that_cannot_be_captured_is_told_once_and_runs_without(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(run: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs = graphs_of(tiny_decoder(), fail)
+    store = store_for(tiny_decoder(), PLACES)
+    canvases, spans = reuse_rows(2, random.Random(0))
+    with caplog.at_level(logging.WARNING):
+        assert graphs.run(canvases, spans, store) is None
+        assert graphs.choose(spans) == []
+        assert graphs.run(canvases, spans, store) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "not permitted" in caplog.text
+
+
+def test_models_on_a_cpu_have_no_graphs() -> None:
+    assert ReuseGraphs.for_model(tiny_decoder(), 96) is None
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_engine_answers_the_same_with_captured_passes(
+    shifted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of several shapes: refreshes, cached blocks, short last blocks, guidance, no cache."""
+    requests = [
+        request_of(tuple(range(1, 2 + i)), 12 + 5 * i, cache=cache, cfg_scale=scale, seed=i)
+        for i, (cache, scale) in enumerate(
+            [("dual", 0.0), ("dual", 0.0), ("prefix", 0.0), ("dual", 1.5), ("none", 0.0)]
+        )
+    ]
+    decoder = tiny_decoder()
+    with running(decoder, shifted=shifted) as engine:
+        expected = engine.generate(requests)
+    use_packed(monkeypatch)
+    captured: list[ReuseGraphs] = []
+
+    def for_model(decoder: torch.nn.Module, longest: int) -> ReuseGraphs:
+        captured.append(ReuseGraphs(decoder, longest, run_again))
+        return captured[-1]
+
+    monkeypatch.setattr(ReuseGraphs, "for_model", for_model)
+    with running(decoder, shifted=shifted) as engine:
+        assert engine.generate(requests) == expected
+    assert captured[0]._captured, "nothing was captured"
