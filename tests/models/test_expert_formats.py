@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.golden import GOLDEN_DIR
 from tests.models.folders import write_config
@@ -25,7 +25,17 @@ EXPERTS: dict[str, Any] = dict(
 )
 
 
+def save_dense_model(folder: Path) -> tuple[Qwen3ForCausalLM, dict[str, Any]]:
+    """A random Qwen3, and the fields of its `config.json` as published checkpoints have them."""
+    config = Qwen3Config(**SIZES, head_dim=16)
+    model = save(Qwen3ForCausalLM, config, folder)
+    fields = config.to_dict() | {"mask_token_id": 63, "rope_theta": 1e4}
+    fields.pop("rope_parameters", None)
+    return model, fields
+
+
 def save_model(folder: Path, **changes: Any) -> tuple[Qwen3MoeForCausalLM, dict[str, Any]]:
+    """The same of Qwen3-MoE."""
     config = Qwen3MoeConfig(**SIZES, **EXPERTS | changes)
     model = save(Qwen3MoeForCausalLM, config, folder)
     assert "model.layers.1.mlp.experts.7.down_proj.weight" in load_file(
