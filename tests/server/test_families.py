@@ -1,0 +1,96 @@
+"""A checkpoint of every natively written family, served with `--model_dir` and no other flag."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import BadRequestError, OpenAI
+
+from tests.golden import GOLDEN_DIR
+from tests.server.checkpoint import make_tokenizer
+from tests.server.process import ServerProcess
+
+MESSAGES = [{"role": "user", "content": "Which family are you of?"}]
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llada": {"policy": "threshold", "threshold": 0.98, "cache": "none", "block_length": 32},
+    "llada_moe": {"policy": "threshold", "threshold": 0.98, "cache": "none", "block_length": 32},
+    "llada2": {"policy": "dynamic", "threshold": 0.95, "cache": "exact", "block_length": 32},
+    "dream": {"policy": "threshold", "threshold": 0.9, "cache": "prefix", "block_length": 32},
+    "sdar": {"policy": "dynamic", "threshold": 0.95, "cache": "exact", "block_length": 4},
+}
+
+
+def make_folder(folder: Path, family: str, **changes: Any) -> Path:
+    """A golden checkpoint with a tokenizer, and fields of its `config.json` changed or (None) left
+    out."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(GOLDEN_DIR / family / "model.safetensors", folder)
+    fields = json.loads((GOLDEN_DIR / family / "config.json").read_text(encoding="utf-8"))
+    fields = {name: value for name, value in (fields | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def client_of(*arguments: str) -> Iterator[OpenAI]:
+    with (
+        ServerProcess(*arguments).wait_until_ready() as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def ask(client: OpenAI, **fields: Any) -> Any:
+    (model,) = client.models.list().data
+    return client.chat.completions.create(
+        model=model.id, messages=MESSAGES, max_tokens=40, **fields
+    )
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_golden_family_is_served_without_a_flag(family: str, tmp_path: Path) -> None:
+    with client_of("--model_dir", str(make_folder(tmp_path / family, family))) as client:
+        whole = ask(client)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True))
+        assert text == whole.choices[0].message.content
+        cost = whole.vdiff
+        used = {name: cost["decoding"][name] for name in DEFAULTS[family]}
+        assert used == DEFAULTS[family]
+        assert 0 < cost["nfe"] < 40 + cost["decoding"]["block_length"]
+        steps = ask(client, extra_body={"profile": "exact", "steps": 10})
+        assert steps.vdiff["nfe"] <= 20 < cost["nfe"]
+        if DEFAULTS[family]["cache"] == "exact":
+            with pytest.raises(BadRequestError, match="block length that the model was trained"):
+                ask(client, extra_body={"block_length": 16})
+            again = ask(client)
+            assert again.usage.prompt_tokens_details.cached_tokens >= 32
+            assert again.choices[0].message.content == whole.choices[0].message.content
+
+
+def test_a_checkpoint_that_names_a_causal_class_is_served_as_its_family(tmp_path: Path) -> None:
+    """Open-dCoder's form: Qwen2's class, no mask in `config.json` but in the tokenizer."""
+    own = make_folder(tmp_path / "dream", "dream")
+    other = make_folder(
+        tmp_path / "coder", "dream", architectures=["Qwen2ForCausalLM"], mask_token_id=None
+    )
+    with (
+        client_of("--model_dir", str(own)) as as_published,
+        client_of("--model_dir", str(other), "--diffusion_family", "dream") as as_told,
+    ):
+        expected = ask(as_published, temperature=0.7, seed=3)
+        told = ask(as_told, temperature=0.7, seed=3)
+    assert told.choices[0].message.content == expected.choices[0].message.content
+    assert told.vdiff["nfe"] == expected.vdiff["nfe"]
+
+
+def test_block_size_is_that_of_the_model(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "sdar", "sdar", block_size=None)
+    with client_of("--model_dir", str(folder), "--block_size", "8") as client:
+        assert ask(client).vdiff["decoding"]["block_length"] == 8
