@@ -309,6 +309,50 @@ class ServerConfig:
         "format) that checks what policy apd proposes.",
     )
     decoding: Mapping[str, Any] = field(default_factory=dict)
+    max_schema_bytes: int = _setting(
+        int,
+        2**16,
+        group="decoding",
+        metavar="N",
+        low=1,
+        help="Longest JSON schema, regular expression or grammar that a request may ask its answer "
+        "to match.",
+    )
+    grammar_timeout: float = _setting(
+        float,
+        5.0,
+        group="decoding",
+        metavar="SECONDS",
+        low=0.001,
+        help="Longest time that compiling one may take; a request that needs more is refused.",
+    )
+    enable_auto_tool_choice: bool = _setting(
+        bool,
+        True,
+        group="decoding",
+        metavar="BOOL",
+        negation="disable_auto_tool_choice",
+        help="Let models choose themselves whether to call a function (tool_choice auto); else "
+        "such requests are refused.",
+    )
+    tool_call_parser: str = _setting(
+        str,
+        "hermes",
+        group="decoding",
+        metavar="PARSER",
+        choices=("hermes", "json"),
+        help="How the model writes calls of functions: hermes is JSON between <tool_call> and "
+        "</tool_call>, json is an answer that is a list of calls.",
+    )
+    tools_in_prompt: bool = _setting(
+        bool,
+        True,
+        group="decoding",
+        metavar="BOOL",
+        negation="no_tools_in_prompt",
+        help="Tell a model whose chat template takes no tools of them in the system message; else "
+        "only the grammar of forced calls knows them.",
+    )
     host: str = _setting(
         str,
         "0.0.0.0",

@@ -184,6 +184,7 @@ class AsyncLLM:
     async def _outputs(
         self, request: CompletionRequest | ChatCompletionRequest, endpoint: str, prompt: str | None
     ) -> AsyncGenerator[RequestOutput, None]:
+        await self._service.prepare([request], endpoint)
         (work,) = self._service.submit([request], endpoint)
         output = _output_of(work, prompt)
         with work:

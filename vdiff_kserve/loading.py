@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +19,8 @@ from vdiff_kserve.engine import (
     Engine,
     EngineConfig,
     GenerationRequest,
+    GrammarError,
+    Grammars,
     Lockstep,
     RoundObserver,
     measured_token_budget,
@@ -40,6 +44,7 @@ from vdiff_kserve.models import (
 from vdiff_kserve.openai.decoding import ModelTraits, resolve
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.limits import ServingLimits
+from vdiff_kserve.openai.tool_parsers import ParserName
 from vdiff_kserve.sampler import DecodingParams
 from vdiff_kserve.setting import parse_size
 
@@ -119,10 +124,11 @@ def load_model(
     if spec.autoregressive:
         _refuse_diffusion_options(config)
     auxiliary = _load_auxiliary(config, folder, tokenizer, device, dtype)
-    limits = _limits(config, spec, has_auxiliary=auxiliary is not None)
+    limits = _limits(config, spec, tokenizer, has_auxiliary=auxiliary is not None)
     lockstep = None if rank is None else rank.lockstep
     engine_config = _engine_config(config, model, limits, observer, lockstep)
-    engine = Engine(model, spec, engine_config, auxiliary)
+    grammars = _load_grammars(spec, tokenizer, limits)
+    engine = Engine(model, spec, engine_config, auxiliary, grammars)
     if lockstep is None or lockstep.leads:
         engine.start()
     loaded = LoadedModel(
@@ -207,7 +213,20 @@ def _load_auxiliary(
     return load_causal_decoder(own, device, dtype)
 
 
-def _limits(config: ServerConfig, spec: ModelSpec, has_auxiliary: bool) -> ServingLimits:
+def _load_grammars(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, limits: ServingLimits
+) -> Grammars | None:
+    """What compiles grammars; None for the rare tokenizer that it cannot read."""
+    try:
+        return Grammars(tokenizer, limits.vocab_size, spec.end_token_ids, limits.max_model_len)
+    except GrammarError as error:
+        logger.warning("Structured output and forced tool calls are off: %s.", error)
+        return None
+
+
+def _limits(
+    config: ServerConfig, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, has_auxiliary: bool
+) -> ServingLimits:
     longest = config.max_model_len or spec.max_model_len
     if longest > spec.max_model_len:
         raise CheckpointError(
@@ -239,4 +258,10 @@ def _limits(config: ServerConfig, spec: ModelSpec, has_auxiliary: bool) -> Servi
         profiles=profiles,
         traits=traits,
         request_timeout=config.request_timeout,
+        max_schema_bytes=config.max_schema_bytes,
+        grammar_timeout=config.grammar_timeout,
+        auto_tool_choice=config.enable_auto_tool_choice,
+        tool_call_parser=cast("ParserName", config.tool_call_parser),
+        tools_in_prompt=config.tools_in_prompt,
+        template_takes_tools=re.search(r"\btools\b", str(tokenizer.chat_template)) is not None,
     )

@@ -264,7 +264,7 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
             device=loaded.device,
             max_model_len=str(loaded.limits.max_model_len),
         )
-        self._tokens = Tokens(loaded.tokenizer, loaded.limits.max_model_len)
+        self._tokens = Tokens(loaded.tokenizer, loaded.limits)
         return GenerationService(loaded.engine, loaded.tokenizer, loaded.limits, self.name)
 
     def _ready_service(self) -> GenerationService:

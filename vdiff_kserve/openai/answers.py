@@ -18,6 +18,7 @@ from vdiff_kserve.openai.logprobs import ScoredToken, TokenTexts
 from vdiff_kserve.openai.prompts import TokenIds
 from vdiff_kserve.openai.protocol import FinishReason
 from vdiff_kserve.openai.text import AnswerText
+from vdiff_kserve.openai.tools import ToolUse
 from vdiff_kserve.sampler import DecodingParams
 
 
@@ -51,6 +52,8 @@ class Job:
         priority: lower goes first.
         deadline: when to give up, on the clock of `time.monotonic`; None never.
         output: how the answers are told.
+        grammar: what the answers must match; None is anything.
+        tools: how the answers may call functions; None is not at all.
     """
 
     request_id: str
@@ -66,6 +69,8 @@ class Job:
     priority: int = 0
     deadline: float | None = None
     output: Output = Output()
+    grammar: str | None = None
+    tools: ToolUse | None = None
 
     @property
     def num_answers(self) -> int:
@@ -90,6 +95,7 @@ class Job:
                 request_id=self.request_id,
                 priority=self.priority,
                 deadline=self.deadline,
+                grammar=self.grammar,
             )
             for prompt, length in zip(self.prompts, self.lengths, strict=True)
             for choice in range(self.n)

@@ -148,7 +148,9 @@ def _location(error: Mapping[str, Any]) -> str:
 
 def _is_type(part: int | str) -> bool:
     """Whether a part of a location names a member of a union, which says nothing to a client."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+    if not isinstance(part, str):
+        return False
+    return "[" in part or part[:1].isupper() or part in ("str", "int", "float", "bool")
 
 
 def _given(error: Mapping[str, Any]) -> str:

@@ -38,11 +38,14 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "min_tokens": "answer positions from the left without end token or stop string",
     "model": "one of the served names, or left out",
     "n": "answers per prompt",
+    "parallel_tool_calls": "false allows one call per answer where calls are forced",
     "presence_penalty": "in [-2, 2], for tokens that the answer has; see below",
     "priority": "lower goes first, see [batching](batching.md)",
     "prompt": "a text, a list of texts, token ids, or a list of them",
     "repetition_penalty": "above 0, for tokens that the prompt or the answer has; see below",
     "request_id": "part of the response's id, and in the log",
+    "response_format": "`json_object`, `json_schema` or `text`, see "
+    "[structured output](structured.md)",
     "return_token_ids": "adds `token_ids`, the end token included, and `prompt_token_ids`",
     "return_tokens_as_token_ids": "`token_id:5` in place of a token's text in `logprobs`",
     "seed": "of the sampling noise; answer j has `seed + j`",
@@ -50,8 +53,12 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "stop": "strings that end the answer",
     "stop_token_ids": "further tokens that end the answer",
     "stream": "answer in chunks",
+    "structured_outputs": "`json`, `regex`, `choice`, `grammar` or `json_object`, see "
+    "[structured output](structured.md)",
     "stream_options": "`include_usage`, `continuous_usage_stats`",
     "timeout": "seconds that the request may take, see [batching](batching.md)",
+    "tool_choice": "`none`, `auto`, `required` or a function, see [tools](structured.md#tools)",
+    "tools": "functions that the answer may call, see [tools](structured.md#tools)",
     "top_logprobs": "how many likeliest tokens chats tell per token, in [0, 20]; needs `logprobs`",
 }
 
@@ -62,7 +69,6 @@ IGNORED = {
     "length_penalty": "belongs to beam search",
     "media_io_kwargs": "the models read text only",
     "mm_processor_kwargs": "the models read text only",
-    "parallel_tool_calls": "matters with tools only",
     "reasoning_effort": "the models have no separate reasoning",
     "spaces_between_special_tokens": "has no effect with fast tokenizers, the only ones there are",
     "truncation_side": "matters with truncate_prompt_tokens only",
@@ -84,15 +90,15 @@ class Refused:
 
 
 _NOT_BUILT = "this server does not have it"
-_NO_TOOLS = "this server has no tool calls"
+_NEWER_NAMES = "OpenAI replaced it by tools and tool_choice"
 
 REFUSED = {
     "best_of": Refused("no answers are compared; ask for n of them", (None, 1)),
     "chat_template": Refused("templates come from the checkpoint only"),
     "documents": Refused("chat templates get messages only", (None, [])),
     "echo": Refused(_NOT_BUILT, (None, False)),
-    "function_call": Refused(_NO_TOOLS, (None, "none", "auto")),
-    "functions": Refused(_NO_TOOLS, (None, [])),
+    "function_call": Refused(_NEWER_NAMES, (None, "none", "auto")),
+    "functions": Refused(_NEWER_NAMES, (None, [])),
     "prompt_embeds": Refused("prompts are text or token ids"),
     "prompt_logprobs": Refused(
         "a diffusion model does not predict its prompt token by token, so that there is no such "
@@ -101,15 +107,9 @@ REFUSED = {
     "repetition_detection": Refused(
         "an answer is not written from left to right; see repetition_penalty"
     ),
-    "response_format": Refused(
-        "answers cannot be constrained to a format", (None, {"type": "text"})
-    ),
     "return_prompt_text": Refused(_NOT_BUILT, (None, False)),
-    "structured_outputs": Refused("answers cannot be constrained to a format"),
     "suffix": Refused(_NOT_BUILT),
     "thinking_token_budget": Refused("the models have no separate reasoning"),
-    "tool_choice": Refused(_NO_TOOLS, (None, "none")),
-    "tools": Refused(_NO_TOOLS),
     "truncate_prompt_tokens": Refused("a prompt that is too long is refused, not cut"),
     "use_beam_search": Refused("diffusion models have no beams", (None, False)),
     "vllm_xargs": Refused("there are no plugins that would read it", (None, {})),
@@ -124,9 +124,7 @@ def refuse_unsupported(request: BaseModel) -> None:
     """
     for field in sorted(request.model_fields_set & REFUSED.keys()):
         value = getattr(request, field)
-        if _is_neutral(value, REFUSED[field].neutral) or (
-            field == "tools" and value and getattr(request, "tool_choice", None) == "none"
-        ):
+        if _is_neutral(value, REFUSED[field].neutral):
             continue
         raise RequestError(f"`{field}` is not supported: {REFUSED[field].reason}.", param=field)
 

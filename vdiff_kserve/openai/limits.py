@@ -17,6 +17,7 @@ from vdiff_kserve.openai.protocol import (
     CompletionRequest,
     GenerationFields,
 )
+from vdiff_kserve.openai.tool_parsers import ParserName
 from vdiff_kserve.sampler import MAX_TOP_LOGPROBS, DecodingParams
 
 
@@ -33,6 +34,12 @@ class ServingLimits:
         profiles: the decodings that a request may name.
         traits: what the model allows.
         request_timeout: seconds that a request may take which sets no timeout; None is for ever.
+        max_schema_bytes: longest schema or grammar that an answer may have to match.
+        grammar_timeout: seconds that compiling one may take.
+        auto_tool_choice: whether a model may choose itself to call a function.
+        tool_call_parser: how calls are written.
+        tools_in_prompt: whether models are told of functions whose template does not do that.
+        template_takes_tools: whether the chat template does.
     """
 
     max_model_len: int
@@ -43,6 +50,12 @@ class ServingLimits:
     profiles: Mapping[str, DecodingParams]
     traits: ModelTraits
     request_timeout: float | None = None
+    max_schema_bytes: int = 2**16
+    grammar_timeout: float = 5.0
+    auto_tool_choice: bool = True
+    tool_call_parser: ParserName = "hermes"
+    tools_in_prompt: bool = True
+    template_takes_tools: bool = False
 
 
 def check(request: GenerationFields, limits: ServingLimits) -> None:
@@ -98,6 +111,13 @@ def stop_strings(request: GenerationFields) -> tuple[str, ...]:
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
 
 
+def length_field(request: CompletionRequest | ChatCompletionRequest) -> str:
+    """The field that says how long the request's answers may be."""
+    if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
+        return "max_completion_tokens"
+    return "max_tokens"
+
+
 def answer_length(
     request: CompletionRequest | ChatCompletionRequest, prompt_length: int, limits: ServingLimits
 ) -> int:
@@ -107,9 +127,8 @@ def answer_length(
         RequestError: the prompt leaves no room, or the asked length is out of range.
     """
     most = limits.max_model_len
-    field, wanted = "max_tokens", request.max_tokens
-    if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
-        field, wanted = "max_completion_tokens", request.max_completion_tokens
+    field = length_field(request)
+    wanted = getattr(request, field)
     if wanted is not None and not 1 <= wanted <= most:
         raise out_of_range(field, f"in [1, {most}], the model's context length", wanted)
     if prompt_length >= most:

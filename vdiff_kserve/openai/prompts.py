@@ -12,6 +12,13 @@ from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.limits import ServingLimits, check_token_ids
 from vdiff_kserve.openai.literals import Literals
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, CompletionRequest
+from vdiff_kserve.openai.tools import (
+    as_plain_text,
+    read_arguments,
+    tool_text,
+    tool_use,
+    with_tool_text,
+)
 
 TokenIds = tuple[int, ...]
 
@@ -19,15 +26,27 @@ TEMPLATE_ARGUMENTS = frozenset(signature(PreTrainedTokenizerFast.apply_chat_temp
 """Arguments of the renderer; the rest of `chat_template_kwargs` are variables of the template."""
 
 
-def chat_prompt(request: ChatCompletionRequest, tokenizer: PreTrainedTokenizerFast) -> TokenIds:
-    """The conversation as the model's chat template writes it.
+def chat_prompt(
+    request: ChatCompletionRequest, tokenizer: PreTrainedTokenizerFast, limits: ServingLimits
+) -> TokenIds:
+    """The conversation as the model's chat template writes it, with the functions it may call.
 
     Raises:
         RequestError: there is no message, a part is not text, or the template refuses.
     """
     if not request.messages:
         raise RequestError("messages must hold at least one message.", param="messages")
-    messages = [_message(message, i) for i, message in enumerate(request.messages)]
+    use = tool_use(request, limits)
+    messages = [
+        read_arguments(_message(message, i), i) for i, message in enumerate(request.messages)
+    ]
+    tools = None
+    if limits.template_takes_tools:
+        tools = [tool.model_dump(exclude_unset=True) for tool in use.tools] if use else None
+    else:
+        messages = [as_plain_text(message, limits.tool_call_parser) for message in messages]
+        if use is not None and limits.tools_in_prompt:
+            messages = with_tool_text(messages, tool_text(use))
     variables = request.chat_template_kwargs or {}
     if reserved := TEMPLATE_ARGUMENTS & variables.keys():
         raise RequestError(
@@ -41,6 +60,7 @@ def chat_prompt(request: ChatCompletionRequest, tokenizer: PreTrainedTokenizerFa
     try:
         text = tokenizer.apply_chat_template(
             messages,
+            tools=tools,
             tokenize=False,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,

@@ -19,6 +19,9 @@ from pydantic import (
     model_serializer,
 )
 
+from vdiff_kserve.openai.structured_fields import ResponseFormat, StructuredOutputs
+from vdiff_kserve.openai.tool_fields import NamedTool, Tool, ToolCall, ToolCallDelta
+
 INT64_MAX = 2**63 - 1
 DEFAULT_COMPLETION_TOKENS = 16
 """Length of a completion that sets none, as OpenAI has it."""
@@ -26,7 +29,7 @@ TokenId = Annotated[int, Field(ge=0)]
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 """Bounded, since tensors cannot hold what JSON can spell."""
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class _Request(BaseModel):
@@ -127,12 +130,12 @@ class GenerationFields(_Request):
     prompt_logprobs: int | None = None
     repetition_detection: dict[str, Any] | None = None
     repetition_penalty: float | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     skip_special_tokens: bool | None = True
     spaces_between_special_tokens: bool | None = True
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
     thinking_token_budget: int | None = None
     top_k: Int32 | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)
@@ -195,8 +198,8 @@ class ChatCompletionRequest(GenerationFields):
         None
     )
     return_prompt_text: bool | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: list[Tool] | None = None
     top_logprobs: int | None = 0
 
 
@@ -282,12 +285,15 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float]]
 
 
-class ChatMessage(BaseModel):
-    """The answer of a chat."""
+class ChatMessage(_OmitsAbsent):
+    """The answer of a chat; without content when it calls functions and says nothing else."""
+
+    optional = frozenset({"tool_calls"})
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(_OmitsAbsent):
@@ -319,10 +325,11 @@ class ChatCompletion(_OmitsAbsent, _Response):
 class ChatDelta(_OmitsAbsent):
     """New text of an answer; the role comes with the first."""
 
-    optional = frozenset({"role", "content"})
+    optional = frozenset({"role", "content", "tool_calls"})
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(_OmitsAbsent):

@@ -18,7 +18,6 @@ from vdiff_kserve.openai.protocol import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
-    ChatMessage,
     ChoiceCost,
     Completion,
     CompletionChoice,
@@ -30,6 +29,7 @@ from vdiff_kserve.openai.protocol import (
     PromptTokensDetails,
     Usage,
 )
+from vdiff_kserve.openai.tool_answers import AnswerDeltas, finish_reason_of, message_of
 
 FINGERPRINT = f"vdiff-{__version__}"
 
@@ -129,10 +129,10 @@ class Writer(Protocol):
         """The whole response."""
         ...
 
-    def chunk(
+    def chunks(
         self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
-    ) -> BaseModel:
-        """One chunk of a stream; without a piece it carries usage only."""
+    ) -> Sequence[BaseModel]:
+        """The chunks of a stream that a piece comes to; without one they carry usage only."""
         ...
 
 
@@ -192,7 +192,7 @@ class ChatWriter:
         self._job = job
         self._id = f"chatcmpl-{job.request_id}"
         self._created = int(time.time())
-        self._opened: set[int] = set()
+        self._deltas: dict[int, AnswerDeltas] = {}
 
     def response(self, answers: Sequence[FinishedAnswer]) -> ChatCompletion:
         """The whole response."""
@@ -202,42 +202,61 @@ class ChatWriter:
             created=self._created,
             model=self._job.model,
             system_fingerprint=FINGERPRINT,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=ChatMessage(content=answer.text),
-                    logprobs=chat_logprobs(answer.logprobs) if self._job.tells_logprobs else None,
-                    finish_reason=answer.finish_reason,
-                    stop_reason=answer.end.stop_reason,
-                    token_ids=answer.token_ids if self._job.output.return_token_ids else None,
-                )
-                for index, answer in enumerate(answers)
-            ],
+            choices=[self._choice(index, answer) for index, answer in enumerate(answers)],
             usage=usage(self._job, ends),
             vdiff=diffusion_info(self._job, ends),
             prompt_token_ids=_prompt_ids(self._job, 0),
         )
 
-    def chunk(
+    def _choice(self, index: int, answer: FinishedAnswer) -> ChatChoice:
+        message = message_of(answer.text, self._job.tools)
+        reason = finish_reason_of(answer.finish_reason, has_calls=bool(message.tool_calls))
+        assert reason is not None
+        return ChatChoice(
+            index=index,
+            message=message,
+            logprobs=chat_logprobs(answer.logprobs) if self._job.tells_logprobs else None,
+            finish_reason=reason,
+            stop_reason=answer.end.stop_reason,
+            token_ids=answer.token_ids if self._job.output.return_token_ids else None,
+        )
+
+    def chunks(
         self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
-    ) -> ChatCompletionChunk:
-        """One chunk; the first of each answer carries the role beside its text."""
-        choices = []
-        prompt_ids = None if self._opened else _prompt_ids(self._job, 0)
-        if piece is not None:
-            is_first = piece.index not in self._opened
-            self._opened.add(piece.index)
-            delta = ChatDelta(role="assistant" if is_first else None, content=piece.text)
-            choices = [
-                ChatChunkChoice(
-                    index=piece.index,
-                    delta=delta,
-                    logprobs=chat_logprobs(piece.logprobs) if self._job.tells_logprobs else None,
-                    finish_reason=piece.finish_reason,
-                    stop_reason=piece.stop_reason,
-                    token_ids=_token_ids(self._job, piece),
+    ) -> list[ChatCompletionChunk]:
+        """A chunk for each delta; the first of each answer carries the role beside its text."""
+        if piece is None:
+            return [self._chunk([], usage, info)]
+        prompt_ids = None if self._deltas else _prompt_ids(self._job, 0)
+        answer = self._deltas.setdefault(piece.index, AnswerDeltas(self._job.tools))
+        is_last = piece.finish_reason is not None
+        deltas = answer.of(piece.text, is_last=is_last)
+        if not deltas and (is_last or self._job.tells_logprobs or prompt_ids is not None):
+            deltas = [ChatDelta()]
+        chunks = []
+        for i, delta in enumerate(deltas, start=1):
+            # What belongs to the piece as a whole comes with its last delta.
+            choice = ChatChunkChoice(index=piece.index, delta=delta)
+            if i == len(deltas):
+                choice.logprobs = (
+                    chat_logprobs(piece.logprobs) if self._job.tells_logprobs else None
                 )
-            ]
+                choice.finish_reason = finish_reason_of(
+                    piece.finish_reason, has_calls=answer.has_calls
+                )
+                choice.stop_reason = piece.stop_reason
+                choice.token_ids = _token_ids(self._job, piece)
+            told = (usage, info) if i == len(deltas) else (None, None)
+            chunks.append(self._chunk([choice], *told, prompt_ids if i == 1 else None))
+        return chunks
+
+    def _chunk(
+        self,
+        choices: list[ChatChunkChoice],
+        usage: Usage | None,
+        info: DiffusionInfo | None,
+        prompt_ids: list[int] | None = None,
+    ) -> ChatCompletionChunk:
         return ChatCompletionChunk(
             id=self._id,
             created=self._created,
@@ -283,9 +302,9 @@ class CompletionWriter:
             vdiff=diffusion_info(self._job, ends),
         )
 
-    def chunk(
+    def chunks(
         self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
-    ) -> CompletionChunk:
+    ) -> list[CompletionChunk]:
         """One chunk of a stream."""
         choices = []
         if piece is not None:
@@ -303,7 +322,7 @@ class CompletionWriter:
                     prompt_token_ids=_prompt_ids(self._job, piece.index) if is_first else None,
                 )
             ]
-        return CompletionChunk(
+        chunk = CompletionChunk(
             id=self._id,
             created=self._created,
             model=self._job.model,
@@ -312,6 +331,7 @@ class CompletionWriter:
             usage=usage,
             vdiff=info,
         )
+        return [chunk]
 
     def _logprobs(
         self, tokens: Sequence[ScoredToken], offset: int = 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -29,6 +29,7 @@ from vdiff_kserve.openai.limits import (
     answer_length,
     check,
     decoding_params,
+    length_field,
     stop_strings,
     time_allowed,
 )
@@ -53,7 +54,9 @@ from vdiff_kserve.openai.responses import (
     diffusion_info,
     usage,
 )
+from vdiff_kserve.openai.structured import AnswerFormat, FormatCompiler, answer_format
 from vdiff_kserve.openai.text import AnswerText, Detokenizer
+from vdiff_kserve.openai.tools import ToolUse, forced_calls, tool_use
 from vdiff_kserve.openai.work import Work
 
 
@@ -75,6 +78,7 @@ class GenerationService:
         self._engine = engine
         self._tokenizer = tokenizer
         self._name = name
+        self._formats = FormatCompiler(engine.grammars, limits.grammar_timeout)
         self._longest_token = max(map(len, tokenizer.get_vocab()))
         self.limits = limits
         self.active = 0
@@ -89,6 +93,7 @@ class GenerationService:
             RequestError: the request cannot be answered.
         """
         endpoint = "chat" if isinstance(request, ChatCompletionRequest) else "completion"
+        await self.prepare([request], endpoint)
         (work,) = self.submit([request], endpoint)
         writer: Writer = (ChatWriter if endpoint == "chat" else CompletionWriter)(work.job)
         if not request.stream:
@@ -106,6 +111,7 @@ class GenerationService:
         """
         chat = as_chat(request)
         with in_own_names():
+            await self.prepare([chat], "responses")
             (work,) = self.submit([chat], "responses")
         writer = ResponseWriter(work.job, request)
         if not request.stream:
@@ -121,11 +127,25 @@ class GenerationService:
         Raises:
             RequestError: one of them cannot be answered; none is then.
         """
+        await self.prepare(requests, endpoint)
         works = self.submit(requests, endpoint)
         with counted_here(), told_as_request_error(), ExitStack() as stack:
             for work in works:
                 stack.enter_context(work)
             return await _gather_all(works)
+
+    async def prepare(
+        self, requests: Sequence[ChatCompletionRequest | CompletionRequest], endpoint: str
+    ) -> None:
+        """Compile what the requests' answers must match, so that `submit` does not wait for it.
+
+        Raises:
+            RequestError: one of them cannot be used.
+        """
+        with self._refusals(endpoint, len(requests)):
+            for request in requests:
+                if (wanted := self._format(request)) is not None:
+                    await self._formats.compile(wanted, _most_tokens(request, self.limits))
 
     def submit(
         self, requests: Sequence[ChatCompletionRequest | CompletionRequest], endpoint: str
@@ -136,21 +156,27 @@ class GenerationService:
             RequestError: one of them is refused.
         """
         arrived = time.perf_counter()
-        try:
-            with told_as_request_error():
-                if self.closed is not None:
-                    raise unavailable(self.closed)
-                jobs = [self._job(request) for request in requests]
-                streams = iter(self._engine.submit([r for j in jobs for r in j.engine_requests()]))
-        except RequestError as error:
-            count_refusal(self._name, endpoint, error.status, error, len(requests))
-            error.counted = True
-            raise
+        with self._refusals(endpoint, len(requests)):
+            if self.closed is not None:
+                raise unavailable(self.closed)
+            jobs = [self._job(request) for request in requests]
+            streams = iter(self._engine.submit([r for j in jobs for r in j.engine_requests()]))
         self.active += len(jobs)
         return [
             self._work(job, list(islice(streams, job.num_answers)), endpoint, arrived)
             for job in jobs
         ]
+
+    @contextmanager
+    def _refusals(self, endpoint: str, count: int) -> Iterator[None]:
+        """Tell what goes wrong inside as a `RequestError`, and count it for so many requests."""
+        try:
+            with told_as_request_error():
+                yield
+        except RequestError as error:
+            count_refusal(self._name, endpoint, error.status, error, count)
+            error.counted = True
+            raise
 
     def _work(
         self, job: Job, streams: list[GenerationStream], endpoint: str, arrived: float
@@ -192,7 +218,7 @@ class GenerationService:
         check(request, self.limits)
         check_bounds(request, self.limits, self._longest_token)
         if isinstance(request, ChatCompletionRequest):
-            prompts = [chat_prompt(request, self._tokenizer)]
+            prompts = [chat_prompt(request, self._tokenizer, self.limits)]
         else:
             prompts = completion_prompts(request, self._tokenizer, self.limits)
         n = request.n or 1
@@ -210,6 +236,9 @@ class GenerationService:
             end_token_ids=ends,
             max_tokens=min(lengths),
         )
+        wanted = self._format(request)
+        if wanted is not None:
+            self._formats.check_room(wanted, min(lengths), length_field(request))
         seconds = time_allowed(request, self.limits)
         return Job(
             request_id=clean_id(request.request_id) or new_id(),
@@ -225,7 +254,29 @@ class GenerationService:
             priority=request.priority or 0,
             deadline=None if seconds is None else time.monotonic() + seconds,
             output=_output(request),
+            grammar=None if wanted is None else wanted.grammar,
+            tools=_tools(request, self.limits),
         )
+
+    def _format(self, request: ChatCompletionRequest | CompletionRequest) -> AnswerFormat | None:
+        """What the request's answers must match."""
+        use = _tools(request, self.limits)
+        if use is not None and use.forced:
+            return forced_calls(use)
+        return answer_format(request, self.limits)
+
+
+def _tools(
+    request: ChatCompletionRequest | CompletionRequest, limits: ServingLimits
+) -> ToolUse | None:
+    """How the request's answers may call functions."""
+    return tool_use(request, limits) if isinstance(request, ChatCompletionRequest) else None
+
+
+def _most_tokens(request: ChatCompletionRequest | CompletionRequest, limits: ServingLimits) -> int:
+    """Tokens that an answer may have if the prompt leaves room for them."""
+    wanted = getattr(request, length_field(request))
+    return min(limits.default_max_tokens if wanted is None else wanted, limits.max_model_len)
 
 
 def _output(request: ChatCompletionRequest | CompletionRequest) -> Output:
@@ -301,10 +352,13 @@ async def _chunks(
             if not piece.text and piece.finish_reason is None:
                 continue
             is_last = work.num_unfinished == 0 and not options.include_usage
-            yield writer.chunk(
+            for chunk in writer.chunks(
                 piece,
                 usage(work.job, work.ends) if options.continuous_usage_stats else None,
                 diffusion_info(work.job, work.ends) if is_last else None,
-            )
+            ):
+                yield chunk
     if options.include_usage:
-        yield writer.chunk(None, usage(work.job, work.ends), diffusion_info(work.job, work.ends))
+        cost = usage(work.job, work.ends), diffusion_info(work.job, work.ends)
+        for chunk in writer.chunks(None, *cost):
+            yield chunk

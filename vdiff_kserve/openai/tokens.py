@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.openai.errors import RequestError, invalid_body, told_as_request_error
 from vdiff_kserve.openai.fields import refuse_unsupported
+from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.prompts import chat_prompt
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, Text
 
@@ -64,9 +65,9 @@ class Tokens:
     """Tokenizes on a thread of its own, with a tokenizer of its own: long texts take seconds, and a
     tokenizer serves one thread at a time."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_model_len: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, limits: ServingLimits) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._max_model_len = max_model_len
+        self._limits = limits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vdiff-tokens")
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
@@ -91,13 +92,16 @@ class Tokens:
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("Give either prompt or messages.", param="prompt")
         if request.prompt is None:
-            ids = list(chat_prompt(_as_chat(request), self._tokenizer))
+            ids = list(chat_prompt(_as_chat(request), self._tokenizer, self._limits))
         else:
             special = request.add_special_tokens is not False
             ids = self._tokenizer.encode(request.prompt, add_special_tokens=special)
         names = self._tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None
         return TokenizeResponse(
-            count=len(ids), max_model_len=self._max_model_len, tokens=ids, token_strs=names
+            count=len(ids),
+            max_model_len=self._limits.max_model_len,
+            tokens=ids,
+            token_strs=names,
         )
 
 

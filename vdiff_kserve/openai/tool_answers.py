@@ -1,0 +1,81 @@
+"""The calls of a chat's answer, whole and as the deltas of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vdiff_kserve.openai.protocol import ChatDelta, ChatMessage, FinishReason
+from vdiff_kserve.openai.tool_fields import FunctionCall, FunctionDelta, ToolCall, ToolCallDelta
+from vdiff_kserve.openai.tool_parsers import Found, ToolParser, make_parser, parse_whole
+from vdiff_kserve.openai.tools import ToolUse
+
+
+def _parser(use: ToolUse) -> ToolParser:
+    return make_parser(use.parser, use.names, only_arguments=use.only_arguments)
+
+
+def message_of(text: str, use: ToolUse | None) -> ChatMessage:
+    """The message that an answer is."""
+    if use is None:
+        return ChatMessage(content=text)
+    said: list[str] = []
+    calls: list[ToolCall] = []
+    for found in parse_whole(_parser(use), text):
+        if found.call is None:
+            said.append(found.text)
+        elif found.name is not None and found.call_id is not None:
+            function = FunctionCall(name=found.name, arguments="")
+            calls.append(ToolCall(id=found.call_id, function=function))
+        else:
+            calls[-1].function.arguments += found.text
+    content = "".join(said)
+    return ChatMessage(content=content if content or not calls else None, tool_calls=calls or None)
+
+
+def finish_reason_of(reason: FinishReason | None, *, has_calls: bool) -> FinishReason | None:
+    """Why an answer ended, for one that calls functions or does not."""
+    return "tool_calls" if has_calls and reason == "stop" else reason
+
+
+class AnswerDeltas:
+    """One streamed answer: pieces of text in, deltas out.
+
+    Attributes:
+        has_calls: whether a call has begun.
+    """
+
+    def __init__(self, use: ToolUse | None) -> None:
+        self._parser = None if use is None else _parser(use)
+        self._is_open = False
+        self.has_calls = False
+
+    def of(self, text: str, *, is_last: bool) -> list[ChatDelta]:
+        """The deltas that new text comes to; the answer's first one has the role and text, be it
+        empty."""
+        found = self._found(text, is_last=is_last)
+        if not self._is_open and (found or is_last):
+            self._is_open = True
+            first = found.pop(0).text if found and found[0].call is None else ""
+            opening = [ChatDelta(role="assistant", content=first)]
+        else:
+            opening = []
+        return opening + [self._delta(each) for each in found]
+
+    def _found(self, text: str, *, is_last: bool) -> list[Found]:
+        if self._parser is None:
+            return [Found(text)]
+        found: Sequence[Found] = self._parser.add(text)
+        return [*found, *self._parser.finish()] if is_last else list(found)
+
+    def _delta(self, found: Found) -> ChatDelta:
+        if found.call is None:
+            return ChatDelta(content=found.text)
+        self.has_calls = True
+        begins = found.name is not None
+        call = ToolCallDelta(
+            index=found.call,
+            id=found.call_id,
+            type="function" if begins else None,
+            function=FunctionDelta(name=found.name, arguments=found.text),
+        )
+        return ChatDelta(tool_calls=[call])
