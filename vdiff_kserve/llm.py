@@ -139,7 +139,7 @@ class AsyncLLM:
         self.max_in_flight = config.max_num_seqs + config.max_queue
         self._default_max_tokens = config.default_max_tokens
         self._service = GenerationService(
-            loaded.engine, loaded.tokenizer, loaded.limits, config.model_name
+            loaded.engine, loaded.tokenizer, loaded.limits, config.model_name, loaded.grammars
         )
 
     async def generate(

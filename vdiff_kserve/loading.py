@@ -19,7 +19,6 @@ from vdiff_kserve.engine import (
     Engine,
     EngineConfig,
     GenerationRequest,
-    GrammarError,
     Grammars,
     Lockstep,
     RoundObserver,
@@ -44,6 +43,7 @@ from vdiff_kserve.models import (
 from vdiff_kserve.openai.decoding import ModelTraits, resolve
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.limits import ServingLimits
+from vdiff_kserve.openai.structured import load_grammars
 from vdiff_kserve.openai.tool_parsers import ParserName
 from vdiff_kserve.sampler import DecodingParams
 from vdiff_kserve.setting import parse_size
@@ -70,6 +70,11 @@ class LoadedModel:
     limits: ServingLimits
     dtype: str
     device: str
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """What compiles the grammars of requests."""
+        return self.engine.grammars
 
     def warm_up(self) -> None:
         """Run every part of the engine once.
@@ -127,7 +132,7 @@ def load_model(
     limits = _limits(config, spec, tokenizer, has_auxiliary=auxiliary is not None)
     lockstep = None if rank is None else rank.lockstep
     engine_config = _engine_config(config, model, limits, observer, lockstep)
-    grammars = _load_grammars(spec, tokenizer, limits)
+    grammars = load_grammars(spec, tokenizer, limits)
     engine = Engine(model, spec, engine_config, auxiliary, grammars)
     if lockstep is None or lockstep.leads:
         engine.start()
@@ -211,17 +216,6 @@ def _load_auxiliary(
     if own != folder / EMBEDDED_AUXILIARY:
         check_same_vocabulary(load_tokenizer(own), tokenizer)
     return load_causal_decoder(own, device, dtype)
-
-
-def _load_grammars(
-    spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, limits: ServingLimits
-) -> Grammars | None:
-    """What compiles grammars; None for the rare tokenizer that it cannot read."""
-    try:
-        return Grammars(tokenizer, limits.vocab_size, spec.end_token_ids, limits.max_model_len)
-    except GrammarError as error:
-        logger.warning("Structured output and forced tool calls are off: %s.", error)
-        return None
 
 
 def _limits(

@@ -265,7 +265,9 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
             max_model_len=str(loaded.limits.max_model_len),
         )
         self._tokens = Tokens(loaded.tokenizer, loaded.limits)
-        return GenerationService(loaded.engine, loaded.tokenizer, loaded.limits, self.name)
+        return GenerationService(
+            loaded.engine, loaded.tokenizer, loaded.limits, self.name, loaded.grammars
+        )
 
     def _ready_service(self) -> GenerationService:
         if self._service is None or self._state is not State.READY:

@@ -110,6 +110,14 @@ def block_causal() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
+def sub_blocks() -> Iterator[Engine]:
+    decoder = tiny_decoder(vocab_size=VOCAB, attention_block=16)
+    spec = replace(spec_of(decoder, shifted_logits=True, sub_blocks=True), block_length=16)
+    with engine_of(decoder, spec) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
 def embedded() -> Iterator[Engine]:
     decoder, spec = load_decoder(EMBEDDED, torch.device("cpu"), torch.float32)
     with engine_of(decoder, with_end_of_turn(spec, TOKENIZER)) as engine:
@@ -170,6 +178,34 @@ def test_models_with_first_tokens_follow_random_schemas_with_and_without_cache(k
             for schema, result in zip(schemas, results, strict=True):
                 assert_valid(result, schema)
     assert texts["exact"] == texts["none"]
+
+
+@pytest.mark.parametrize(
+    ("model", "cache"),
+    [
+        ("random_model", "none"), ("random_model", "dual"), ("block_causal", "none"),
+        ("block_causal", "exact"), ("sub_blocks", "exact"), ("sub_blocks", "dual"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("policy", ["low_confidence", "threshold"])
+def test_blocks_that_are_forced_as_a_whole_are_passed_over(
+    model: str, cache: str, policy: str, request: pytest.FixtureRequest
+) -> None:
+    names = ["the_first_of_all_the_names", "x", "the_third_is_even_a_little_longer_than_that"]
+    schema = {
+        "type": "object",
+        "properties": {name: {"enum": [1, 2, "three"]} for name in names},
+        "required": names,
+        "additionalProperties": False,
+    }
+    engine = request.getfixturevalue(model)
+    asked = request_of(json_grammar(schema), max_tokens=140, cache=cache, policy=policy)
+    plainly = request_of(json_grammar(schema), max_tokens=140, policy=policy)
+    cached, plain = engine.generate([asked, plainly])
+    assert_valid(cached, schema)
+    assert cached.stats.nfe <= 20
+    if cache == "exact":
+        assert cached.token_ids == plain.token_ids
 
 
 @pytest.mark.parametrize("cache", [{"cache": "prefix"}, {"cache": "dual", "vicinity": 3}], ids=str)

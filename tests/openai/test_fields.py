@@ -28,9 +28,8 @@ ASKING: dict[str, Any] = {
     "best_of": 2, "chat_template": "x", "documents": [{"a": "b"}], "echo": True,
     "function_call": {"name": "f"}, "functions": [{"name": "f"}], "prompt_embeds": "x",
     "prompt_logprobs": 0, "repetition_detection": {},
-    "response_format": {"type": "json_object"}, "return_prompt_text": True,
-    "structured_outputs": {"regex": "a"}, "suffix": "", "thinking_token_budget": 3,
-    "tool_choice": "auto", "tools": [{"type": "function"}], "truncate_prompt_tokens": 3,
+    "return_prompt_text": True, "suffix": "", "thinking_token_budget": 3,
+    "truncate_prompt_tokens": 3,
     "use_beam_search": True, "vllm_xargs": {"a": 1},
 }  # fmt: skip
 
@@ -80,11 +79,6 @@ def test_a_refused_field_is_refused_with_its_reason_when_it_asks_for_something(
 )
 def test_a_refused_field_may_hold_its_neutral_value(field: str, value: Any) -> None:
     refuse_unsupported(request_with(field, value))
-
-
-def test_tools_that_must_not_be_used_are_accepted() -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    refuse_unsupported(ChatCompletionRequest(messages=MESSAGES, tools=tools, tool_choice="none"))
 
 
 def test_an_unknown_field_is_ignored() -> None:

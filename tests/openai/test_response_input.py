@@ -10,6 +10,8 @@ from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
 from vdiff_kserve.openai.response_input import as_chat, in_own_names
 from vdiff_kserve.openai.response_objects import ResponsesRequest
+from vdiff_kserve.openai.structured_fields import ResponseFormat
+from vdiff_kserve.openai.tool_fields import FunctionName, NamedTool
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
@@ -41,11 +43,15 @@ def test_what_is_not_said_stays_unsaid() -> None:
 
 def test_a_schema_of_the_text_is_a_response_format() -> None:
     form = {"type": "json_schema", "name": "point", "schema": SCHEMA, "strict": True}
-    assert chat(text={"format": form}).response_format == {
+    made = chat(text={"format": form}).response_format
+    assert made is not None
+    assert made.model_dump(exclude_unset=True, by_alias=True) == {
         "type": "json_schema",
         "json_schema": {"name": "point", "schema": SCHEMA, "strict": True},
     }
-    assert chat(text={"format": {"type": "json_object"}}).response_format == {"type": "json_object"}
+    assert chat(text={"format": {"type": "json_object"}}).response_format == ResponseFormat(
+        type="json_object"
+    )
 
 
 def test_functions_are_a_chats_tools() -> None:
@@ -55,8 +61,11 @@ def test_functions_are_a_chats_tools() -> None:
         tool_choice={"type": "function", "name": "f"},
         parallel_tool_calls=False,
     )
-    assert made.tools == [{"type": "function", "function": function}]
-    assert made.tool_choice == {"type": "function", "function": {"name": "f"}}
+    assert made.tools is not None
+    assert [tool.model_dump(exclude_unset=True) for tool in made.tools] == [
+        {"type": "function", "function": function}
+    ]
+    assert made.tool_choice == NamedTool(function=FunctionName(name="f"))
     assert made.parallel_tool_calls is False
     assert chat(tool_choice="required").tool_choice == "required"
 

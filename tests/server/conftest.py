@@ -25,6 +25,7 @@ def server(checkpoint: str) -> Iterator[ServerProcess]:
         *("--model_dir", checkpoint, "--model_name", "tiny", "--served_model_name", "ref"),
         *("--max_model_len", "256", "--max_num_seqs", "4", "--max_queue", "16"),
         *("--default_max_tokens", "24", "--profile", "exact"),
+        "--no_tools_in_prompt",
     )
     with ServerProcess(*arguments) as process:
         yield process.wait_until_ready()

@@ -26,18 +26,19 @@ INTENDED = {
     "404": "a route that does not exist is told in OpenAI's shape",
     "embed": "a route that does not exist is told in OpenAI's shape",
     "c.get": "a wrong method is told in OpenAI's shape",
-    "h.tempty": "tools are refused before they are looked at, with the same status and param",
     "c.plp": "a diffusion model does not predict its prompt: prompt_logprobs is refused",
     "h.plp": "the same",
 }
 """Answers that differ from vLLM's on purpose."""
 
+WHOLE_HERE = ("h.treq", "h.tnamed", "h.tsnamed")
+"""Forced calls that `max_tokens` cut off in the recording, where they are text; here they are
+always whole."""
+
 REFUSED_FOR_NOW = {
     "echo, also with logprobs": (
         "c.echo", "c.echolp", "c.echo0", "c.echoids", "c.echostream", "h.echo",
     ),
-    "response_format, structured_outputs": ("c.rf", "h.rf", "c.rfbad", "h.rfbad"),
-    "tools": ("h.tauto", "h.treq", "h.tnamed", "h.tsnamed", "h.tbadname", "h.tbad"),
 }  # fmt: skip
 """Requests whose field is refused with a 400 that names it, where vLLM acts on it."""
 
@@ -51,7 +52,9 @@ NO_ROUTE = ("msgs", "render", "inv", "batch")
 """Requests to routes that this server does not have."""
 
 refused_for_now = {name for names in REFUSED_FOR_NOW.values() for name in names}
-alike = [r for r in RECORDED if r["name"] not in {*INTENDED, *NO_ROUTE, *refused_for_now}]
+alike = [
+    r for r in RECORDED if r["name"] not in {*INTENDED, *NO_ROUTE, *WHOLE_HERE, *refused_for_now}
+]
 
 
 def in_vocabulary(value: Any) -> Any:
@@ -156,6 +159,30 @@ def test_intended_differences_are_refusals_too(http: httpx.Client, name: str) ->
     assert send(http, BY_NAME[name]).status_code == 400
 
 
+@pytest.mark.parametrize("name", WHOLE_HERE)
+def test_forced_calls_are_whole(http: httpx.Client, name: str) -> None:
+    response = send(http, BY_NAME[name])
+    assert response.status_code == BY_NAME[name]["status"], response.text
+    if name == "h.tsnamed":
+        lines = [line for line in response.text.splitlines() if line]
+        assert lines.pop() == "data: [DONE]"
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+        assert_has_shape(shape(chunks[0]), BY_NAME[name]["stream"]["first"])
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        parts = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        assert (parts[0]["type"], parts[0]["function"]["name"]) == ("function", "f")
+        assert all(part.keys() == {"index", "function"} for part in parts[1:])
+        arguments = "".join(part["function"]["arguments"] for part in parts)
+        reason = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        (choice,) = response.json()["choices"]
+        call = choice["message"]["tool_calls"][0]
+        assert (call["type"], call["function"]["name"]) == ("function", "f")
+        arguments, reason = call["function"]["arguments"], choice["finish_reason"]
+    assert isinstance(json.loads(arguments)["x"], int)
+    assert reason == "tool_calls"
+
+
 @pytest.mark.parametrize("name", NO_ROUTE)
 def test_routes_that_are_not_there_are_404(http: httpx.Client, name: str) -> None:
     assert send(http, BY_NAME[name]).status_code in (404, 405)
@@ -163,4 +190,5 @@ def test_routes_that_are_not_there_are_404(http: httpx.Client, name: str) -> Non
 
 def test_every_recorded_request_is_replayed() -> None:
     assert len(RECORDED) == 140
-    assert len(alike) + len(refused_for_now) + len(NO_ROUTE) + len(INTENDED) == 140
+    set_apart = len(refused_for_now) + len(NO_ROUTE) + len(INTENDED) + len(WHOLE_HERE)
+    assert len(alike) + set_apart == 140

@@ -18,10 +18,11 @@ from vdiff_kserve.distributed.pool import ReplicaPool
 from vdiff_kserve.distributed.replica import Loader
 from vdiff_kserve.distributed.supervisor import Supervisor
 from vdiff_kserve.distributed.tensor_parallel import load_sharded
-from vdiff_kserve.engine import RoundObserver
+from vdiff_kserve.engine import Grammars, RoundObserver
 from vdiff_kserve.loading import configured_tokenizer
 from vdiff_kserve.models import ModelSpec
 from vdiff_kserve.openai.limits import ServingLimits
+from vdiff_kserve.openai.structured import load_grammars
 
 logger = logging.getLogger("kserve.vdiff.replicas")
 
@@ -36,6 +37,7 @@ class ReplicatedModel:
     Attributes:
         supervisor: keeps their number, and restarts them.
         dtype, device: where and in what the first of them runs, in words.
+        grammars: checks the grammars of requests; replicas compile them for themselves.
     """
 
     engine: ReplicaPool
@@ -45,6 +47,7 @@ class ReplicatedModel:
     limits: ServingLimits
     dtype: str
     device: str
+    grammars: Grammars | None
 
 
 async def start_replicas(
@@ -86,6 +89,7 @@ async def start_replicas(
     try:
         facts = await supervisor.start()
         tokenizer = await asyncio.to_thread(configured_tokenizer, config, find_checkpoint(config))
+        grammars = await asyncio.to_thread(load_grammars, facts.spec, tokenizer, facts.limits)
     except BaseException:
         pool.stop()
         raise
@@ -94,7 +98,7 @@ async def start_replicas(
         bounds.low, time.perf_counter() - started,
     )  # fmt: skip
     return ReplicatedModel(
-        pool, supervisor, tokenizer, facts.spec, facts.limits, facts.dtype, facts.device
+        pool, supervisor, tokenizer, facts.spec, facts.limits, facts.dtype, facts.device, grammars
     )
 
 

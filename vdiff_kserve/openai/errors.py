@@ -15,6 +15,7 @@ from kserve.protocol.rest.openai.errors import OpenAIError
 from vdiff_kserve.engine import (
     EngineError,
     EngineStoppedError,
+    GrammarError,
     QueueFullError,
     QueueTimeoutError,
     RequestTimeoutError,
@@ -172,6 +173,8 @@ def from_engine(error: EngineError) -> RequestError:
     """The refusal that stands for an error of the engine."""
     if isinstance(error, QueueFullError):
         return RequestError(str(error), status=HTTPStatus.TOO_MANY_REQUESTS)
+    if isinstance(error, GrammarError):
+        return RequestError(f"The answer's grammar cannot be used: {error}.")
     if isinstance(error, RequestTooLargeError):
         return RequestError(str(error), param="max_tokens")
     if isinstance(error, QueueTimeoutError):

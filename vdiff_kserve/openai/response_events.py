@@ -19,6 +19,8 @@ from vdiff_kserve.openai.protocol import (
 from vdiff_kserve.openai.response_objects import (
     IncompleteDetails,
     InputTokensDetails,
+    OutputFunctionCall,
+    OutputItem,
     OutputMessage,
     OutputText,
     ResponseError,
@@ -29,6 +31,7 @@ from vdiff_kserve.openai.response_objects import (
     TokenLogprob,
 )
 from vdiff_kserve.openai.responses import ChatWriter, FinishedAnswer
+from vdiff_kserve.openai.tool_fields import FunctionCall, ToolCall, ToolCallDelta
 
 
 class ResponseWriter:
@@ -44,19 +47,34 @@ class ResponseWriter:
         """The whole response."""
         chat = ChatWriter(self._job).response(answers)
         (choice,) = chat.choices
-        text = OutputText(text=choice.message.content or "", logprobs=_logprobs(choice.logprobs))
         status = status_of(choice.finish_reason)
-        return self.object(status, [self.message(status, text)], chat.usage, chat.vdiff)
+        calls = [self.call(call, status) for call in choice.message.tool_calls or ()]
+        output: list[OutputItem] = [*calls]
+        if choice.message.content or not calls:
+            told = _logprobs(choice.logprobs)
+            text = OutputText(text=choice.message.content or "", logprobs=told)
+            output.insert(0, self.message(status, text))
+        return self.object(status, output, chat.usage, chat.vdiff)
 
     def message(self, status: Status, text: OutputText | None = None) -> OutputMessage:
         """The item that holds the text."""
         content = [] if text is None else [text]
         return OutputMessage(id=f"msg_{self._job.request_id}", status=status, content=content)
 
+    def call(self, call: ToolCall, status: Status) -> OutputFunctionCall:
+        """The item that is a call."""
+        return OutputFunctionCall(
+            id=f"fc_{call.id}",
+            call_id=call.id,
+            name=call.function.name,
+            arguments=call.function.arguments,
+            status=status,
+        )
+
     def object(
         self,
         status: Status,
-        output: Sequence[OutputMessage] = (),
+        output: Sequence[OutputItem] = (),
         usage: Usage | None = None,
         info: DiffusionInfo | None = None,
         error: str | None = None,
@@ -116,7 +134,8 @@ class ResponseEvents:
         self._number = 0
         self._text = ""
         self._logprobs: list[TokenLogprob] | None = None
-        self._is_open = False
+        self._message_index: int | None = None
+        self._calls: list[tuple[int, OutputFunctionCall]] = []
         self._status: Status = "in_progress"
 
     def begin(self) -> Iterator[str]:
@@ -127,9 +146,11 @@ class ResponseEvents:
     def chunk(self, chunk: ChatCompletionChunk) -> Iterator[str]:
         """What a chunk of the chat tells; the last one has the usage."""
         for choice in chunk.choices:
-            if not self._is_open:
-                yield from self._open()
-            yield from self._delta(choice.delta.content or "", _logprobs(choice.logprobs))
+            text, told = choice.delta.content or "", _logprobs(choice.logprobs)
+            if text or told:
+                yield from self._delta(text, told)
+            for call in choice.delta.tool_calls or ():
+                yield from self._call(call)
             if choice.finish_reason is not None:
                 self._status = status_of(choice.finish_reason)
         if chunk.usage is not None:
@@ -146,12 +167,26 @@ class ResponseEvents:
         yield from ()
 
     def _open(self) -> Iterator[str]:
-        self._is_open = True
-        item = self._writer.message("in_progress").model_dump()
-        yield self._event("response.output_item.added", output_index=0, item=item)
+        self._message_index = len(self._calls)
+        yield self._of_item("added", self._message_index, self._writer.message("in_progress"))
         yield self._part("added", OutputText())
 
+    def _call(self, delta: ToolCallDelta) -> Iterator[str]:
+        if delta.id is not None:
+            function = FunctionCall(name=delta.function.name or "", arguments="")
+            begun = self._writer.call(ToolCall(id=delta.id, function=function), "in_progress")
+            self._calls.append((len(self._calls) + (self._message_index is not None), begun))
+            yield self._of_item("added", *self._calls[-1])
+        if delta.function.arguments:
+            index, call = self._calls[-1]
+            call.arguments += delta.function.arguments
+            where = {"item_id": call.id, "output_index": index}
+            kind = "response.function_call_arguments.delta"
+            yield self._event(kind, **where, delta=delta.function.arguments)
+
     def _delta(self, text: str, logprobs: list[TokenLogprob] | None) -> Iterator[str]:
+        if self._message_index is None:
+            yield from self._open()
         self._text += text
         if logprobs is not None:
             self._logprobs = [*(self._logprobs or ()), *logprobs]
@@ -160,19 +195,34 @@ class ResponseEvents:
             yield self._in_text("response.output_text.delta", delta=text, logprobs=told)
 
     def _close(self, chunk: ChatCompletionChunk) -> Iterator[str]:
-        told = [each.model_dump() for each in self._logprobs or ()]
-        yield self._in_text("response.output_text.done", text=self._text, logprobs=told)
-        yield self._part("done", self._whole_text())
-        (item,) = self._items()
-        yield self._event("response.output_item.done", output_index=0, item=item.model_dump())
-        response = self._writer.object(self._status, [item], chunk.usage, chunk.vdiff)
+        if self._message_index is None and not self._calls:
+            yield from self._open()
+        if self._message_index is not None:
+            told = [each.model_dump() for each in self._logprobs or ()]
+            yield self._in_text("response.output_text.done", text=self._text, logprobs=told)
+            yield self._part("done", self._whole_text())
+        items = self._items()
+        for index, item in enumerate(items):
+            if isinstance(item, OutputFunctionCall):
+                where = {"item_id": item.id, "output_index": index, "name": item.name}
+                kind = "response.function_call_arguments.done"
+                yield self._event(kind, **where, arguments=item.arguments)
+            yield self._of_item("done", index, item)
+        response = self._writer.object(self._status, items, chunk.usage, chunk.vdiff)
         yield self._event(f"response.{self._status}", response=response.model_dump())
 
-    def _items(self) -> list[OutputMessage]:
-        if not self._is_open:
-            return []
-        status = "incomplete" if self._status == "failed" else self._status
-        return [self._writer.message(status, self._whole_text())]
+    def _items(self) -> list[OutputItem]:
+        status: Status = "incomplete" if self._status == "failed" else self._status
+        items: list[OutputItem] = [
+            call.model_copy(update={"status": status}) for _, call in self._calls
+        ]
+        if self._message_index is not None:
+            items.insert(self._message_index, self._writer.message(status, self._whole_text()))
+        return items
+
+    def _of_item(self, what: str, index: int, item: OutputItem) -> str:
+        kind = f"response.output_item.{what}"
+        return self._event(kind, output_index=index, item=item.model_dump())
 
     def _whole_text(self) -> OutputText:
         return OutputText(text=self._text, logprobs=self._logprobs)
@@ -182,7 +232,8 @@ class ResponseEvents:
 
     def _in_text(self, kind: str, **fields: Any) -> str:
         where = {"item_id": self._writer.message("in_progress").id}
-        return self._event(kind, **where, output_index=0, content_index=0, **fields)
+        index = self._message_index
+        return self._event(kind, **where, output_index=index, content_index=0, **fields)
 
     def _dumped(self, status: Status) -> dict[str, Any]:
         return self._writer.object(status).model_dump()

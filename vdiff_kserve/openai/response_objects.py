@@ -81,6 +81,20 @@ class OutputMessage(BaseModel):
     content: list[OutputText]
 
 
+class OutputFunctionCall(BaseModel):
+    """A call of a function; `arguments` is JSON text."""
+
+    type: Literal["function_call"] = "function_call"
+    id: str
+    call_id: str
+    name: str
+    arguments: str = ""
+    status: Status = "in_progress"
+
+
+OutputItem = OutputMessage | OutputFunctionCall
+
+
 class InputTokensDetails(BaseModel):
     """Where the input's tokens came from."""
 
@@ -132,7 +146,7 @@ class ResponseObject(BaseModel):
     max_output_tokens: int | None
     metadata: dict[str, Any]
     model: str
-    output: list[OutputMessage] = Field(default_factory=list)
+    output: list[OutputItem] = Field(default_factory=list)
     parallel_tool_calls: bool
     previous_response_id: None = None
     reasoning: dict[str, Any]

@@ -12,7 +12,7 @@ from itertools import islice
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
-from vdiff_kserve.engine import GenerationEngine, GenerationStream
+from vdiff_kserve.engine import GenerationEngine, GenerationStream, Grammars
 from vdiff_kserve.observability.requests import RequestRecord, count_refusal
 from vdiff_kserve.openai.answers import Answer, Job, Output
 from vdiff_kserve.openai.bounds import check_bounds
@@ -63,6 +63,9 @@ from vdiff_kserve.openai.work import Work
 class GenerationService:
     """Answers chat and completion requests with an engine.
 
+    Args:
+        grammars: compiles what answers must match; None refuses requests that ask for that.
+
     Attributes:
         active: requests that are being answered.
         closed: why new requests are refused; None while they are welcome.
@@ -74,11 +77,12 @@ class GenerationService:
         tokenizer: PreTrainedTokenizerFast,
         limits: ServingLimits,
         name: str,
+        grammars: Grammars | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._name = name
-        self._formats = FormatCompiler(engine.grammars, limits.grammar_timeout)
+        self._formats = FormatCompiler(grammars, limits.grammar_timeout)
         self._longest_token = max(map(len, tokenizer.get_vocab()))
         self.limits = limits
         self.active = 0

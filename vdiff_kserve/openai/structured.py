@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, grammar_from
+from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.engine import GrammarError, Grammars
+from vdiff_kserve.models import ModelSpec
 from vdiff_kserve.openai.errors import RequestError, shorten
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.protocol import GenerationFields
@@ -33,6 +36,8 @@ COMPACT: JsonCompileOptions = {
     "key_separator": ":",
     "whitespace_flexible": False,
 }
+logger = logging.getLogger("kserve.vdiff.openai")
+
 COMPILING_THREADS = 4
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -188,11 +193,23 @@ def shorten_reason(reason: str) -> str:
     return line.rstrip(".") if len(line) <= 300 else line[:300] + "..."
 
 
+def load_grammars(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, limits: ServingLimits
+) -> Grammars | None:
+    """What compiles the grammars of a model's requests; None for the rare tokenizer that it cannot
+    read."""
+    try:
+        return Grammars(tokenizer, limits.vocab_size, spec.end_token_ids, limits.max_model_len)
+    except GrammarError as error:
+        logger.warning("Structured output and forced tool calls are off: %s.", error)
+        return None
+
+
 class FormatCompiler:
     """Compiles formats on threads of its own, each within a deadline.
 
     Args:
-        grammars: the engine's; None when it has none, and every format is refused.
+        grammars: None when there are none, and every format is refused.
         seconds: how long one may take.
     """
 

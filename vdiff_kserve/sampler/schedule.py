@@ -17,7 +17,7 @@ def block_steps(params: DecodingParams, answer_length: int, block_length: int) -
     its part; with equal blocks this is LLaDA's `steps // blocks`.
     """
     if params.steps is None:
-        return block_length
+        return max(1, block_length)
     return max(1, round(params.steps * block_length / answer_length))
 
 
