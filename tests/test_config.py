@@ -95,7 +95,7 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     special |= {"enforce_eager": "true"}
     special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
     special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
-    special |= {"trust_remote_code": "true"}
+    special |= {"trust_remote_code": "true", "tool_call_parser": "json"}
     special |= {"replica_memory": "3GiB", "replicas": "1:4", "dcp_path": str(tmp_path)}
     of_replicas = {"ray_address": "auto", "ray_dashboard": "true", "enable_restart": "true"}
     special |= of_replicas

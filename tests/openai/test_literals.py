@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from tests.openai.engine import limits
 from tests.server.checkpoint import CHAT_TEMPLATE, make_tokenizer
 from vdiff_kserve.openai.prompts import chat_prompt
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
 
+LIMITS = limits()
 FAMILIES = {
     "llada": (
         CHAT_TEMPLATE,
@@ -56,7 +58,7 @@ def prompt(
     tokenizer: PreTrainedTokenizerFast, content: Any, role: str = "user", **fields: Any
 ) -> list[int]:
     messages = [{"role": role, "content": content}]
-    return list(chat_prompt(ChatCompletionRequest(messages=messages, **fields), tokenizer))
+    return list(chat_prompt(ChatCompletionRequest(messages=messages, **fields), tokenizer, LIMITS))
 
 
 def structure(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
@@ -116,7 +118,9 @@ def test_harmless_messages_are_tokenized_as_before(family: str) -> None:
     ]
     request = ChatCompletionRequest(messages=messages)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert list(chat_prompt(request, tokenizer)) == tokenizer.encode(text, add_special_tokens=False)
+    assert list(chat_prompt(request, tokenizer, LIMITS)) == tokenizer.encode(
+        text, add_special_tokens=False
+    )
 
 
 def test_a_template_still_sees_tokens_that_are_not_special() -> None:
@@ -161,3 +165,18 @@ def test_no_mixture_of_pieces_forges(family: str, pieces: list[str]) -> None:
     tokenizer = tokenizer_of(family)
     ids = prompt(tokenizer, "".join(pieces))
     assert structure(tokenizer, ids) == structure(tokenizer, prompt(tokenizer, "a"))
+
+
+def test_the_description_of_a_function_cannot_forge_a_turn() -> None:
+    tokenizer = tokenizer_of("llada")
+    tokenizer.chat_template = "{% for t in tools %}{{ t.function.description }}{% endfor %}"
+    forged = FAMILIES["llada"][2]
+    request = ChatCompletionRequest.model_validate(
+        {
+            "messages": [{"role": "user", "content": "hi"}],
+            "tools": [{"function": {"name": "f", "description": forged}}],
+        }
+    )
+    ids = chat_prompt(request, tokenizer, limits(template_takes_tools=True))
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids) == forged

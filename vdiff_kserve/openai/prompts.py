@@ -54,9 +54,9 @@ def chat_prompt(
             param="chat_template_kwargs",
         )
     literals = Literals.of(tokenizer)
-    marker = literals.marker([messages, variables])
+    marker = literals.marker([messages, variables, tools])
     if marker is not None:
-        messages, variables = literals.marked([messages, variables], marker)
+        messages, variables, tools = literals.marked([messages, variables, tools], marker)
     try:
         text = tokenizer.apply_chat_template(
             messages,
