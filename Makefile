@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PYTHON_CODE := vdiff_kserve tests hack benchmarks
 
-.PHONY: help serve test test-all lint format train bench quality docs clean
+.PHONY: help serve test test-all test-clients lint format train bench quality docs clean
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
@@ -30,6 +30,9 @@ test: $(INSTALLED_DEV) ## run the tests with coverage, the slow ones left out
 
 test-all: $(INSTALLED_DEV) ## run every test
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85 $(ARGS)
+
+test-clients: $(INSTALLED_DEV) ## install client programs into build/ and run them against a server
+	$(BIN)/python -m pytest tests/clients $(ARGS)
 
 lint: $(INSTALLED_DEV) ## check style, types and import boundaries
 	$(BIN)/ruff check $(PYTHON_CODE)
