@@ -19,7 +19,7 @@ from torch.distributed import checkpoint as dcp
 from tests.dcp import write
 from tests.golden import GOLDEN_DIR
 from tests.hack.hub import Hub
-from tests.models.folders import CONFIG, tensors_of, write_single
+from tests.models.folders import CONFIG, tensors_of, write_config, write_single
 from vdiff_kserve.checkpoint import find_checkpoint
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.convert import Conversion, convert, main, verify_checksums
@@ -255,6 +255,39 @@ def test_a_base_model_on_the_hub_is_described_without_its_weights(
     assert not list((tmp_path / "hub").rglob("*.safetensors"))
     assert tensors_in(tmp_path / "out").keys() == TENSORS.keys()
     assert (tmp_path / "out/config.json").read_bytes() == files["config.json"]
+
+
+def pickled(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A folder in the format of before safetensors, in two files."""
+    write_config(folder, CONFIG)
+    names = list(tensors)
+    for number, half in enumerate((names[::2], names[1::2]), start=1):
+        file = folder / f"pytorch_model-0000{number}-of-00002.bin"
+        torch.save({name: tensors[name] for name in half}, file)
+    return folder
+
+
+def test_pickled_weights_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, output = pickled(tmp_path / "old", TENSORS), tmp_path / "out"
+    assert main(["--pickle_path", str(folder), "--output", str(output), "--verify"]) == 0
+    assert f"--model_dir {output}" in capsys.readouterr().out
+    found = tensors_in(output)
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    load_decoder(output)
+
+
+def test_pickles_that_could_run_code_are_not_converted(base: Path, tmp_path: Path) -> None:
+    folder, proof = pickled(tmp_path / "old", TENSORS), tmp_path / "proof"
+    torch.save({"weight": Attack(proof)}, folder / "extra.bin")
+    with pytest.raises(CheckpointError, match=r"extra\.bin cannot be read safely"):
+        convert(Conversion(folder, None), tmp_path / "out")
+    assert not proof.exists()
+    torch.save({"weight": {"nested": torch.ones(1)}}, folder / "extra.bin")
+    with pytest.raises(CheckpointError, match="does not hold tensors by their names alone"):
+        convert(Conversion(folder, None), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="has no weights in"):
+        convert(Conversion(base, None), tmp_path / "out")
 
 
 def test_the_server_converts_once_and_again_when_the_run_goes_on(

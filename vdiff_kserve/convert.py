@@ -1,10 +1,12 @@
 """`python -m vdiff_kserve.convert`: a training run's checkpoint as a folder that can be served.
 
     python -m vdiff_kserve.convert --dcp_path DIR --base_model DIR_OR_ID --output DIR
+    python -m vdiff_kserve.convert --pickle_path DIR --output DIR
 
 Reads a PyTorch Distributed Checkpoint as NeMo-RL writes it, with or without the optimizer's state.
-The base model says which tensors there are, and gives configuration and tokenizer. One tensor at a
-time is in memory. A run that was stopped goes on with the file where it stopped.
+The base model says which tensors there are, and gives configuration and tokenizer. The second form
+is for a folder whose weights are Python pickles (`.bin`, `.pt`). One tensor at a time is in memory.
+A run that was stopped goes on with the file where it stopped.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from vdiff_kserve.models.distributed_checkpoint import (
     read_metadata,
 )
 from vdiff_kserve.models.loader import INDEX_FILE, list_tensors
+from vdiff_kserve.models.pickled_weights import PickledWeights, pickle_files
 from vdiff_kserve.models.precision import DTYPES
 from vdiff_kserve.models.safetensors_file import DTYPES as STORED_DTYPES
 from vdiff_kserve.models.safetensors_file import TensorWriter, read_header
@@ -48,6 +51,7 @@ TIED_HEADS = ("lm_head.weight", "model.transformer.ff_out.weight")
 """Weights that a model with tied embeddings may store or leave out."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Source = DistributedCheckpoint | PickledWeights
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,17 @@ class Conversion:
     """What is to be converted, and how.
 
     Attributes:
-        dcp_path: the DCP directory.
-        base_model: folder or hub id of the model that was trained.
+        source: the DCP directory, or the folder with pickles.
+        base_model: folder or hub id of the model that was trained; None stands for a folder with
+            pickles that is whole by itself.
         dtype: of the weights: `base` is the base model's own, `keep` what the directory holds,
             else a name such as bfloat16.
         prefix: of the weights' names in the directory; None finds it.
         shard_bytes: most bytes of tensors in one file, unless one tensor alone has more.
     """
 
-    dcp_path: Path
-    base_model: str
+    source: Path
+    base_model: str | None
     revision: str | None = None
     dtype: str = "base"
     prefix: str | None = None
@@ -75,14 +80,16 @@ class Conversion:
         """Changes when the source or what is made of it does.
 
         Raises:
-            CheckpointError: `dcp_path` is no DCP directory.
+            CheckpointError: `source` is no DCP directory.
         """
-        read_metadata(self.dcp_path / METADATA_FILE)
-        files = sorted(self.dcp_path.glob("*.distcp"))
+        if self.base_model is None:
+            files = pickle_files(self.source)
+        else:
+            read_metadata(self.source / METADATA_FILE)
+            files = [self.source / METADATA_FILE, *sorted(self.source.glob("*.distcp"))]
         facts = [
-            str(self.dcp_path.resolve()),
+            str(self.source.resolve()),
             [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-            (self.dcp_path / METADATA_FILE).read_bytes().hex(),
             self.base_model,
             self.revision,
             self.dtype,
@@ -101,14 +108,14 @@ def convert(conversion: Conversion, output: Path) -> None:
         CheckpointError: the two checkpoints do not fit, something is damaged, or `output` holds
             something else.
     """
-    source = DistributedCheckpoint(conversion.dcp_path)
+    source = _open(conversion)
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
         if is_complete(conversion, output):
             return
         done = _resume(conversion, output)
         base = _base_folder(conversion)
-        wanted = _base_tensors(conversion, base)
+        wanted = _base_tensors(conversion, base, source)
         optional = _optional(base)
         prefix = _find_prefix(conversion, source, wanted.keys() - optional)
         layout = _layout(conversion, source, prefix, wanted, optional)
@@ -126,6 +133,12 @@ def convert(conversion: Conversion, output: Path) -> None:
         _copy_description(base, output)
         _verify(output, layout, shards)
         _write_index(output, layout, shards)
+
+
+def _open(conversion: Conversion) -> Source:
+    if conversion.base_model is None:
+        return PickledWeights(conversion.source)
+    return DistributedCheckpoint(conversion.source)
 
 
 def is_complete(conversion: Conversion, output: Path) -> bool:
@@ -165,7 +178,7 @@ def _resume(conversion: Conversion, output: Path) -> dict[str, str]:
             raise CheckpointError(f"{output} is not empty; name a new or an empty folder")
         record = {
             "fingerprint": conversion.fingerprint,
-            "dcp_path": str(conversion.dcp_path),
+            "source": str(conversion.source),
             "base_model": conversion.base_model,
             "revision": conversion.revision,
             "dtype": conversion.dtype,
@@ -185,13 +198,17 @@ def _resume(conversion: Conversion, output: Path) -> dict[str, str]:
 
 
 def _base_folder(conversion: Conversion) -> Path:
+    if conversion.base_model is None:
+        return conversion.source
     if Path(conversion.base_model).is_dir():
         return Path(conversion.base_model)
     return hub.download(conversion.base_model, conversion.revision, weights=False)
 
 
-def _base_tensors(conversion: Conversion, folder: Path) -> Layout:
+def _base_tensors(conversion: Conversion, folder: Path, source: Source) -> Layout:
     """What the base model holds; of one on the hub only the files' headers are read."""
+    if conversion.base_model is None:
+        return dict(source.tensors)
     if Path(conversion.base_model).is_dir() or next(folder.glob("*.safetensors"), None):
         return {name: (t.dtype, t.shape) for name, t in list_tensors(folder).items()}
     stored = hub.stored_shapes(conversion.base_model, conversion.revision)
@@ -205,10 +222,10 @@ def _optional(base: Path) -> set[str]:
     return set(TIED_HEADS) if tied else set()
 
 
-def _find_prefix(conversion: Conversion, source: DistributedCheckpoint, wanted: set[str]) -> str:
+def _find_prefix(conversion: Conversion, source: Source, wanted: set[str]) -> str:
     """What stands before the base model's names: nothing, `model.`, `model.model.` ..."""
-    if conversion.prefix is not None:
-        return conversion.prefix
+    if conversion.prefix is not None or conversion.base_model is None:
+        return conversion.prefix or ""
     probe = min(wanted)
     prefixes = [
         name.removesuffix(probe)
@@ -219,13 +236,13 @@ def _find_prefix(conversion: Conversion, source: DistributedCheckpoint, wanted: 
     if len(whole) > 1:
         found = ", ".join(repr(p) for p in sorted(whole))
         raise CheckpointError(
-            f"{conversion.dcp_path} holds the model under several prefixes, {found}: name one by "
+            f"{conversion.source} holds the model under several prefixes, {found}: name one by "
             "--prefix"
         )
     if not whole and not prefixes:
         some = ", ".join(sorted(source.tensors)[:3])
         raise CheckpointError(
-            f"{conversion.dcp_path} does not hold {probe} of {conversion.base_model} under any "
+            f"{conversion.source} does not hold {probe} of {conversion.base_model} under any "
             f"prefix; it has {some}, ..."
         )
     return whole[0] if whole else min(prefixes, key=len)
@@ -233,7 +250,7 @@ def _find_prefix(conversion: Conversion, source: DistributedCheckpoint, wanted: 
 
 def _layout(
     conversion: Conversion,
-    source: DistributedCheckpoint,
+    source: Source,
     prefix: str,
     base: Layout,
     optional: set[str],
@@ -260,7 +277,7 @@ def _layout(
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(
-            f"{conversion.dcp_path} does not fit {conversion.base_model}: "
+            f"{conversion.source} does not fit {conversion.base_model}: "
             + "; ".join(problems[:8])
             + more
         )
@@ -289,7 +306,7 @@ def _bytes(layout: Layout, name: str) -> int:
 def _write_shard(
     file: Path,
     layout: Layout,
-    source: DistributedCheckpoint,
+    source: Source,
     prefix: str,
     progress: tqdm,
 ) -> str:
@@ -310,7 +327,7 @@ def _write_shard(
 
 def _require_finite(tensor: Tensor, name: str) -> None:
     if tensor.is_floating_point() and tensor.numel() and not tensor.isfinite().all():
-        raise CheckpointError(f"{name} has values that are not finite: the training run diverged")
+        raise CheckpointError(f"{name} has values that are not finite")
 
 
 def _copy_description(base: Path, output: Path) -> None:
@@ -362,8 +379,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dcp_path", required=True, type=Path, help="the DCP directory")
-    parser.add_argument("--base_model", required=True, help="folder or hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dcp_path", type=Path, help="the DCP directory")
+    source.add_argument("--pickle_path", type=Path, help="folder with weights as pickles")
+    parser.add_argument("--base_model", help="with --dcp_path: folder or hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a base model on the hub")
     parser.add_argument("--output", required=True, type=Path, help="folder to fill")
     parser.add_argument(
@@ -378,7 +397,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--shard_size", default=SHARD_SIZE, help="most bytes in one file (%(default)s)"
     )
     parser.add_argument("--verify", action="store_true", help="compare the checksums at the end")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if (arguments.dcp_path is None) != (arguments.base_model is None):
+        parser.error("--dcp_path and --base_model need each other")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -386,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         conversion = Conversion(
-            arguments.dcp_path,
+            arguments.dcp_path or arguments.pickle_path,
             arguments.base_model,
             arguments.revision,
             arguments.dtype,

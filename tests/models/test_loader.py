@@ -145,7 +145,27 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path, file: str)
     torch.save(TENSORS, tmp_path / file)
     message = refusal(tmp_path)
     assert "pickle" in message
-    assert "safe_serialization" in message
+    assert f"python -m vdiff_kserve.convert --pickle_path {tmp_path} --output" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [QUERY, "model.transformer.ln_f.weight"])
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, name: str, value: float, dtype: torch.dtype
+) -> None:
+    broken = TENSORS[name].clone()
+    broken.view(-1)[7] = value
+    folder = write_single(tmp_path, CONFIG, TENSORS | {name: broken})
+    with pytest.raises(CheckpointError, match=r"norm|q_proj.* not finite"):
+        load_decoder(folder, dtype=dtype)
+
+
+def test_weights_beyond_the_number_type_are_named(tmp_path: Path) -> None:
+    folder = write_single(tmp_path, CONFIG, TENSORS | {QUERY: TENSORS[QUERY] * 1e6})
+    load_decoder(folder)
+    with pytest.raises(CheckpointError, match="not finite in float16"):
+        load_decoder(folder, dtype=torch.float16)
 
 
 def test_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vdiff_kserve.models import choose_device, choose_dtype, precision
+from vdiff_kserve.models import CheckpointError, choose_device, choose_dtype, precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -62,3 +62,8 @@ def test_flags_are_those_of_the_first_processor(
     assert precision.cpu_flags() >= {"fpu", "avx2", "amx_bf16"}
     monkeypatch.setattr(precision.Path, "is_file", lambda self: False)
     assert precision.cpu_flags() == set()
+
+
+def test_a_device_that_is_not_there_is_told() -> None:
+    with pytest.raises(CheckpointError, match=r"no device cuda:97: PyTorch .* sees "):
+        choose_device("cuda:97")

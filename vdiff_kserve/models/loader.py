@@ -21,6 +21,7 @@ from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointEr
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
 from vdiff_kserve.models.moe import Experts, Router
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layer, pack_linear_layers
+from vdiff_kserve.models.pickled_weights import pickle_files
 from vdiff_kserve.models.registry import (
     CAUSAL_FORMATS,
     find_by_architecture,
@@ -38,7 +39,6 @@ from vdiff_kserve.models.tensor_names import Place, TensorNames, tensor_shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_NAMES_IN_ERROR = 8
 
 
@@ -117,10 +117,12 @@ def _load(
             if place.parameter in packed:
                 weight = plain[: place.size].view(place.shape)
                 reader.fill(weight, part)
+                _require_finite(weight, place, part)
                 pack_linear_layer(decoder, place.parameter, weight)
             else:
                 weight = _materialize(decoder, place.parameter, device, dtype)
                 reader.fill(weight[place.index], part)
+                _require_finite(weight[place.index], place, part)
             unread[place.parameter] -= 1
             if packed and not unread[place.parameter]:
                 _pack_experts(decoder, place.parameter, unread)
@@ -179,6 +181,15 @@ def _materialize(
     return memory
 
 
+def _require_finite(weight: torch.Tensor, place: Place, part: StoredTensor) -> None:
+    """One pass over the weight without memory of its own: NaN passes through, infinity shows."""
+    if weight.numel() and not all(bound.isfinite() for bound in torch.aminmax(weight)):
+        name = str(weight.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{part.file}: {place.parameter} has values that are not finite in {name}"
+        )
+
+
 def _pack_experts(decoder: Decoder, parameter: str, unread: Counter[str]) -> None:
     """Pack the experts that `parameter` belongs to, if all of them are read."""
     path = parameter.rpartition(".")[0]
@@ -200,11 +211,11 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
         files = _indexed_files(index)
     elif (folder / SINGLE_FILE).is_file():
         files = [folder / SINGLE_FILE]
-    elif any(path for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)):
+    elif pickle_files(folder):
         raise CheckpointError(
             f"{folder} holds its weights as Python pickles, which can run code when opened, so "
-            "they are not read. Convert them first: load the model with transformers and call "
-            "`model.save_pretrained(folder, safe_serialization=True)`."
+            "they are not served. Convert them first: python -m vdiff_kserve.convert "
+            f"--pickle_path {folder} --output NEW_FOLDER"
         )
     else:
         raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from vdiff_kserve.models.checkpoint_config import CheckpointError
+
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -19,10 +21,19 @@ BFLOAT16_CPU_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU when there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is the GPU when there is one, else the CPU.
+
+    Raises:
+        CheckpointError: a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        seen = "no GPU" if not found else "GPU 0" if found == 1 else f"GPUs 0 to {found - 1}"
+        raise CheckpointError(f"there is no device {name}: PyTorch {torch.__version__} sees {seen}")
+    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

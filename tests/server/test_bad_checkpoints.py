@@ -1,0 +1,111 @@
+"""A checkpoint that cannot be served ends the server with one message and exit code 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.server.checkpoint import make_checkpoint
+from tests.server.process import ServerProcess
+
+WEIGHTS = "model.safetensors"
+NORM = "model.transformer.ln_f.weight"
+
+
+def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return spoil
+
+
+def change_config(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    return spoil
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+CASES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing": (change_weights(lambda t: t.pop(NORM)), f"1 missing: {NORM}"),
+    "unexpected": (change_weights(lambda t: t.update(x=torch.ones(1))), "1 unexpected: x"),
+    "mis-shaped": (
+        change_weights(lambda t: t.update({NORM: torch.ones(3)})),
+        f"{NORM} is [3], config.json says [64]",
+    ),
+    "not finite": (change_weights(lambda t: t[NORM].fill_(torch.nan)), "not finite"),
+    "cut off": (cut, "damaged or cut off"),
+    "pickled": (pickle, "python -m vdiff_kserve.convert --pickle_path"),
+    "wrong field": (change_config(lambda c: c.update(n_heads="four")), "field `n_heads`"),
+    "missing field": (change_config(lambda c: c.pop("d_model")), "field `d_model`"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+}
+FAST = ("not finite", "wrong field")
+"""The others' messages are tested without a server; here they take seconds each."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CASES]
+)
+def test_a_bad_checkpoint_is_one_message_and_exit_code_1(tmp_path: Path, case: str) -> None:
+    spoil, message = CASES[case]
+    spoil(make_checkpoint(tmp_path))
+    with ServerProcess("--model_dir", str(tmp_path), "--dtype", "float32") as server:
+        assert server.wait() == 1
+    errors = [line for line in server.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in server.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "cuda:97"), "there is no device cuda:97"),
+        (("--chat_template", "/no/such.jinja"), "/no/such.jinja cannot be read"),
+        (("--max_model_len", "100000"), "--max_model_len is 100000"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_too(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    folder = str(make_checkpoint(tmp_path))
+    with ServerProcess("--model_dir", folder, *options) as server:
+        assert server.wait() == 1
+    assert f"error: {message}" in server.output or message in server.output
+    assert "Traceback" not in server.output
+
+
+def test_a_read_only_folder_behind_a_link_is_served(tmp_path: Path) -> None:
+    folder = tmp_path / "real"
+    folder.mkdir()
+    make_checkpoint(folder)
+    link = tmp_path / "mnt-models"
+    link.symlink_to(folder)
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    folder.chmod(0o555)
+    try:
+        with ServerProcess("--model_dir", str(link), "--dtype", "float32") as server:
+            server.wait_until_ready()
+    finally:
+        folder.chmod(0o755)
