@@ -55,6 +55,7 @@ class ReplicaLink:
         tickets: the requests that it has, by key.
         latest: the gauges of its engine.
         silence: how often the supervisor has looked since the last batch.
+        work_given: of all its requests so far, estimated.
         reserved_for: the request that is to run here alone.
     """
 
@@ -66,6 +67,7 @@ class ReplicaLink:
         self.tickets: dict[int, Ticket] = {}
         self.latest = EngineLoad()
         self.silence = 0
+        self.work_given = 0
         self.reserved_for: Ticket | None = None
         self.prefixes = PrefixMemory()
         self._actor = actor
@@ -134,6 +136,7 @@ class ReplicaLink:
     def submit(self, ticket: Ticket) -> None:
         """Run a request here."""
         self.tickets[ticket.key] = ticket
+        self.work_given += ticket.work
         self.prefixes.add(ticket.prefixes)
         self._tell(ticket.begin())
 

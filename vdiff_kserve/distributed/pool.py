@@ -253,7 +253,8 @@ class ReplicaPool:
 
     def _best_for(self, ticket: Ticket) -> ReplicaLink | None:
         free = [link for link in self.links if link.has_room]
-        return min(free, key=lambda link: link.cost_of(ticket), default=None)
+        # Idle replicas are alike: the one that did least so far.
+        return min(free, key=lambda link: (link.cost_of(ticket), link.work_given), default=None)
 
     def _alone_on(self, ticket: Ticket) -> ReplicaLink | None:
         """The replica that is kept for a request which must run alone, once it has no other."""

@@ -200,7 +200,6 @@ class Supervisor:
                 await self._try_one_more()
             self._pool.expecting = True
             await self._retire(link)
-            self._extra = 0
             complete = await self._until_all_are_ready()
             self._pool.expecting = False
             if not complete:
@@ -222,6 +221,7 @@ class Supervisor:
                         self._remove(link, lost=False)
                 return
         await self._until_all_are_ready()
+        self._extra = 0
 
     async def _until_all_are_ready(self) -> bool:
         """Wait for the replicas that there should be; False when one does not start."""

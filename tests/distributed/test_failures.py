@@ -1,0 +1,106 @@
+"""Replicas over minutes and machines: many requests, nodes that end, kills without pattern."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import secrets
+import signal
+from collections.abc import Iterator
+
+import pytest
+from ray.cluster_utils import Cluster
+from tqdm import tqdm
+
+from tests.distributed.replicas import (
+    ReplicatedServer,
+    complete,
+    long_requests,
+    mixed_requests,
+    stream,
+    wait_until,
+)
+from tests.distributed.test_replicas import expected
+from vdiff_kserve import LLM
+
+pytestmark = pytest.mark.slow
+
+SOAK_SECONDS = float(os.environ.get("VDIFF_SOAK_SECONDS", "300"))
+KILLS = 50
+
+
+@pytest.fixture(scope="module")
+def three(arguments: tuple[str, ...]) -> Iterator[ReplicatedServer]:
+    with ReplicatedServer(*arguments, "--replicas", "3") as process:
+        process.wait_until_ready()
+        process.wait_for_replicas(3)
+        yield process
+
+
+async def test_three_replicas_answer_200_requests_as_one_engine(
+    three: ReplicatedServer, one_engine: LLM
+) -> None:
+    bodies = mixed_requests(200)
+    assert await complete(three.url, bodies) == expected(one_engine, bodies)
+
+
+async def test_random_kills_lose_nothing(three: ReplicatedServer, one_engine: LLM) -> None:
+    chosen = random.Random(8)
+    bodies = long_requests(8) + mixed_requests(24)
+    texts = expected(one_engine, bodies)
+    answered = 0
+    stopped = asyncio.Event()
+
+    async def client(number: int) -> None:
+        nonlocal answered
+        mine = slice(number, None, 4)
+        while not stopped.is_set():
+            assert await stream(three.url, bodies[mine]) == texts[mine]
+            answered += len(bodies[mine])
+
+    async def kill() -> None:
+        for _ in tqdm(range(KILLS), unit="kill"):
+            await asyncio.sleep(chosen.uniform(0.5, 1.5) * SOAK_SECONDS / KILLS)
+            if pids := three.pids():
+                os.kill(chosen.choice(pids), signal.SIGKILL)
+        stopped.set()
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(4):
+            group.create_task(client(number))
+        group.create_task(kill())
+    assert answered > 0
+    three.wait_for_replicas(3)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A Ray of three nodes, the head without cores."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    memory = {"object_store_memory": 100 * 2**20}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
+    for _ in range(2):
+        nodes.add_node(num_cpus=1, **memory)
+    yield nodes
+    nodes.shutdown()
+
+
+async def test_a_killed_node_loses_nothing(
+    cluster: Cluster, arguments: tuple[str, ...], one_engine: LLM
+) -> None:
+    bodies = long_requests(20)
+    own = ("--replicas", "2", "--replica_cpus", "1", "--ray_address", cluster.address)
+    with ReplicatedServer(*arguments, *own) as server:
+        server.wait_until_ready()
+        wait_until(lambda: server.num_ready == 2)
+        node = next(iter(cluster.worker_nodes))
+
+        def kill() -> None:
+            cluster.remove_node(node, allow_graceful=False)
+            wait_until(lambda: server.metric("vdiff_replica_losses_total") == 1)
+
+        assert await stream(server.url, bodies, kill) == expected(one_engine, bodies)
+        assert server.num_ready == 1
+        cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        wait_until(lambda: server.num_ready == 2)

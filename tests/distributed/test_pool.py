@@ -1,0 +1,267 @@
+"""Who runs what, and what outlives a replica: the pool over replicas in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.local import Replicas, answers, replicas, tokens_of
+from tests.engine.tiny import GatedDecoder, generate, request_of, tiny_decoder, tiny_spec
+from vdiff_kserve.distributed import autoscale, ticket
+from vdiff_kserve.distributed.autoscale import Autoscaler, Bounds
+from vdiff_kserve.distributed.link import State
+from vdiff_kserve.engine import (
+    Engine,
+    EngineError,
+    EngineStoppedError,
+    GenerationRequest,
+    GenerationStream,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
+    block_hashes,
+)
+
+POISON = (9, 9, 9)
+
+
+def many(count: int) -> list[GenerationRequest]:
+    return [
+        request_of((1, 2, i % 30), 16, temperature=0.8 if i % 2 else 0.0, seed=i)
+        for i in range(count)
+    ]
+
+
+def expected(requests: Sequence[GenerationRequest]) -> list[tuple[int, ...]]:
+    return [result.token_ids for result in generate(tiny_decoder(), *requests)]
+
+
+class Gated:
+    """Decoders that wait before every pass, one for each replica, in the order of their start."""
+
+    def __init__(self) -> None:
+        self.decoders: list[GatedDecoder] = []
+
+    def __call__(self) -> GatedDecoder:
+        self.decoders.append(GatedDecoder.around(tiny_decoder()))
+        return self.decoders[-1]
+
+    def open(self) -> None:
+        """Hold nobody back any more."""
+        for decoder in self.decoders:
+            decoder.allow(100_000)
+
+
+async def test_replicas_answer_as_one_engine(monkeypatch) -> None:
+    requests = many(40)
+    async with replicas(monkeypatch, "3") as three:
+        assert await answers(three.pool, *requests) == expected(requests)
+        assert three.pool.num_waiting == 0
+        assert three.pool.outstanding_tokens == 0
+
+
+async def test_work_is_spread(monkeypatch) -> None:
+    gates = Gated()
+    async with replicas(monkeypatch, "3", decoder=gates) as three:
+        streams = three.pool.submit(many(6))
+        assert [len(link.tickets) for link in three.pool.links] == [2, 2, 2]
+        (long,) = three.pool.submit([request_of(max_tokens=64)])
+        three.pool.submit(many(4))
+        held = sorted(len(link.tickets) for link in three.pool.links)
+        assert held == [3, 4, 4]
+        gates.open()
+        await asyncio.gather(*(tokens_of(stream) for stream in [*streams, long]))
+
+
+async def test_a_death_in_the_middle_changes_no_answer(monkeypatch) -> None:
+    requests = many(12)
+    gates = Gated()
+    async with replicas(monkeypatch, decoder=gates) as two:
+        streams = two.pool.submit(requests)
+        reading = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+        for decoder in gates.decoders:
+            decoder.allow(5)
+        held = [list(link.tickets.values()) for link in two.pool.links]
+        await two.until(lambda: any(t.delivered for tickets in held for t in tickets))
+        two.actors[0].die()
+        await two.until(lambda: len(gates.decoders) == 3)
+        gates.open()
+        assert await asyncio.gather(*reading) == expected(requests)
+        assert len(two.actors) == 3
+
+
+async def test_a_replica_that_is_silent_is_replaced(monkeypatch) -> None:
+    requests = many(6)
+    async with replicas(monkeypatch) as two:
+        two.actors[1].freeze()
+        assert await answers(two.pool, *requests) == expected(requests)
+        assert two.actors[1].is_dead
+        assert len(two.living) == 2
+
+
+async def test_an_engine_whose_loop_dies_is_replaced(monkeypatch) -> None:
+    requests = many(8)
+    async with replicas(monkeypatch) as two:
+        streams = two.pool.submit(requests)
+        reading = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+        two.actors[0]._replica._engine.stop()
+        assert await asyncio.gather(*reading) == expected(requests)
+
+
+class PoisonedEngine(Engine):
+    """Dies of one prompt."""
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationStream]:
+        if any(request.prompt_ids == POISON for request in requests):
+            self.stop()
+            raise EngineStoppedError("poisoned")
+        return super().submit(requests)
+
+
+async def test_a_poison_request_is_refused_and_named_and_the_others_live(
+    monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison = replace(request_of(POISON), request_id="the-poison")
+    requests = many(20)
+    async with replicas(monkeypatch, engine_class=PoisonedEngine) as two:
+        streams = two.pool.submit([*requests[:10], poison, *requests[10:]])
+        reading = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+        done = await asyncio.gather(*reading, return_exceptions=True)
+        failure = done.pop(10)
+        assert type(failure) is EngineError
+        assert done == expected(requests)
+        assert len(two.actors) == 2 + ticket.MAX_LOSSES
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "the-poison" in each]
+    assert "ERROR" in line
+    assert "given up" in line
+
+
+async def test_priorities_hold_across_replicas(monkeypatch) -> None:
+    gates = Gated()
+    finished: list[int] = []
+    async with replicas(monkeypatch, decoder=gates, max_num_seqs=1) as two:
+        late = [replace(request_of(max_tokens=8), priority=p) for p in (0, 0, 0, 0, 5, 3, 1)]
+        streams = two.pool.submit(late)
+
+        async def read(number: int) -> None:
+            await tokens_of(streams[number])
+            finished.append(number)
+
+        reading = [asyncio.create_task(read(number)) for number in range(len(late))]
+        assert [len(link.tickets) for link in two.pool.links] == [2, 2]
+        gates.open()
+        await asyncio.gather(*reading)
+    assert set(finished[:4]) == {0, 1, 2, 3}
+    assert finished.index(6) < finished.index(4)
+
+
+async def test_requests_give_up_in_the_queue_and_on_the_replica(monkeypatch) -> None:
+    gates = Gated()
+    async with replicas(monkeypatch, "1", decoder=gates, max_num_seqs=1) as one:
+        soon = time.monotonic() + 0.2
+        streams = one.pool.submit([replace(request_of(), deadline=soon) for _ in range(4)])
+        await one.until(lambda: time.monotonic() > soon)
+        gates.open()
+        ends = await asyncio.gather(*(tokens_of(s) for s in streams), return_exceptions=True)
+    assert isinstance(ends[0], RequestTimeoutError)
+    assert all(isinstance(end, QueueTimeoutError) for end in ends[1:])
+
+
+async def test_the_queue_is_bounded(monkeypatch) -> None:
+    gates = Gated()
+    async with replicas(monkeypatch, decoder=gates, max_num_seqs=2, max_queue=3) as two:
+        streams = two.pool.submit(many(7))
+        with pytest.raises(QueueFullError, match="4 running and 3 waiting"):
+            two.pool.submit(many(1))
+        streams[0].abort()
+        await two.until(lambda: two.pool.outstanding_tokens == 6 * 16)
+        two.pool.submit(many(1))
+        gates.open()
+
+
+async def test_a_client_that_leaves_frees_its_place_before_the_next_pass(monkeypatch) -> None:
+    gates = Gated()
+    async with replicas(monkeypatch, "1", decoder=gates) as one:
+        left, stays = one.pool.submit([request_of((1,)), request_of((2,))])
+        (decoder,) = gates.decoders
+        await one.until(lambda: decoder.waiting == 1)
+        left.abort()
+        engine = one.actors[0]._replica._engine
+        await one.until(lambda: not one.actors[0]._replica._running.get(0))
+        decoder.allow(1)
+        await one.until(lambda: decoder.passes == 1 and decoder.waiting == 1)
+        assert engine.num_running == 1
+        gates.open()
+        assert len(await tokens_of(stays)) == 16
+
+
+async def test_prompts_that_begin_alike_go_where_the_beginning_is_known(monkeypatch) -> None:
+    decoder = tiny_decoder(attention_block=4)
+    spec = replace(tiny_spec(decoder), block_length=4)
+
+    def request(first: int) -> GenerationRequest:
+        return request_of((first,) * 16 + (3,), 4, block_length=4, cache="exact")
+
+    async with replicas(monkeypatch, decoder=lambda: decoder, spec=spec) as two:
+        for first in (1, 2, 1, 2, 1, 2, 2, 2):
+            await answers(two.pool, request(first))
+        engines = [actor._replica._engine for actor in two.actors]
+        links = two.pool.links
+        hashes = [block_hashes((first,) * 16, 4) for first in (1, 2)]
+        known = [[link.prefixes.blocks_known(each) for link in links] for each in hashes]
+        assert all(sorted(each) == [0, 4] for each in known)
+        assert all(engine.num_steps > 0 for engine in engines)
+
+
+async def test_a_load_brings_replicas_and_their_absence_takes_them(monkeypatch) -> None:
+    monkeypatch.setattr(autoscale, "UP_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(autoscale, "DOWN_AFTER_SECONDS", 0.2)
+    gates = Gated()
+    scaler = Autoscaler(Bounds(1, 3), tokens_per_replica=64)
+    async with replicas(monkeypatch, "1:3", decoder=gates, autoscaler=scaler) as few:
+        requests = many(20)
+        streams = few.pool.submit(requests)
+        reading = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+        await few.until(lambda: sum(len(link.tickets) > 0 for link in few.pool.links) == 3)
+        gates.open()
+        assert await asyncio.gather(*reading) == expected(requests)
+        await few.until(lambda: len(few.living) == 1)
+
+
+@pytest.mark.parametrize("number", ["1", "3"])
+async def test_a_restart_replaces_all_and_fails_nothing(monkeypatch, number: str) -> None:
+    requests = many(60)
+    async with replicas(monkeypatch, number) as some:
+        old = list(some.actors)
+        some.supervisor.restart()
+        reading = []
+        for request in requests:
+            assert some.pool.ready
+            (stream,) = some.pool.submit([request])
+            reading.append(asyncio.create_task(tokens_of(stream)))
+            await asyncio.sleep(0.005)
+        assert await asyncio.gather(*reading) == expected(requests)
+        await some.until(lambda: all(actor.is_dead for actor in old))
+        await some.until(lambda: _ready(some) == int(number))
+        assert len(some.actors) == 2 * int(number)
+
+
+def _ready(some: Replicas) -> int:
+    return sum(link.state is State.READY for link in some.pool.links)
+
+
+async def test_a_stopped_pool_tells_its_requests(monkeypatch) -> None:
+    gates = Gated()
+    async with replicas(monkeypatch, decoder=gates) as two:
+        streams = two.pool.submit(many(12))
+        await asyncio.to_thread(two.pool.stop)
+        ends = await asyncio.gather(*(tokens_of(s) for s in streams), return_exceptions=True)
+        assert all(isinstance(end, EngineStoppedError) for end in ends)
+        assert not two.pool.alive
+        with pytest.raises(EngineStoppedError):
+            two.pool.submit(many(1))
+    gates.open()
