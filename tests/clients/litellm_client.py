@@ -1,5 +1,6 @@
 """What a program with litellm does: chat, stream, text completion, errors as its own classes."""
 
+import json
 import os
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
@@ -37,6 +38,13 @@ response = litellm.responses(
     model="openai/llada", input="What is 17 + 25?", max_output_tokens=64, temperature=0, **ADDRESS
 )
 assert response.output[0].content[0].text == text
+
+schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+made = litellm.completion(
+    "openai/llada", messages=ASKED, max_tokens=64, response_format=form, **ADDRESS
+)
+assert isinstance(json.loads(made.choices[0].message.content)["sum"], int)
 
 try:
     litellm.completion(

@@ -14,19 +14,30 @@ from pathlib import Path
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
-from openai import BadRequestError
+from openai import BadRequestError, OpenAI
+from pydantic import BaseModel
 
 from tests.clients.install import HERE, VERSIONS, node_modules, python_with
 from tests.server.process import ServerProcess
 
 EMBEDDED = HERE.parents[1] / "vdiff_kserve" / "embedded"
 QUESTION = "What is 17 + 25?"
+TEXT = "Extract name and age as JSON: Anna is 34 years old."
 LIMIT_S = 600
+
+
+class Person(BaseModel):
+    """Someone with an age."""
+
+    name: str
+    age: int
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess("--model_name", "llada", "--enable_grpc", "false") as process:
+    """Its template takes no tools, and its context has no room for them."""
+    options = ("--model_name", "llada", "--enable_grpc", "false", "--no_tools_in_prompt")
+    with ServerProcess(*options) as process:
         yield process.wait_until_ready()
 
 
@@ -87,6 +98,35 @@ def test_langchain_uses_the_responses_api(server: ServerProcess) -> None:
     assert "".join(chunk.text for chunk in chat.stream(QUESTION)) == plain.text
 
 
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+@pytest.mark.parametrize("use_responses_api", [False, True])
+def test_langchain_gets_objects(
+    server: ServerProcess, method: str, use_responses_api: bool
+) -> None:
+    chat = langchain(server, use_responses_api=use_responses_api)
+    person = chat.with_structured_output(Person, method=method).invoke(TEXT)
+    assert isinstance(person, Person)
+    assert person.age == 34
+
+
+def test_langchain_calls_tools(server: ServerProcess) -> None:
+    chat = langchain(server).bind_tools([Person], tool_choice="Person")
+    (call,) = chat.invoke(TEXT).tool_calls
+    assert call["name"] == "Person"
+    assert call["args"]["age"] == 34
+    chunks = list(chat.stream(TEXT))
+    (streamed,) = sum(chunks[1:], chunks[0]).tool_calls
+    assert streamed["args"] == call["args"]
+
+
+def test_the_responses_api_parses_objects(server: ServerProcess) -> None:
+    asked = dict(model="llada", input=TEXT, text_format=Person, max_output_tokens=64)
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        assert client.responses.parse(**asked).output_parsed.age == 34
+        with client.responses.stream(**asked) as stream:
+            assert stream.get_final_response().output_parsed.age == 34
+
+
 def test_the_page_tells_the_versions_that_are_tested() -> None:
     page = (HERE.parents[1] / "docs/api.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^\| `([\w-]+)`(?: for Node)? \| ([\d.]+) \|", page, re.MULTILINE))
@@ -99,8 +139,9 @@ def test_the_page_tells_the_versions_that_are_tested() -> None:
 
 
 @pytest.mark.slow
-def test_litellm(server: ServerProcess) -> None:
-    run(server, python_with("litellm"), HERE / "litellm_client.py")
+@pytest.mark.parametrize("client", ["instructor", "litellm"])
+def test_a_library(server: ServerProcess, client: str) -> None:
+    run(server, python_with(client), HERE / f"{client}_client.py")
 
 
 @pytest.mark.slow
