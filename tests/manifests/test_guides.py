@@ -35,7 +35,7 @@ NOT_RUN = {
 """What the word after `sh` says a block needs, and what its page must say then."""
 FOREIGN = {
     "base_model", "check", "dcp", "dry_run", "dtype", "gpu_memory", "prefix", "shard_size",
-    "tensor_parallel_size", "upgrade", "verify",
+    "upgrade", "verify",
 }  # fmt: skip
 """Options of other programs that the texts name."""
 
