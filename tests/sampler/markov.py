@@ -42,6 +42,9 @@ class MarkovPosterior(nn.Module):
     are committed.
     """
 
+    stages = 1
+    vocab_shard = None
+
     def __init__(self, transitions: Tensor = TRANSITIONS) -> None:
         super().__init__()
         self.transitions = transitions

@@ -113,6 +113,7 @@ class ModelRunner:
             lengths=[len(row) for row in rows],
             constraints=self._constraints(rows, opened),
             allowed=self._allowed(rows),
+            host_row=row_of,
         )
         with self._timed("forward"):
             hidden, unguided = self._hidden(rows, spans, opened)

@@ -27,9 +27,9 @@ def mixture_logits(diffusion: Tensor, auxiliary: Tensor, rows: StepRows) -> Tens
     size = min(diffusion.shape[-1], auxiliary.shape[-1])
     proposal = filter_tokens(
         diffusion.double() / temperature,
-        top_k=rows.per_position([p.top_k if p.temperature else 0 for p in params], torch.int64),
-        top_p=rows.per_position([p.top_p if p.temperature else 1.0 for p in params]),
-        min_p=rows.per_position([p.min_p if p.temperature else 0.0 for p in params]),
+        top_k=rows.unless_all([p.top_k if p.temperature else 0 for p in params], 0, torch.int64),
+        top_p=rows.unless_all([p.top_p if p.temperature else 1.0 for p in params], 1.0),
+        min_p=rows.unless_all([p.min_p if p.temperature else 0.0 for p in params], 0.0),
     )[:, :size]
     weight = rows.per_position([p.apd_mixture_weight for p in params])[:, None]
     check = auxiliary[:, :size].double() / temperature

@@ -99,9 +99,9 @@ def _near_anchor(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
     anchor = _sure(proposal, rank, rows)
     radius = rows.per_position([p.radius for p in rows.params], torch.int64)
     lower = rows.per_position([p.neighbour_threshold for p in rows.params])
-    distance = (rows.position[:, None] - rows.position[None, anchor]).abs()
-    same_row = rows.row[:, None] == rows.row[None, anchor]
-    near = (same_row & (distance <= radius[:, None])).any(dim=-1)
+    distance = (rows.position[:, None] - rows.position).abs()
+    reached = (rows.row[:, None] == rows.row) & (distance <= radius[:, None])
+    near = (reached & anchor).any(dim=-1)
     return anchor | (near & (proposal.confidence >= lower) & (rows.written < 0))
 
 
@@ -122,7 +122,8 @@ def _within_factor(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
     failing = (proposal.confidence < 1 - factor / (rank + 2)) & (rank > 0) & masked
     masks = torch.zeros(len(rows.params), dtype=torch.int64, device=rank.device)
     masks = masks.index_add(0, rows.row, masked.long())
-    first_failure = masks.scatter_reduce(0, rows.row[failing], rank[failing], "amin")
+    failures = torch.where(failing, rank, len(rank))
+    first_failure = masks.scatter_reduce(0, rows.row, failures, "amin")
     first_failure = torch.where(first_failure == masks - 1, masks, first_failure)
     return (rank < first_failure[rows.row]) & masked
 

@@ -61,6 +61,7 @@ class StepRows:
         lengths: tokens of each row's canvas.
         constraints: of the rows that ask something of their tokens; None when none does.
         allowed: of the rows that follow a grammar; None when none does.
+        host_row: `row` on the host, when it is not there itself.
     """
 
     row: Tensor
@@ -71,28 +72,54 @@ class StepRows:
     lengths: Sequence[int]
     constraints: ConstraintTable | None = None
     allowed: AllowedTokens | None = None
+    host_row: Tensor | None = None
 
     def part(self, index: slice | Tensor) -> StepRows:
         """The same rows, with only some of the positions."""
+        host_row = self.host_row
+        if host_row is not None:
+            host_row = host_row[index if isinstance(index, slice) else index.cpu()]
         return replace(
             self,
             row=self.row[index],
             position=self.position[index],
             written=self.written[index],
+            host_row=host_row,
         )
 
     def per_position(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
         """One value per row -> one per position."""
-        return torch.tensor(values, dtype=dtype, device=self.row.device)[self.row]
+        return _beside(self.row, torch.tensor(values, dtype=dtype))[self.row]
+
+    def unless_all(
+        self, values: Sequence[float], off: float, dtype: torch.dtype = torch.float64
+    ) -> Tensor | None:
+        """One value per row -> one per position; None when every row's is `off`."""
+        return self.per_position(values, dtype) if any(v != off for v in values) else None
 
     def where(self, condition: Callable[[DecodingParams], bool]) -> Tensor | None:
         """bool [positions]: those of rows that fulfil `condition`; None when no row does."""
         fulfilled = [condition(p) for p in self.params]
         return self.per_position(fulfilled, torch.bool) if any(fulfilled) else None
 
+    def places(self, condition: Callable[[DecodingParams], bool]) -> Tensor | None:
+        """int64 [n], indices of the positions of rows that fulfil `condition`; None when no row
+        does. They are found on the host, so that a GPU is not waited for."""
+        fulfilled = torch.tensor([condition(p) for p in self.params])
+        if not fulfilled.any():
+            return None
+        host_row = self.row if self.host_row is None else self.host_row
+        return _beside(self.row, fulfilled[host_row.cpu()].nonzero().squeeze(-1))
+
     def with_policy(self, *policies: Policy) -> Tensor | None:
         """bool [positions]: those of rows with one of `policies`; None when no row has."""
         return self.where(lambda p: p.policy in policies)
+
+
+def _beside(there: Tensor, values: Tensor) -> Tensor:
+    """Values made on the host, on the device of `there`, without waiting for it."""
+    pinned = values.pin_memory() if there.is_cuda else values
+    return pinned.to(there.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -149,16 +176,16 @@ def propose(logits: Tensor, rows: StepRows, special: SpecialTokens) -> Proposal:
     logits = logits.float()
     suppressed = rows.where(lambda p: p.logits_eos_inf)
     if suppressed is not None:
-        logits[suppressed, special.eos] = -torch.inf
+        logits[:, special.eos].masked_fill_(suppressed, -torch.inf)
     token = _without(logits, special.mask, lambda: logits.argmax(dim=-1))
-    sampled = rows.where(lambda p: p.temperature > 0)
+    sampled = rows.places(lambda p: p.temperature > 0)
     if sampled is not None:
         token, logits = _sample(logits, token, sampled, rows, special.mask)
     last = rows.where(lambda p: p.confidence_eos_eot_inf)
     if last is not None:
         for end_token in (special.eos, special.eot):
             if end_token is not None:
-                logits[last, end_token] = -torch.inf
+                logits[:, end_token].masked_fill_(last, -torch.inf)
     chosen = logits.gather(-1, token[:, None]).squeeze(-1)
     confidence = (chosen - logits.logsumexp(dim=-1)).exp().double()
     score = _score(logits, confidence, rows)
@@ -180,7 +207,7 @@ def _without(logits: Tensor, token: int | None, compute: Callable[[], Tensor]) -
 def _sample(
     logits: Tensor, greedy: Tensor, sampled: Tensor, rows: StepRows, mask_token: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens with those of `sampled` positions drawn, and the logits their confidence is of."""
+    """Tokens with those at `sampled` drawn, and the logits their confidence is of."""
     drawn = replace(rows, row=rows.row[sampled], position=rows.position[sampled])
     params = rows.params
     temperature = drawn.per_position([p.temperature for p in params])
@@ -189,9 +216,9 @@ def _sample(
         scores[:, mask_token] = -torch.inf
     scores = filter_tokens(
         scores,
-        top_k=drawn.per_position([p.top_k for p in params], torch.int64),
-        top_p=drawn.per_position([p.top_p for p in params]),
-        min_p=drawn.per_position([p.min_p for p in params]),
+        top_k=drawn.unless_all([p.top_k for p in params], 0, torch.int64),
+        top_p=drawn.unless_all([p.top_p for p in params], 1.0),
+        min_p=drawn.unless_all([p.min_p for p in params], 0.0),
     )
     seeds = drawn.per_position([p.seed for p in params], torch.int64)
     noise = gumbel(seeds, drawn.position, scores.shape[-1])
@@ -199,31 +226,34 @@ def _sample(
     token[sampled] = (scores + noise).argmax(dim=-1)
     filtered = drawn.where(lambda p: p.policy in DREAM_POLICIES or p.filtered_confidence)
     if filtered is not None:
-        places = sampled.nonzero().squeeze(-1)[filtered]
-        logits[places] = scores[filtered].float()
+        logits[sampled] = torch.where(filtered[:, None], scores.float(), logits[sampled])
     return token, logits
 
 
-def filter_tokens(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def filter_tokens(
+    logits: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
     """Set to -inf the tokens that must not be sampled; the most likely one always remains.
 
     Args:
         logits: [positions, vocab], already divided by the temperature.
-        top_k: int64 [positions], 0 keeps all.
-        top_p: [positions]; the token that crosses the bound is kept. 1 keeps all.
-        min_p: [positions]; least probability relative to the highest one. 0 keeps all.
+        top_k: int64 [positions], 0 keeps all; None is 0 everywhere.
+        top_p: [positions]; the token that crosses the bound is kept. 1, or None, keeps all.
+        min_p: [positions]; least probability relative to the highest one. 0, or None, keeps all.
     """
-    if bool((min_p > 0).any()):
+    if min_p is not None:
         floor = logits.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
         logits = logits.masked_fill(logits < floor, -torch.inf)
-    if not bool(((top_p < 1) | (top_k > 0)).any()):
+    if top_k is None and top_p is None:
         return logits
     ranked, order = logits.sort(dim=-1, descending=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    most = torch.where(top_k > 0, top_k, logits.shape[-1])
-    drop = rank >= most[:, None]
-    probability = ranked.masked_fill(drop, -torch.inf).softmax(dim=-1)
-    drop |= probability.cumsum(dim=-1) - probability >= top_p[:, None]
+    drop = torch.zeros_like(ranked, dtype=torch.bool)
+    if top_k is not None:
+        rank = torch.arange(logits.shape[-1], device=logits.device)
+        drop |= rank >= torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]
+    if top_p is not None:
+        probability = ranked.masked_fill(drop, -torch.inf).softmax(dim=-1)
+        drop |= probability.cumsum(dim=-1) - probability >= top_p[:, None]
     drop[:, 0] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
 
