@@ -52,6 +52,10 @@ LOGITS_PER_CHUNK = 1 << 22
 """Most logits at a time: 16 MiB in float32. Sampling keeps at most seven tensors of that many
 float64 numbers, so a step's scratch stays under 256 MiB."""
 
+GREEDY_LOGITS_PER_CHUNK = 1 << 24
+"""The same on a GPU where all rows take the likeliest token: that keeps three float32 numbers for
+each, and every chunk reads the model's head anew. A CPU's caches are too small to gain from it."""
+
 
 class ModelRunner:
     """One denoising step for many rows at once.
@@ -85,7 +89,6 @@ class ModelRunner:
         self._mask_token_id = spec.mask_token_id
         self._special = SpecialTokens(spec.mask_token_id, spec.eos_token_id, spec.eot_token_id)
         self._vocab_size = spec.decoder.vocab_size
-        self._positions_per_chunk = max(1, LOGITS_PER_CHUNK // self._vocab_size)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[Decision]:
@@ -241,6 +244,11 @@ class ModelRunner:
         scale = rows.per_position([p.cfg_scale for p in rows.params])
         return guide(logits, logits_of(unguided), scale)
 
+    def _positions_per_chunk(self, rows: StepRows, guided: bool) -> int:
+        greedy = can_propose_from_shards(rows) and all(p.temperature == 0 for p in rows.params)
+        roomy = self._device.type == "cuda" and greedy and not guided
+        return max(1, (GREEDY_LOGITS_PER_CHUNK if roomy else LOGITS_PER_CHUNK) // self._vocab_size)
+
     def _propose_from_shards(
         self, hidden: Tensor, unguided: Tensor | None, rows: StepRows, shard: VocabShard
     ) -> Proposal:
@@ -255,8 +263,9 @@ class ModelRunner:
         shard = self._decoder.vocab_shard
         if shard is not None and not can_propose_from_shards(rows):
             shard = None
-        for start in range(0, max(1, len(hidden)), self._positions_per_chunk):
-            chunk = slice(start, min(start + self._positions_per_chunk, len(hidden)))
+        positions = self._positions_per_chunk(rows, guided=unguided is not None)
+        for start in range(0, max(1, len(hidden)), positions):
+            chunk = slice(start, min(start + positions, len(hidden)))
             part = rows.part(chunk)
             without_prompt = None if unguided is None else unguided[chunk]
             if shard is not None:

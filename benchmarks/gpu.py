@@ -1,0 +1,322 @@
+"""A GPU's roofline and how near the engine comes: `python -m benchmarks.gpu`, in under 8 minutes.
+
+    python -m benchmarks.gpu                         LLaDA-8B's shape, random bfloat16 weights
+    python -m benchmarks.gpu --layers 4 --quick      a few seconds, to see that all of it runs
+    python -m benchmarks.gpu --device cpu --layers 2 --width 256 --vocabulary 2304 --quick
+
+Needs torch, transformers and safetensors only, no server and no checkpoint. Prints
+
+- the device's own rates: bytes per second of a copy, and operations per second of a large product;
+- cached passes ("reuse") of 1, 4, 16 and 64 rows with a block of 32, and whole passes ("refresh")
+  of 1,024 to 8,192 tokens: milliseconds, and the roofline's time over the measured one;
+- tokens per second of whole answers at 1, 8 and 32 requests at once, two tokens committed per step.
+
+The roofline's time is the longer of moving every weight and cached key and value once, and of the
+matrix products, attention's included, at the measured rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, measured_token_budget
+from vdiff_kserve.models import (
+    Decoder,
+    DecoderConfig,
+    ForwardBatch,
+    KeyValueStore,
+    ModelSpec,
+    ReuseGraphs,
+    RowSpan,
+)
+from vdiff_kserve.sampler import DecodingParams
+
+BLOCK = 32
+PROMPT, ANSWER, TOKENS_PER_STEP = 128, 256, 2
+CONTEXT = 8192 + BLOCK
+REUSE_ROWS = (1, 4, 16, 64)
+REFRESH_TOKENS = (1024, 2048, 4096, 8192)
+CONCURRENCY = (1, 8, 32)
+TARGETS = {"reuse of 1 row": 0.7, "refresh": 0.6}
+MEASURE_S = 1.0
+COPIED_BYTES = 1 << 30
+SQUARE = 8192
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device does at best.
+
+    Attributes:
+        bandwidth: bytes per second, read and written.
+        matrix: operations per second of a product in the model's number type.
+    """
+
+    bandwidth: float
+    matrix: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kind of pass.
+
+    Attributes:
+        best: the roofline's seconds.
+    """
+
+    name: str
+    seconds: float
+    best: float
+
+    @property
+    def share(self) -> float:
+        """Of the roofline."""
+        return self.best / self.seconds
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add("--layers", type=int, default=32)
+    add("--width", type=int, default=4096)
+    add("--inner", type=int, help="width of the MLP (3 times the model's)")
+    add("--heads", type=int, help="(one per 128 of the width)")
+    add("--vocabulary", type=int, default=126_464)
+    add("--context", type=int, default=1024, help="cached tokens of each row of a reuse pass")
+    add("--enforce_eager", action="store_true", help="without CUDA graphs")
+    add("--quick", action="store_true", help="the smallest size of each")
+    add("--json", type=Path, help="also write the figures here")
+    return parser.parse_args(argv)
+
+
+def config_of(args: argparse.Namespace) -> DecoderConfig:
+    """LLaDA-8B's shape unless told otherwise."""
+    heads = args.heads or max(1, args.width // 128)
+    return DecoderConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.width,
+        intermediate_size=args.inner or 3 * args.width,
+        num_layers=args.layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=args.width // heads,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        rope_in_float32=True,
+        tie_embeddings=False,
+    )
+
+
+def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """Weights made where they stay."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder = decoder.to(dtype).to_empty(device=device)
+    torch.manual_seed(0)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else parameter.fill_(1)
+    return decoder.requires_grad_(False).eval()
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """The median of the runs that fit in `MEASURE_S`, three at least, after two that do not count.
+    On a GPU the host waits for each."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    once(), once()
+    began, times = time.perf_counter(), []
+    while len(times) < 3 or time.perf_counter() - began < MEASURE_S:
+        times.append(once())
+    return sorted(times)[len(times) // 2]
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, quick: bool) -> Rates:
+    source = torch.empty(COPIED_BYTES >> (4 if quick else 0), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = seconds_of(lambda: target.copy_(source), device)
+    side = SQUARE >> (3 if quick else 0)
+    square = torch.randn(side, side, device=device).to(dtype)
+    product = seconds_of(lambda: square @ square, device)
+    return Rates(2 * len(source) / copy, 2 * side**3 / product)
+
+
+def roofline(
+    config: DecoderConfig, rates: Rates, queries: Sequence[int], keys: Sequence[int], itemsize: int
+) -> float:
+    """Least seconds of a pass without logits, for rows of so many queries and keys. Of the last
+    layer only keys and values, and one block of each row, are computed."""
+    width, kept = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    key_value = config.hidden_size * kept
+    rest = config.hidden_size * (2 * width + 3 * config.intermediate_size)
+    layers, tokens, wanted = config.num_layers, sum(queries), BLOCK * len(queries)
+    pairs = sum(q * k for q, k in zip(queries, keys, strict=True))
+    last_pairs = sum(BLOCK * k for k in keys)
+    moved = itemsize * layers * (key_value + rest + kept * sum(keys))
+    products = layers * key_value * tokens + rest * ((layers - 1) * tokens + wanted)
+    attention = 2 * width * ((layers - 1) * pairs + last_pairs)
+    return max(moved / rates.bandwidth, 2 * (products + attention) / rates.matrix)
+
+
+def cache_for(decoder: Decoder, places: int) -> KeyValueStore:
+    config = decoder.config
+    shape = (config.num_layers, places + 1, config.num_kv_heads, config.head_dim)
+    keys, values = (torch.zeros(shape, device=decoder.device, dtype=decoder.dtype) for _ in "kv")
+    return KeyValueStore(keys, values)
+
+
+def measure_reuse(
+    decoder: Decoder, rates: Rates, rows: int, context: int, graphs: ReuseGraphs | None
+) -> Timing:
+    """A pass over one block of each row, the rest of its canvas in the cache."""
+    canvases = [torch.zeros(context, dtype=torch.long)] * rows
+    start = context // 2
+    spans = [
+        RowSpan(start, BLOCK, context, start, BLOCK, cache_offset=row * context)
+        for row in range(rows)
+    ]
+    store = cache_for(decoder, rows * context)
+
+    def run() -> torch.Tensor:
+        states = None if graphs is None else graphs.run(canvases, spans, store)
+        if states is None:
+            states = decoder(ForwardBatch.pack(canvases, spans, store, decoder.device))
+        return states
+
+    best = roofline(decoder.config, rates, [BLOCK] * rows, [context] * rows, decoder.dtype.itemsize)
+    return Timing(f"reuse, {rows} rows", seconds_of(run, decoder.device), best)
+
+
+def measure_refresh(decoder: Decoder, rates: Rates, tokens: int) -> Timing:
+    """A pass over a whole canvas that keeps its keys and values; one block's states are wanted."""
+    canvas = torch.zeros(tokens, dtype=torch.long)
+    span = RowSpan(0, tokens, tokens, tokens - BLOCK, BLOCK, cache_offset=0)
+    store = cache_for(decoder, tokens)
+    seconds = seconds_of(
+        lambda: decoder(ForwardBatch.pack([canvas], [span], store, decoder.device)), decoder.device
+    )
+    best = roofline(decoder.config, rates, [tokens], [tokens], decoder.dtype.itemsize)
+    return Timing(f"refresh, {tokens} tokens", seconds, best)
+
+
+@contextmanager
+def started(engine: Engine) -> Iterator[Engine]:
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def measure_generation(decoder: Decoder, answer: int, args: argparse.Namespace) -> list[float]:
+    """Tokens per second at each concurrency, each request of its own prompt, cache `dual`."""
+    vocabulary = decoder.config.vocab_size
+    spec = ModelSpec("llada", decoder.config, vocabulary - 1, vocabulary - 2, None, CONTEXT, BLOCK)
+    levels = CONCURRENCY[:1] if args.quick else CONCURRENCY
+    config = EngineConfig(
+        max_num_seqs=max(levels),
+        max_num_batched_tokens=measured_token_budget(decoder, CONTEXT),
+        kv_cache_tokens=max(levels) * (PROMPT + answer),
+        enforce_eager=args.enforce_eager,
+    )
+    rng = random.Random(0)
+    decoding = DecodingParams(
+        steps=answer // TOKENS_PER_STEP, block_length=BLOCK, cache="dual", logits_eos_inf=True
+    )
+
+    def requests(count: int, tokens: int) -> list[GenerationRequest]:
+        prompts = [tuple(rng.choices(range(vocabulary - 2), k=PROMPT)) for _ in range(count)]
+        return [GenerationRequest(prompt, tokens, decoding) for prompt in prompts]
+
+    rates = []
+    with started(Engine(decoder, spec, config)) as engine:
+        for level in tqdm(levels, desc="Generating", unit="level"):
+            engine.generate(requests(level, BLOCK))
+            began = time.perf_counter()
+            results = engine.generate(requests(level, answer))
+            seconds = time.perf_counter() - began
+            rates.append(sum(result.stats.completion_tokens for result in results) / seconds)
+    return rates
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = parse_arguments(argv)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    began = time.perf_counter()
+    rates = measure_rates(device, dtype, args.quick)
+    decoder = random_decoder(config_of(args), device, dtype)
+    graphs = None
+    if not args.enforce_eager:
+        graphs = ReuseGraphs.for_model(decoder, CONTEXT)
+    one = slice(0, 1 if args.quick else None)
+    timings = [
+        measure_reuse(decoder, rates, rows, args.context, graphs)
+        for rows in tqdm(REUSE_ROWS[one], desc="Reuse", unit="size")
+    ]
+    timings += [
+        measure_refresh(decoder, rates, tokens)
+        for tokens in tqdm(REFRESH_TOKENS[one], desc="Refresh", unit="size")
+    ]
+    generated = measure_generation(decoder, BLOCK if args.quick else ANSWER, args)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    report: dict[str, Any] = {
+        "device": name,
+        "torch": torch.__version__,
+        "dtype": args.dtype,
+        "parameters": sum(p.numel() for p in decoder.parameters()),
+        "cuda_graphs": graphs is not None,
+        "bandwidth": rates.bandwidth,
+        "matrix_rate": rates.matrix,
+        "passes": [vars(timing) | {"share": timing.share} for timing in timings],
+        "tokens_per_second": dict(zip(map(str, CONCURRENCY), generated, strict=False)),
+        "seconds": time.perf_counter() - began,
+    }
+    show(report, timings)
+    line = json.dumps(report)
+    print(line)
+    if args.json:
+        args.json.write_text(line + "\n", encoding="utf-8")
+    return report
+
+
+def show(report: dict[str, Any], timings: Sequence[Timing]) -> None:
+    print(
+        f"\n{report['device']}, torch {report['torch']}, {report['dtype']}, "
+        f"{report['parameters']:,} parameters, "
+        f"{'with' if report['cuda_graphs'] else 'without'} CUDA graphs\n"
+        f"copies {report['bandwidth'] / 1e12:.2f} TB/s, "
+        f"products {report['matrix_rate'] / 1e12:.1f} TFLOP/s\n"
+    )
+    print(f"{'pass':<24} {'ms':>9} {'roofline ms':>12} {'share':>7}")
+    for timing in timings:
+        print(
+            f"{timing.name:<24} {timing.seconds * 1e3:9.2f} {timing.best * 1e3:12.2f} "
+            f"{timing.share:7.1%}"
+        )
+    targets = ", ".join(f"{name} {share:.0%}" for name, share in TARGETS.items())
+    print(f"targets: {targets}\n\n{'at once':<24} {'tokens/s':>9}")
+    for level, rate in report["tokens_per_second"].items():
+        print(f"{level:<24} {rate:9.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The GPU benchmark runs on any machine, small; its roofline is that of hand-counted passes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import BLOCK, Rates, config_of, main, parse_arguments, roofline
+
+SMALL = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--width", "128"]
+SMALL += ["--vocabulary", "300", "--quick"]
+
+
+def test_llada_8b_is_the_default_shape() -> None:
+    config = config_of(parse_arguments([]))
+    layer = 4 * 4096**2 + 3 * 4096 * 12288
+    assert config.num_layers * layer + 2 * config.vocab_size * 4096 == pytest.approx(
+        8.0e9, rel=0.01
+    )
+
+
+def test_a_pass_of_few_tokens_takes_as_long_as_reading_the_weights() -> None:
+    config = config_of(parse_arguments([]))
+    weights = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 12288)
+    seconds = roofline(config, Rates(1e12, 1e18), [BLOCK], [0], itemsize=2)
+    assert seconds == pytest.approx(weights / 1e12)
+
+
+def test_a_long_pass_takes_as_long_as_its_products() -> None:
+    config = config_of(parse_arguments(["--layers", "1"]))
+    key_value, rest = 2 * 4096**2, 2 * 4096**2 + 3 * 4096 * 12288
+    attention = 2 * 4096 * BLOCK * 8192
+    products = key_value * 8192 + rest * BLOCK + attention
+    seconds = roofline(config, Rates(1e18, 1e12), [8192], [8192], itemsize=2)
+    assert seconds == pytest.approx(2 * products / 1e12)
+
+
+def test_every_figure_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    report = main(SMALL)
+    assert [each["name"] for each in report["passes"]] == ["reuse, 1 rows", "refresh, 1024 tokens"]
+    assert all(each["share"] > 0 for each in report["passes"])
+    assert report["tokens_per_second"]["1"] > 0
+    printed = capsys.readouterr().out
+    assert "roofline ms" in printed
+    assert "tokens/s" in printed
+
+
+def test_it_needs_no_server_packages() -> None:
+    """It runs where only torch, transformers and safetensors are installed."""
+    hidden = ["kserve", "ray", "fastapi", "starlette", "uvicorn", "grpc", "prometheus_client"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden!r})); import benchmarks.gpu"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=300)
