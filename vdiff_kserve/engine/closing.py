@@ -10,7 +10,8 @@ is missed only costs freedom, never correctness.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 
@@ -22,8 +23,9 @@ MAX_TRIES = 8000
 """Tokens that a thorough search tries, at most; a count, so that it ends alike on every machine."""
 FEW = 24
 """So many allowed tokens are all tried."""
-LETTERS = b"qxzQ "
+LETTERS = (b"q", b"x", b"z", b"Q", b" ")
 """Where all of these may come next, the text is inside a free string."""
+Mask = NDArray[np.bool_]
 
 
 class ClosingSearch:
@@ -56,7 +58,7 @@ class ClosingSearch:
     def _greedy(self, state: LLMatcher, limit: int) -> list[int] | None:
         path: list[int] = []
         while not state.is_accepting():
-            tokens = state.compute_ff_tokens() or [self._closer(self._allowed(state))]
+            tokens = state.compute_ff_tokens() or [self._closer(_allowed(state))]
             path += tokens
             if len(path) > limit or state.try_consume_tokens(tokens) < len(tokens):
                 return None
@@ -76,7 +78,7 @@ class ClosingSearch:
             path = path + forced
             if state.is_accepting():
                 return path if len(path) <= limit else None
-            for token in self._candidates(state):
+            for token in self._candidates(_allowed(state)):
                 tries += 1
                 child = state.deep_copy()
                 if len(path) >= limit or not child.try_consume_tokens([token]):
@@ -88,59 +90,86 @@ class ClosingSearch:
                     heapq.heappush(heap, (len(path) + 1, -next(order), [*path, token], child))
         return None
 
-    def _allowed(self, state: LLMatcher) -> NDArray[np.int64]:
-        mask = np.frombuffer(state.compute_bitmask(), dtype=np.uint8)
-        return np.unpackbits(mask, bitorder="little").nonzero()[0]
-
-    def _closer(self, allowed: NDArray[np.int64]) -> int:
+    def _closer(self, allowed: Mask) -> int:
         """The token that most likely brings the end nearer, in JSON and what looks like it."""
-        texts = self._texts
-        within = {int(token) for token in allowed if int(token) not in self._end_tokens}
-        in_string = all(self._single.get(byte) in within for byte in LETTERS)
-        closing = [t for t in self._closers if t in within]
+        words = self._words
+        closing = [t for t in words.closers if allowed[t]]
+        in_string = allowed[words.letters].all()
         if in_string:
-            fitting = [t for t in closing if texts[t].startswith(b'"')]
+            fitting = [t for t in closing if words.texts[t].startswith(b'"')]
         else:
-            fitting = [t for t in closing if b'"' not in texts[t]]
-            fitting = fitting or [t for t in closing if not texts[t].strip(b'"')]
+            fitting = [t for t in closing if b'"' not in words.texts[t]]
+            fitting = fitting or [t for t in closing if not words.texts[t].strip(b'"')]
         if fitting:
-            return max(fitting, key=lambda t: len(texts[t]))
-        digit = self._single.get(ord("0"))
-        if digit in within and not in_string:
-            return int(digit)
-        plain = [t for t in within if texts[t].strip().isalnum()]
-        if plain:
-            return max(plain, key=lambda t: (len(texts[t]), -t))
-        return min(within or self._end_tokens, key=lambda t: (len(texts[t]), t))
+            return max(fitting, key=lambda t: len(words.texts[t]))
+        if words.zero is not None and allowed[words.zero] and not in_string:
+            return words.zero
+        for order in (words.plain, words.by_length):
+            ordered = order[allowed[order]]
+            if len(ordered):
+                return int(ordered[0])
+        return self.end_token
 
-    def _candidates(self, state: LLMatcher) -> Iterator[int]:
-        allowed = [int(t) for t in self._allowed(state) if int(t) not in self._end_tokens]
-        if len(allowed) <= FEW:
-            yield from allowed
+    def _candidates(self, allowed: Mask) -> Iterator[int]:
+        """What is worth a try: all tokens where they are few, else some of every kind."""
+        words = self._words
+        ordered = words.by_length[allowed[words.by_length]]
+        if len(ordered) <= FEW:
+            yield from map(int, ordered)
             return
-        within = set(allowed)
-        yield from (t for t in self._closers if t in within)
-        by_first: dict[bytes, int] = {}
-        for token in allowed:
-            first = self._texts[token][:1]
-            if len(self._texts[token]) < len(self._texts[by_first.setdefault(first, token)]):
-                by_first[first] = token
-        yield from by_first.values()
-        plain = [t for t in allowed if self._texts[t].isalnum()]
-        yield from sorted(plain, key=lambda t: -len(self._texts[t]))[:2]
+        yield from (t for t in words.closers if allowed[t])
+        _, shortest = np.unique(words.first_bytes[ordered], return_index=True)
+        yield from map(int, ordered[np.sort(shortest)])
+        yield from map(int, words.plain[allowed[words.plain]][:2])
 
     @cached_property
-    def _texts(self) -> list[bytes]:
-        """Every token's bytes."""
-        decode = self._tokenizer.decode_bytes
-        return [decode([token]) for token in range(self._tokenizer.vocab_size)]
+    def _words(self) -> Words:
+        return Words.of(self._tokenizer, self._end_tokens)
 
-    @cached_property
-    def _closers(self) -> list[int]:
-        """Tokens of quotes and brackets only, that close more than they open."""
-        return [t for t, text in enumerate(self._texts) if text and not text.strip(b'"}]')]
 
-    @cached_property
-    def _single(self) -> dict[int, int]:
-        """Byte -> the token that is this byte alone."""
-        return {text[0]: t for t, text in enumerate(self._texts) if len(text) == 1}
+@dataclass(frozen=True)
+class Words:
+    """The tokens of a tokenizer as texts; those that end a text are none.
+
+    Attributes:
+        texts: every token's bytes.
+        first_bytes: int64 [vocab], of each token; -1 where it has none.
+        by_length: int64 [n], tokens with a text, the shortest first.
+        plain: int64 [n], tokens of letters and digits, the longest first.
+        closers: tokens of quotes and closing brackets only.
+        letters: int64 [n], single characters that may come next only inside a free string.
+        zero: the token `0`.
+    """
+
+    texts: list[bytes]
+    first_bytes: NDArray[np.int64]
+    by_length: NDArray[np.int64]
+    plain: NDArray[np.int64]
+    closers: list[int]
+    letters: NDArray[np.int64]
+    zero: int | None
+
+    @classmethod
+    def of(cls, tokenizer: LLTokenizer, end_tokens: Set[int]) -> Words:
+        """Read all tokens."""
+        texts = [
+            b"" if token in end_tokens else tokenizer.decode_bytes([token])
+            for token in range(tokenizer.vocab_size)
+        ]
+        written = [t for t, text in enumerate(texts) if text]
+        single = {texts[t]: t for t in written if len(texts[t]) == 1}
+        plain = [t for t in written if texts[t].strip().isalnum()]
+        return cls(
+            texts=texts,
+            first_bytes=np.array([text[0] if text else -1 for text in texts]),
+            by_length=np.array(sorted(written, key=lambda t: len(texts[t])), dtype=np.int64),
+            plain=np.array(sorted(plain, key=lambda t: -len(texts[t])), dtype=np.int64),
+            closers=[t for t in written if not texts[t].strip(b'"}]')],
+            letters=np.array([single[each] for each in LETTERS if each in single], dtype=np.int64),
+            zero=single.get(b"0"),
+        )
+
+
+def _allowed(state: LLMatcher) -> Mask:
+    mask = np.frombuffer(state.compute_bitmask(), dtype=np.uint8)
+    return np.unpackbits(mask, bitorder="little").view(np.bool_)
