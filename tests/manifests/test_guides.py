@@ -21,7 +21,7 @@ from vdiff_kserve.config import ALL_SETTINGS, parse_args
 
 PAGES = (
     "api", "checkpoints", "deployment", "getting-started", "kserve", "migration-from-vllm",
-    "openshift-ai", "operations", "security", "troubleshooting",
+    "openshift-ai", "operations", "security", "structured", "troubleshooting",
 )  # fmt: skip
 NOT_RUN = {
     "cluster": r"need a cluster",
