@@ -34,9 +34,11 @@ from vdiff_kserve.models import (
     choose_device,
     choose_dtype,
     is_causal,
+    is_diffusion_gemma,
     load_causal_decoder,
     load_causal_model,
     load_decoder,
+    load_diffusion_gemma,
     load_tokenizer,
     with_end_of_turn,
 )
@@ -121,13 +123,15 @@ def load_model(
     mesh = None if rank is None else rank.mesh
     hints = _hints(config, folder, tokenizer)
     model: LanguageModel
-    if hints.family is None and is_causal(folder):
+    if hints.family is None and is_diffusion_gemma(folder):
+        model, spec = load_diffusion_gemma(folder, device, dtype, mesh)
+    elif hints.family is None and is_causal(folder):
         model, spec = load_causal_model(folder, device, dtype, mesh)
     else:
         model, spec = load_decoder(folder, device, dtype, mesh, hints)
     spec = with_end_of_turn(spec, tokenizer)
-    if spec.autoregressive:
-        _refuse_diffusion_options(config)
+    if spec.mask_token_id is None:
+        _refuse_options_of_masks(config)
     auxiliary = _load_auxiliary(config, folder, tokenizer, device, dtype)
     limits = _limits(config, spec, tokenizer, has_auxiliary=auxiliary is not None)
     lockstep = None if rank is None else rank.lockstep
@@ -153,10 +157,13 @@ def load_model(
     return loaded
 
 
-def _refuse_diffusion_options(config: ServerConfig) -> None:
+def _refuse_options_of_masks(config: ServerConfig) -> None:
     for name in ("apd_model", "mask_token_id"):
         if getattr(config, name) is not None:
-            raise CheckpointError(f"--{name} is for diffusion models; this one is autoregressive")
+            raise CheckpointError(
+                f"--{name} is for diffusion models with a mask token; this model, autoregressive "
+                "or denoised from random tokens, has none"
+            )
 
 
 def _hints(config: ServerConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Hints:
@@ -234,6 +241,7 @@ def _limits(
         sub_blocks=spec.sub_blocks,
         autoregressive=spec.autoregressive,
         cacheable=spec.cacheable,
+        renoises=spec.renoising is not None,
     )
     profiles = {
         name: DecodingParams(**({"block_length": spec.block_length} | dict(changes)))

@@ -19,6 +19,7 @@ BIDIRECTIONAL = ModelTraits(block_causal=False, block_length=32, has_auxiliary=T
 BLOCK_CAUSAL = ModelTraits(block_causal=True, block_length=4, has_auxiliary=False)
 SUB_BLOCKS = replace(BLOCK_CAUSAL, block_length=32, sub_blocks=True)
 AUTOREGRESSIVE = replace(BLOCK_CAUSAL, block_length=1, autoregressive=True)
+RENOISING = replace(BLOCK_CAUSAL, block_length=256, renoises=True)
 EXACT = DecodingParams()
 FAST = DecodingParams(policy="threshold", threshold=0.8, cache="dual", max_lookahead=64)
 PROFILE_PARAMS = {"exact": EXACT, "fast": FAST}
@@ -220,6 +221,46 @@ def test_an_autoregressive_model_samples_and_caches() -> None:
         "min_p": 0.0,
         "cache": "exact",
         "max_tokens": 16,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"threshold": 0.8},
+        {"policy": "threshold"},
+        {"cache": "exact"},
+        {"use_cache": True},
+        {"block_length": 32},
+        {"cfg_scale": 1.0},
+        {"alg_temp": 0.5},
+        {"apd": True},
+        {"remasking": "random"},
+        {"max_lookahead": 8},
+        {"entropy_bound": -1.0},
+    ],
+)
+def test_a_model_without_masks_refuses_what_does_not_apply(given: dict[str, Any]) -> None:
+    error = refusal(traits=RENOISING, **given)
+    assert error.response.error.param == next(iter(given))
+
+
+def test_a_model_without_masks_takes_steps_and_an_entropy_bound() -> None:
+    default = DecodingParams("entropy_bound", block_length=256, temperature=1.0, cache="exact")
+    params = decode(default, RENOISING, steps=24, entropy_bound=0.4, policy="entropy_bound")
+    assert params == replace(default, steps=24, entropy_bound=0.4)
+    assert decode(default, RENOISING, temperature=0.0, apd=False).temperature == 0
+    assert report(params, 300, RENOISING) == {
+        "policy": "entropy_bound",
+        "steps": 24,
+        "block_length": 256,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "entropy_bound": 0.4,
+        "max_tokens": 300,
         "seed": 0,
     }
 

@@ -106,3 +106,18 @@ def test_numbers_are_the_same_for_ever() -> None:
         dtype=torch.float64,
     )
     torch.testing.assert_close(sample, recorded, atol=1e-15, rtol=0)
+
+
+def test_random_tokens_are_even_and_new_in_every_draw() -> None:
+    vocab, positions = 50, torch.arange(4000)
+    draws = [noise.random_tokens(7, positions, number, vocab) for number in range(3)]
+    for tokens in draws:
+        counts = torch.bincount(tokens, minlength=vocab).double()
+        assert chi_square(counts, torch.full((vocab,), 1 / vocab)) < chi_square_limit(vocab - 1)
+    for one, other in itertools.combinations(draws, 2):
+        assert (one == other).double().mean() < 0.05
+    assert torch.equal(draws[1], noise.random_tokens(7, positions, 1, vocab))
+    assert not torch.equal(draws[0], noise.random_tokens(8, positions, 0, vocab))
+    seeds = {noise.seed_of_draw(seed, number) for seed in (-(2**63), 0, 2**62) for number in (0, 9)}
+    assert len(seeds) == 6
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)

@@ -17,6 +17,7 @@ from vdiff_kserve.engine.kv_cache import KVCache, bytes_per_token, memory_for_ca
 from vdiff_kserve.engine.lockstep import Lockstep
 from vdiff_kserve.engine.memory import RowMemory
 from vdiff_kserve.engine.prefix_cache import PrefixCache
+from vdiff_kserve.engine.renoise_runner import RenoiseRunner
 from vdiff_kserve.engine.report import RoundClock, RoundObserver
 from vdiff_kserve.engine.request import (
     EngineError,
@@ -32,7 +33,7 @@ from vdiff_kserve.engine.row_kinds import make_row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import FollowingScheduler, Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
-from vdiff_kserve.models import LanguageModel, ModelSpec, ReuseGraphs
+from vdiff_kserve.models import DiffusionGemma, LanguageModel, ModelSpec, ReuseGraphs
 
 Inbox = SimpleQueue[GenerationEvent | EngineError]
 
@@ -111,14 +112,19 @@ class Engine:
         if spec.block_causal and config.enable_prefix_caching:
             self._prefixes = PrefixCache(self._cache, spec.prefix_block_length)
         self._memory = RowMemory(self._cache, self._auxiliary_cache, self._prefixes)
-        graphs = None
-        if not config.enforce_eager and config.lockstep is None:
-            graphs = ReuseGraphs.for_model(decoder, spec.max_model_len)
-        self._runner = ModelRunner(
-            decoder, spec, self._cache, auxiliary, self._auxiliary_cache, graphs
-        )
+        self._runner = self._make_runner(decoder, auxiliary)
         self._scheduler = self._make_scheduler(decoder.stages)
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
+
+    def _make_runner(self, decoder: LanguageModel, auxiliary: LanguageModel | None) -> ModelRunner:
+        if isinstance(decoder, DiffusionGemma):
+            return RenoiseRunner(decoder, self.spec, self._cache)
+        graphs, config = None, self.config
+        if not config.enforce_eager and config.lockstep is None:
+            graphs = ReuseGraphs.for_model(decoder, self.spec.max_model_len)
+        return ModelRunner(
+            decoder, self.spec, self._cache, auxiliary, self._auxiliary_cache, graphs
+        )
 
     @property
     def alive(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.engine.autoregressive import AutoregressiveRow
-from vdiff_kserve.engine.grammar import GrammarCursor
+from vdiff_kserve.engine.grammar import GrammarCursor, GrammarError
 from vdiff_kserve.engine.request import EventSink, FinishReason, GenerationRequest, TokenLogprob
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow, BlockCausalRow
@@ -205,6 +205,8 @@ def make_grammar_row(
 ) -> Row:
     """The row of a request with a grammar. What the grammar has passed is final, so that decoding
     which edits has nothing to edit."""
+    if spec.renoising is not None:
+        raise GrammarError("this model writes whole canvases, which cannot follow a grammar")
     if request.decoding.policy == "apd" and has_auxiliary:
         return ApdGrammarRow(request, sink, spec, cursor)
     if spec.autoregressive:

@@ -72,6 +72,7 @@ class GenerationStats:
         steps: denoising steps that committed tokens.
         completion_tokens: generated tokens up to and including the end token.
         queue_seconds: how long the request waited for its place in the batch.
+        encoder: passes of a model's encoder, which reads the prompt and finished canvases.
         cached_tokens: prompt tokens whose keys and values an earlier request left behind.
     """
 
@@ -83,6 +84,7 @@ class GenerationStats:
     completion_tokens: int
     queue_seconds: float = field(default=0.0, compare=False)
     cached_tokens: int = 0
+    encoder: int = 0
 
     @property
     def nfe(self) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.engine.autoregressive import AutoregressiveRow
+from vdiff_kserve.engine.renoising import RenoiseRow
 from vdiff_kserve.engine.request import EventSink, GenerationRequest
 from vdiff_kserve.engine.row import Decision, PassKind, Row
 from vdiff_kserve.engine.sub_blocks import SubBlockRow
@@ -201,6 +202,8 @@ def make_row(
         return ApdRow(request, sink, spec)
     if spec.autoregressive:
         return AutoregressiveRow(request, sink, spec)
+    if spec.renoising is not None:
+        return RenoiseRow(request, sink, spec)
     if spec.sub_blocks:
         return SubBlockRow(request, sink, spec)
     row_class: type[Row]

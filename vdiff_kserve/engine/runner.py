@@ -148,7 +148,7 @@ class ModelRunner:
             for row, *of_row in zip(rows, opened, chosen.bool().split(counts), tokens, strict=True)
         ]
         kept = [None] * len(rows) if evidence is None else self._keep(rows, opened, evidence)
-        logprobs = [None] * len(rows) if told is None else _of_rows(told, rows, accepted)
+        logprobs = [None] * len(rows) if told is None else of_rows(told, rows, accepted)
         return [
             Decision(span, positions[yes], token[yes], credit, int(row.uses_auxiliary), scores)
             for row, span, positions, yes, token, credit, scores in zip(
@@ -418,7 +418,7 @@ def _place(span: RowSpan) -> int:
     return -1 if span.cache_offset is None else span.cache_offset
 
 
-def _of_rows(
+def of_rows(
     told: Logprobs, rows: Sequence[Row], accepted: Sequence[Tensor]
 ) -> list[Logprobs | None]:
     """The log probabilities of what each row writes; None for those that did not ask."""

@@ -4,13 +4,18 @@ from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.causal import is_causal, load_causal_model
 from vdiff_kserve.models.checkpoint_config import CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig, LayerwisePass
+from vdiff_kserve.models.diffusion_gemma import (
+    DiffusionGemma,
+    is_diffusion_gemma,
+    load_diffusion_gemma,
+)
 from vdiff_kserve.models.language_model import ForwardPass, LanguageModel
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.precision import choose_device, choose_dtype
 from vdiff_kserve.models.reuse_graphs import ReuseGraphs
 from vdiff_kserve.models.sharding import VocabShard
-from vdiff_kserve.models.spec import ModelSpec
+from vdiff_kserve.models.spec import ModelSpec, Renoising
 from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer, with_end_of_turn
 from vdiff_kserve.models.transfer import to_device
 
@@ -18,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "Decoder",
     "DecoderConfig",
+    "DiffusionGemma",
     "ForwardBatch",
     "ForwardPass",
     "Hints",
@@ -25,6 +31,7 @@ __all__ = [
     "LanguageModel",
     "LayerwisePass",
     "ModelSpec",
+    "Renoising",
     "ReuseGraphs",
     "RowSpan",
     "VocabShard",
@@ -33,9 +40,11 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "is_causal",
+    "is_diffusion_gemma",
     "load_causal_decoder",
     "load_causal_model",
     "load_decoder",
+    "load_diffusion_gemma",
     "load_tokenizer",
     "pack_linear_layers",
     "to_device",

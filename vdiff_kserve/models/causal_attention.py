@@ -31,11 +31,14 @@ class AttentionCalls:
     """A pass that is running, and what its attention layers said of themselves.
 
     Attributes:
+        reads_only: whether the rows' tokens see each other and what the store has before them, and
+            leave nothing there (DiffusionGemma's canvas); else they see what is left of them.
         shapes: (heads of keys and values, dimensions of a key, of a value) of each layer so far.
         windows: how many tokens each sees, itself included; None is all.
     """
 
     batch: ForwardBatch
+    reads_only: bool = False
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
 
@@ -44,9 +47,9 @@ _CALLS: ContextVar[AttentionCalls] = ContextVar("vdiff_attention_calls")
 
 
 @contextmanager
-def attending(batch: ForwardBatch) -> Iterator[AttentionCalls]:
+def attending(batch: ForwardBatch, *, reads_only: bool = False) -> Iterator[AttentionCalls]:
     """Within it, attention runs over the rows of `batch`."""
-    calls = AttentionCalls(batch)
+    calls = AttentionCalls(batch, reads_only)
     token = _CALLS.set(calls)
     try:
         yield calls
@@ -66,7 +69,7 @@ def attend_rows(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each row of the running pass.
+    """Attention inside each row of the running pass.
 
     Args:
         query: [1, heads, tokens, dimensions], rows end to end; `key` and `value` alike, with heads
@@ -84,22 +87,28 @@ def attend_rows(
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     calls.shapes.append((key.shape[1], key.shape[2], value.shape[2]))
     calls.windows.append(sliding_window)
-    cached = _keep(key, value, batch, layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if calls.reads_only:
+        rows = _Rows(query, key, value, batch, layer)
+        canvases = [_attend_canvas(rows, span, scale, sliding_window) for span in batch.spans]
+        return torch.cat(canvases)[None], None
+    _keep(key, value, batch, layer)
     longest = max(span.keys for span in batch.spans)
     windowed = sliding_window is not None and sliding_window < longest
+    store = batch.store
     uneven = key.shape[2] != value.shape[2] or (
-        cached is not None and cached[0].shape[1:] != key.shape[1:]
+        store is not None and store.keys.shape[2:] != key.shape[1:]
     )
     if windowed or uneven or softcap is not None or s_aux is not None:
         window = sliding_window if windowed else None
-        rows = _Rows(query, key, value, cached)
+        rows = _Rows(query, key, value, batch, layer)
         attended = [
             _attend_row(*rows.take(span), scale, window, softcap, s_aux) for span in batch.spans
         ]
         return torch.cat(attended)[None], None
     ratio = scale * math.sqrt(query.shape[-1])
     query = query if ratio == 1 else query * ratio
+    cached = None if store is None else (store.keys[layer], store.values[layer])
     flat = attend(query, key, value, batch.groups, cached, block=1)
     return flat.unflatten(-1, (query.shape[1], -1))[None], None
 
@@ -107,43 +116,72 @@ def attend_rows(
 AttentionInterface.register(NAME, attend_rows)
 
 
-def _keep(
-    key: Tensor, value: Tensor, batch: ForwardBatch, layer: int
-) -> tuple[Tensor, Tensor] | None:
-    """Write the new keys and values to the cache; returns this layer's part of it. Layers with
-    fewer heads or dimensions than others leave the rest of their places empty."""
+def _keep(key: Tensor, value: Tensor, batch: ForwardBatch, layer: int) -> None:
+    """Write the new keys and values to the store. Where layers differ in shape, it has room for the
+    widest, and each lays its heads end to end there."""
     if batch.store is None or batch.cache_places is None:
-        return None
+        return
     places, tokens = batch.cache_places, batch.cached_tokens
-    cached = batch.store.keys[layer], batch.store.values[layer]
-    for stored, fresh in zip(cached, (key, value), strict=True):
+    for stored, fresh in ((batch.store.keys[layer], key), (batch.store.values[layer], value)):
         kept = fresh if tokens is None else fresh[tokens]
-        stored[places, : fresh.shape[1], : fresh.shape[2]] = kept
-    return cached
+        if stored.shape[1:] == fresh.shape[1:]:
+            stored[places] = kept
+        else:
+            stored[places, 0, : kept[0].numel()] = kept.flatten(1)
 
 
 class _Rows:
     """Takes the rows of a pass apart, one after the other."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, cached: tuple[Tensor, Tensor] | None
+        self, query: Tensor, key: Tensor, value: Tensor, batch: ForwardBatch, layer: int
     ) -> None:
         self._query, self._key, self._value = query, key, value
-        self._cached = cached
+        self._store, self._layer = batch.store, layer
         self._start = 0
 
-    def take(self, span: RowSpan) -> tuple[Tensor, Tensor, Tensor]:
-        """The next row: queries, and all keys and values that it may see, [tokens, heads, dim]."""
+    def fresh(self, span: RowSpan) -> tuple[Tensor, Tensor, Tensor]:
+        """The next row's queries, keys and values of this pass, [tokens, heads, dimensions]."""
         here = slice(self._start, self._start + span.queries)
         self._start += span.queries
-        if span.cache_offset is None or self._cached is None:
-            return self._query[here], self._key[here], self._value[here]
-        places = slice(span.cache_offset, span.cache_offset + span.keys)
+        return self._query[here], self._key[here], self._value[here]
+
+    def stored(self, span: RowSpan, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a row's tokens from `first` to `end`."""
+        assert self._store is not None
+        assert span.cache_offset is not None
+        places = slice(span.cache_offset + first, span.cache_offset + end)
         key, value = (
-            stored[places, : fresh.shape[1], : fresh.shape[2]]
-            for stored, fresh in zip(self._cached, (self._key, self._value), strict=True)
+            stored[self._layer, places]
+            if stored.shape[2:] == fresh.shape[1:]
+            else stored[self._layer, places, 0, : fresh[0].numel()].unflatten(-1, fresh.shape[1:])
+            for stored, fresh in (
+                (self._store.keys, self._key),
+                (self._store.values, self._value),
+            )
         )
-        return self._query[here], key, value
+        return key, value
+
+    def take(self, span: RowSpan) -> tuple[Tensor, Tensor, Tensor]:
+        """The next row's queries, and all keys and values that it may see."""
+        query, key, value = self.fresh(span)
+        if span.cache_offset is None:
+            return query, key, value
+        return query, *self.stored(span, 0, span.keys)
+
+
+def _attend_canvas(rows: _Rows, span: RowSpan, scale: float, window: int | None) -> Tensor:
+    """One row's canvas: it sees all of itself, and what lies before it; in a layer with a window
+    the last `window` - 1 tokens of that."""
+    query, key, value = rows.fresh(span)
+    first = 0 if window is None else max(0, span.start - window + 1)
+    if span.start > first:
+        before = rows.stored(span, first, span.start)
+        key, value = (torch.cat(each) for each in zip(before, (key, value), strict=True))
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    gqa = q.shape[1] != k.shape[1]
+    attended = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa)
+    return attended[0].transpose(0, 1)
 
 
 def _attend_row(

@@ -8,7 +8,27 @@ from typing import Any
 
 from vdiff_kserve.models.decoder import DecoderConfig
 
-AUTOREGRESSIVE_PREFIX_BLOCK = 16
+CAUSAL_PREFIX_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Renoising:
+    """How a model without a mask token is denoised: from random tokens, in canvases that are
+    written whole (DiffusionGemma).
+
+    Attributes:
+        max_steps: most denoising steps of a canvas.
+        t_min, t_max: temperature of the last and (nearly) the first of them.
+        stability_threshold: a canvas is done when its likeliest tokens were the same in so many
+            steps before, and
+        confidence_threshold: the mean entropy of its positions, in nats, is below this.
+    """
+
+    max_steps: int = 48
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,7 @@ class ModelSpec:
             from the block before, and the rest of them is decoded in smaller blocks.
         autoregressive: whether it is a causal language model, served token by token.
         cacheable: whether an autoregressive model's keys and values can be kept between its passes.
+        renoising: how a model without masks is denoised; None for all others.
         more_end_token_ids: further tokens that end an answer.
         shifted_logits: whether the logits at position i predict token i + 1, not token i.
         eot_token: how the tokenizer writes the token that ends a chat turn.
@@ -46,6 +67,7 @@ class ModelSpec:
     sub_blocks: bool = False
     autoregressive: bool = False
     cacheable: bool = True
+    renoising: Renoising | None = None
     more_end_token_ids: tuple[int, ...] = ()
     eot_token: str = ""
 
@@ -57,7 +79,8 @@ class ModelSpec:
     @property
     def prefix_block_length(self) -> int:
         """Prompts that begin alike are recognized by whole blocks of this length."""
-        return AUTOREGRESSIVE_PREFIX_BLOCK if self.autoregressive else self.block_length
+        causal = self.autoregressive or self.renoising is not None
+        return CAUSAL_PREFIX_BLOCK if causal else self.block_length
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class CachedTransformersModel(TransformersModel):
 class WholePass:
     """A forward pass with a single stage."""
 
-    model: TransformersModel
+    model: Callable[[ForwardBatch], Tensor]
     batch: ForwardBatch
     layers_left: int = 1
     _outputs: Tensor | None = None
@@ -203,8 +204,7 @@ def _probe(model: PreTrainedModel) -> DecoderConfig:
         raise NotCacheableError("its attention cannot be exchanged")
     if _slides(text) and not any(calls.windows):
         raise NotCacheableError("its layers do not tell their sliding window")
-    heads, keys, values = (max(sizes) for sizes in zip(*calls.shapes, strict=True))
-    config = _sizes(model, len(calls.shapes), heads, max(keys, values))
+    config = _sizes(model, *cache_shape(calls))
     difference = _difference(model, config, rows, alone)
     if not difference <= TOLERANCE[model.dtype]:
         raise NotCacheableError(
@@ -212,6 +212,15 @@ def _probe(model: PreTrainedModel) -> DecoderConfig:
             f"differ by {difference:.1e} of the largest)"
         )
     return config
+
+
+def cache_shape(calls: AttentionCalls) -> tuple[int, int, int]:
+    """Layers, heads and dimensions of a cache for the attention layers of a pass. Where these
+    differ, a token's keys (or values) are one head as wide as the widest layer's together."""
+    if len(set(calls.shapes)) == 1 and calls.shapes[0][1] == calls.shapes[0][2]:
+        return len(calls.shapes), *calls.shapes[0][:2]
+    widest = max(heads * max(key, value) for heads, key, value in calls.shapes)
+    return len(calls.shapes), 1, widest
 
 
 def _sizes(

@@ -43,6 +43,11 @@ REQUEST_FIELDS = frozenset(DECODING_FIELDS) | {
 AUTOREGRESSIVE_FIELDS = frozenset({"temperature", "top_p", "top_k", "min_p", "cache", "use_cache"})
 """The decoding fields that mean something to a model which writes one token after the other."""
 
+RENOISING_FIELDS = AUTOREGRESSIVE_FIELDS - {"cache", "use_cache"} | {
+    *("profile", "policy", "entropy_bound", "steps", "block_length"),
+}
+"""Those that mean something to a model which is denoised from random tokens."""
+
 
 @dataclass(frozen=True)
 class ModelTraits:
@@ -54,6 +59,7 @@ class ModelTraits:
         sub_blocks: whether its blocks are decoded in smaller ones.
         has_auxiliary: whether APD has an auxiliary model.
         autoregressive: whether it writes one token after the other.
+        renoises: whether it is denoised from random tokens, a canvas of `block_length` at a time.
         cacheable: whether an autoregressive model's keys and values can be kept.
         allows_apd: False when the server was started without APD.
     """
@@ -65,6 +71,7 @@ class ModelTraits:
     sub_blocks: bool = False
     autoregressive: bool = False
     cacheable: bool = True
+    renoises: bool = False
 
 
 def resolve(
@@ -88,6 +95,8 @@ def resolve(
     base = default
     if given.get("profile") is not None:
         base = _profile(given["profile"], profiles)
+    if traits.renoises:
+        return _resolve_renoising(given, base, traits)
     fields = {
         name: given[name]
         for name, field in DECODING_FIELDS.items()
@@ -141,6 +150,28 @@ def _resolve_autoregressive(
             param="cache" if given.get("cache") else "use_cache",
         )
     return replace(default, **fields)
+
+
+def _resolve_renoising(
+    given: Mapping[str, Any], base: DecodingParams, traits: ModelTraits
+) -> DecodingParams:
+    for name, value in given.items():
+        if name not in RENOISING_FIELDS and value is not None and value is not False:
+            raise RequestError(
+                f"{name} does not apply to this model: it has no masks, and is denoised from "
+                f"random tokens, {traits.block_length} at a time.",
+                param=name,
+            )
+    fields = {name: given[name] for name in DECODING_FIELDS if given.get(name) is not None}
+    for name, value in fields.items():
+        _check_value(name, value)
+    only = {"policy": "entropy_bound", "block_length": traits.block_length}
+    for name, allowed in only.items():
+        if fields.get(name, allowed) != allowed:
+            raise RequestError(
+                f"{name} must be {allowed} for this model, got {fields[name]}.", param=name
+            )
+    return replace(base, **fields)
 
 
 def _check_block_length(length: int | None, traits: ModelTraits) -> None:
@@ -280,10 +311,12 @@ def _check_cache(
 def report(params: DecodingParams, max_tokens: int, traits: ModelTraits) -> dict[str, Any]:
     """The decoding that was used, for the response: the parameters that its policy reads."""
     used: dict[str, Any] = {}
-    if traits.autoregressive:
-        names = [name for name in DECODING_FIELDS if name in AUTOREGRESSIVE_FIELDS]
-        used = {name: getattr(params, name) for name in names}
-        return {"policy": "autoregressive", **used, "max_tokens": max_tokens, "seed": params.seed}
+    if traits.autoregressive or traits.renoises:
+        names = AUTOREGRESSIVE_FIELDS if traits.autoregressive else RENOISING_FIELDS
+        used = {name: getattr(params, name) for name in DECODING_FIELDS if name in names}
+        if traits.autoregressive:
+            used = {"policy": "autoregressive", **used}
+        return {**used, "max_tokens": max_tokens, "seed": params.seed}
     for name, field in DECODING_FIELDS.items():
         if field.policies is not None and params.policy not in field.policies:
             continue

@@ -163,8 +163,8 @@ def decoding_params(request: GenerationFields, limits: ServingLimits) -> Decodin
     params = resolve(given, limits.decoding, limits.profiles, limits.traits)
     for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
         if (value := getattr(request, name)) is not None:
-            if value and limits.traits.autoregressive:
-                raise RequestError(f"{name} is for diffusion models.", param=name)
+            if value and (limits.traits.autoregressive or limits.traits.renoises):
+                raise RequestError(f"{name} is for models with a mask token.", param=name)
             params = replace(params, **{name: value})
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     return replace(params, seed=seed, top_logprobs=wanted_logprobs(request))

@@ -239,9 +239,10 @@ class ChoiceCost(BaseModel):
 class DiffusionInfo(_OmitsAbsent, ChoiceCost):
     """What a response cost, and how it was decoded; per choice when there are several."""
 
-    optional = frozenset({"choices"})
+    optional = frozenset({"choices", "encoder_passes"})
 
     decoding: dict[str, Any]
+    encoder_passes: int | None = None
     choices: list[ChoiceCost] | None = None
 
 

@@ -118,6 +118,7 @@ def diffusion_info(job: Job, ends: Sequence[Piece]) -> DiffusionInfo:
         steps=sum(cost.steps for cost in costs),
         tokens_per_forward=round(tokens / nfe, 4) if nfe else 0.0,
         decoding=dict(job.decoding_report),
+        encoder_passes=sum(piece.stats.encoder for piece in ends) or None,
         choices=costs if len(costs) > 1 else None,
     )
 

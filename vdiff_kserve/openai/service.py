@@ -240,6 +240,11 @@ class GenerationService:
             end_token_ids=ends,
             max_tokens=min(lengths),
         )
+        if spec.renoising is not None and constraints is not None and constraints.bad_words:
+            raise RequestError(
+                "bad_words is not supported by this model, which writes many tokens at once.",
+                param="bad_words",
+            )
         wanted = self._format(request)
         if wanted is not None:
             self._formats.check_room(wanted, min(lengths), length_field(request))

@@ -10,6 +10,7 @@ from vdiff_kserve.sampler.constrain import (
 )
 from vdiff_kserve.sampler.credit import Evidence, accumulate, fuse
 from vdiff_kserve.sampler.logprobs import Logprobs, raw_logprobs, tell
+from vdiff_kserve.sampler.noise import random_tokens, seed_of_draw
 from vdiff_kserve.sampler.params import (
     DREAM_POLICIES,
     MAX_TOP_LOGPROBS,
@@ -58,7 +59,9 @@ __all__ = [
     "propose",
     "propose_from_shards",
     "quota",
+    "random_tokens",
     "raw_logprobs",
+    "seed_of_draw",
     "select",
     "tell",
     "verify",

@@ -12,9 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Stream = Literal["token", "order"]
+Stream = Literal["token", "order", "canvas"]
 
-_STREAM_KEYS: dict[Stream, int] = {"token": 0x243F6A88, "order": 0x13198A2E}
+_STREAM_KEYS: dict[Stream, int] = {
+    "token": 0x243F6A88,
+    "order": 0x13198A2E,
+    "canvas": 0xA4093822,
+}
 _INCREMENT = 0x9E3779B97F4A7C15
 _FIRST_FACTOR = 0xBF58476D1CE4E5B9
 _SECOND_FACTOR = 0x94D049BB133111EB
@@ -67,3 +71,20 @@ def gumbel_of(uniforms: Tensor) -> Tensor:
 def gumbel(seeds: Tensor, positions: Tensor, count: int, first: int = 0) -> Tensor:
     """Standard Gumbel numbers, one per token from `first` on: float64 [n, count]."""
     return gumbel_of(uniform(seeds, positions, "token", count, first))
+
+
+def seed_of_draw(seed: int, number: int) -> int:
+    """A seed for draw number `number` at the same positions."""
+    return _signed(seed + (number + 1) * _INCREMENT)
+
+
+def random_tokens(seed: int, positions: Tensor, number: int, vocab_size: int) -> Tensor:
+    """Tokens from all of the vocabulary alike: int64 [n].
+
+    Args:
+        positions: int64 [n], canvas positions.
+        number: which of a position's tokens.
+    """
+    seeds = torch.full_like(positions, _signed(seed))
+    numbers = uniform(seeds, positions, "canvas", first=number).squeeze(-1)
+    return (numbers * vocab_size).long()

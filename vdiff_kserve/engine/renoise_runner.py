@@ -1,0 +1,140 @@
+"""Running DiffusionGemma over the canvases of a round and stepping its sampler on the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vdiff_kserve.engine.kv_cache import KVCache
+from vdiff_kserve.engine.renoising import CanvasDecision, RenoiseRow
+from vdiff_kserve.engine.row import Decision, Row
+from vdiff_kserve.engine.runner import ModelRunner, of_rows
+from vdiff_kserve.models import DiffusionGemma, ForwardBatch, ModelSpec
+from vdiff_kserve.sampler import (
+    Logprobs,
+    Proposal,
+    StepRows,
+    constrain,
+    propose,
+    raw_logprobs,
+    select,
+    tell,
+)
+
+LOGITS_PER_CHUNK = 1 << 24
+"""Most logits at a time: 64 MiB in float32. The vocabulary is large and every position needs them,
+so that smaller pieces would make many small matrix products."""
+
+
+class RenoiseRunner(ModelRunner):
+    """One step of many canvases at once: the encoder where something is to be read, then the
+    decoder."""
+
+    def __init__(self, model: DiffusionGemma, spec: ModelSpec, cache: KVCache) -> None:
+        super().__init__(model, spec, cache)
+        self._model = model
+        self._positions_per_chunk = max(1, LOGITS_PER_CHUNK // self._vocab_size)
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row]) -> list[Decision]:
+        """What each row's next step decides; the rows are not changed."""
+        canvases = [row for row in rows if isinstance(row, RenoiseRow)]
+        assert len(canvases) == len(rows)
+        with self._timed("forward"):
+            read = self._encode(canvases)
+            hidden = self._denoise(canvases)
+        with self._timed("sample"):
+            return self._choose(canvases, hidden, read)
+
+    def _encode(self, rows: Sequence[RenoiseRow]) -> list[bool]:
+        """Whether the encoder ran for each row."""
+        spans = [row.encoder_span() for row in rows]
+        passes = [(row, span) for row, span in zip(rows, spans, strict=True) if span is not None]
+        if passes:
+            texts, places = [row.canvas for row, _ in passes], [span for _, span in passes]
+            self._model(ForwardBatch.pack(texts, places, self._cache.store, self._device))
+        return [span is not None for span in spans]
+
+    def _denoise(self, rows: Sequence[RenoiseRow]) -> Tensor:
+        texts = []
+        for row in rows:
+            text = row.canvas.clone()
+            text[row.block_start : row.block_end] = row.noisy
+            texts.append(text)
+        spans = [row.canvas_span() for row in rows]
+        soft = None
+        if any(row.soft is not None for row in rows):
+            shape = (rows[0].block_end - rows[0].block_start, self._model.config.hidden_size)
+            nothing = torch.zeros(shape, dtype=self._model.dtype, device=self._device)
+            soft = torch.cat([nothing if row.soft is None else row.soft for row in rows])
+        batch = ForwardBatch.pack(texts, spans, self._cache.store, self._device)
+        return self._model.denoise(batch, soft)
+
+    def _choose(
+        self, rows: Sequence[RenoiseRow], hidden: Tensor, read: Sequence[bool]
+    ) -> list[Decision]:
+        opened = [torch.arange(row.block_start, row.block_end) for row in rows]
+        counts = [len(positions) for positions in opened]
+        positions = torch.cat(opened).to(self._device)
+        step_rows = StepRows(
+            row=torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(self._device),
+            position=positions,
+            written=torch.full_like(positions, -1),
+            params=[row.step_params for row in rows],
+            quotas=counts,
+            lengths=[len(row) for row in rows],
+            constraints=self._constraints(rows, opened),
+        )
+        temperatures = torch.stack([row.temperature for row in rows]).to(self._device)
+        proposal, likeliest, soft, told = self._propose_all(hidden, step_rows, temperatures)
+        accept = select(proposal, step_rows).cpu().split(counts)
+        drawn, best = proposal.token.cpu().split(counts), likeliest.cpu().split(counts)
+        entropies = (-proposal.score).cpu().split(counts)
+        done = [
+            row.is_done(tokens, float(entropy.mean()))
+            for row, tokens, entropy in zip(rows, best, entropies, strict=True)
+        ]
+        written = [torch.full((count,), yes) for count, yes in zip(counts, done, strict=True)]
+        logprobs = [None] * len(rows) if told is None else of_rows(told, rows, written)
+        return [
+            CanvasDecision(
+                row.next_span(),
+                places if yes else places[:0],
+                tokens if yes else tokens[:0],
+                logprobs=scores,
+                noisy=torch.where(kept, draw, row.draw_canvas(row.draws)),
+                likeliest=tokens,
+                soft=conditioning,
+                encoded=was_read,
+            )
+            for row, places, yes, tokens, kept, draw, conditioning, was_read, scores in zip(
+                rows, opened, done, best, accept, drawn, soft.split(counts), read, logprobs,
+                strict=True,
+            )
+        ]  # fmt: skip
+
+    def _propose_all(
+        self, hidden: Tensor, rows: StepRows, temperatures: Tensor
+    ) -> tuple[Proposal, Tensor, Tensor, Logprobs | None]:
+        """Drawn tokens with their entropies, the likeliest ones, and what the next step is
+        conditioned on, of all positions."""
+        parts, likeliest, soft, told = [], [], [], []
+        for start in range(0, len(hidden), self._positions_per_chunk):
+            chunk = slice(start, min(start + self._positions_per_chunk, len(hidden)))
+            part = rows.part(chunk)
+            logits = self._model.logits(hidden[chunk])
+            raw = raw_logprobs(logits, part)
+            logits = constrain(logits / temperatures[part.row][:, None], part)
+            likeliest.append(logits.argmax(dim=-1))
+            soft.append(self._model.soften(logits))
+            parts.append(propose(logits, part, self._special))
+            if raw is not None:
+                told.append(tell(raw, likeliest[-1], part, self._special.mask))
+        return (
+            Proposal.join(parts),
+            torch.cat(likeliest),
+            torch.cat(soft),
+            Logprobs.join(told).cpu() if told else None,
+        )
