@@ -58,10 +58,15 @@ def test_it_chats(client: OpenAI) -> None:
         ("block_length", 8),
         ("policy", "apd"),
         ("bad_words", ["a"]),
-        ("structured_outputs", {"choice": ["yes", "no"]}),
     ],
 )
 def test_what_does_not_apply_is_refused(client: OpenAI, field: str, value: object) -> None:
     with pytest.raises(BadRequestError) as refused:
         client.completions.create(model="", prompt="a", extra_body={field: value})
     assert field in str(refused.value)
+
+
+def test_a_format_is_refused_with_the_reason(client: OpenAI) -> None:
+    wanted = {"structured_outputs": {"choice": ["yes", "no"]}}
+    with pytest.raises(BadRequestError, match="whole canvases"):
+        client.completions.create(model="", prompt="a", extra_body=wanted)
