@@ -35,7 +35,7 @@ class RenoiseRunner(ModelRunner):
     def __init__(self, model: DiffusionGemma, spec: ModelSpec, cache: KVCache) -> None:
         super().__init__(model, spec, cache)
         self._model = model
-        self._positions_per_chunk = max(1, LOGITS_PER_CHUNK // self._vocab_size)
+        self._positions_at_a_time = max(1, LOGITS_PER_CHUNK // self._vocab_size)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[Decision]:
@@ -121,8 +121,8 @@ class RenoiseRunner(ModelRunner):
         """Drawn tokens with their entropies, the likeliest ones, and what the next step is
         conditioned on, of all positions."""
         parts, likeliest, soft, told = [], [], [], []
-        for start in range(0, len(hidden), self._positions_per_chunk):
-            chunk = slice(start, min(start + self._positions_per_chunk, len(hidden)))
+        for start in range(0, len(hidden), self._positions_at_a_time):
+            chunk = slice(start, min(start + self._positions_at_a_time, len(hidden)))
             part = rows.part(chunk)
             logits = self._model.logits(hidden[chunk])
             raw = raw_logprobs(logits, part)
