@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from vdiff_kserve.engine import (
     Engine,
-    EngineConfig,
     EngineStoppedError,
     GenerationEvent,
     GenerationRequest,
@@ -24,13 +24,12 @@ from vdiff_kserve.engine import (
     GenerationStream,
     QueueFullError,
 )
-from vdiff_kserve.models import Decoder, ModelSpec
 
 TOKENS_PER_CHUNK = 8
 
 
 class InstantEngine(Engine):
-    """Has the engine's whole face and none of its work: no thread, no cache, no model.
+    """Has the engine's whole face and none of its work: its loop never runs.
 
     Attributes:
         tokens_per_chunk: tokens of one event, as a step that commits so many would send them.
@@ -38,48 +37,25 @@ class InstantEngine(Engine):
 
     tokens_per_chunk = TOKENS_PER_CHUNK
 
-    def __init__(
-        self, _decoder: Decoder, spec: ModelSpec, config: EngineConfig, *_: object, **__: object
-    ) -> None:
-        self.spec = spec
-        self.config = config
-        self.failure = None
-        self.num_steps = 0
-        self._running = False
-        self._never = {*spec.end_token_ids, spec.eos_token_id, spec.mask_token_id}
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._answers = False
+        self._never = {
+            *self.spec.end_token_ids, self.spec.eos_token_id, self.spec.mask_token_id,
+        }  # fmt: skip
 
     @property
     def alive(self) -> bool:
         """Whether it was started and not stopped."""
-        return self._running
-
-    @property
-    def num_running(self) -> int:
-        """Nothing ever runs."""
-        return 0
-
-    @property
-    def num_waiting(self) -> int:
-        """Nothing ever waits."""
-        return 0
-
-    @property
-    def kv_tokens_total(self) -> int:
-        """There is no cache."""
-        return 0
-
-    @property
-    def kv_tokens_used(self) -> int:
-        """There is no cache."""
-        return 0
+        return self._answers
 
     def start(self) -> None:
         """Answer from now on."""
-        self._running = True
+        self._answers = True
 
     def stop(self) -> None:
         """Answer no more."""
-        self._running = False
+        self._answers = False
 
     def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationStream]:
         """Streams that hold their whole answers already.
@@ -88,7 +64,7 @@ class InstantEngine(Engine):
             QueueFullError: more at once than the engine would have room for.
             EngineStoppedError: the engine is not running.
         """
-        if not self._running:
+        if not self._answers:
             raise EngineStoppedError("The engine is not running.")
         if len(requests) > self.config.max_queue + self.config.max_num_seqs:
             raise QueueFullError("The queue is full.")
