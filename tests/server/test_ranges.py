@@ -34,6 +34,7 @@ WRONG_OF_TYPE: dict[str, tuple[Any, ...]] = {
 KINDS: dict[type, str] = {
     str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object",
 }  # fmt: skip
+# fmt: off
 OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "temperature": (-0.1, 2.1, 1e308),
     "top_p": (0, -0.1, 1.1),
@@ -53,12 +54,15 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "stop": ("", ["a", ""], ["a"] * 65, ["a" * 1025]),
     "stop_token_ids": ([-1], [320], [1] * 1025),
     "allowed_token_ids": ([], [-1], [320]),
-    "logit_bias": ({"x": 1}, {"-1": 1}, {"320": 1}, {"1": "x"}),
+    "logit_bias": (
+        {"x": 1}, {"-1": 1}, {"320": 1}, {"1": "x"}, {f"{i:05}": 1 for i in range(1025)},
+    ),
     "bad_words": ([""],),
     "prompt": ([], "", [[]], [-1], [320], [[1], "x"], ["x"] * 10_000),
     "messages": ([], [{"role": "user"}], [{"content": "x"}], [{"role": 3, "content": "x"}]),
     "stream_options": ({"include_usage": True},),
 }
+# fmt: on
 """Values of the right type that no request may have."""
 OWN: dict[str, tuple[Any, ...]] = {
     "timeout": (0, -1),

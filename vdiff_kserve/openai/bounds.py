@@ -10,6 +10,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 """Characters of one stop string."""
 MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 1024
 
 
 def check_bounds(
@@ -33,6 +34,9 @@ def check_bounds(
     ids = request.stop_token_ids or ()
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise _too_many("stop_token_ids", MAX_STOP_TOKEN_IDS, "ids", len(ids))
+    biases = request.logit_bias or {}
+    if len(biases) > MAX_LOGIT_BIAS:
+        raise _too_many("logit_bias", MAX_LOGIT_BIAS, "entries", len(biases))
     texts = _texts(request)
     _check_answers(request, limits)
     for text in texts:
