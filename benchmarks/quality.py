@@ -22,6 +22,7 @@ from hack.embedded.corpus import held_out_suite
 from hack.embedded.example import Example
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
 from vdiff_kserve.models import (
+    QUANTIZATIONS,
     choose_device,
     choose_dtype,
     load_decoder,
@@ -64,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the blocks' weights")
     parser.add_argument("--rows", type=int, default=32, help="prompts in one forward pass")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     parser.add_argument(
@@ -82,7 +84,12 @@ def run_suite(
 ) -> dict[str, Score]:
     """Answer every prompt and compare it with its one right answer."""
     device = choose_device(arguments.device)
-    decoder, spec = load_decoder(arguments.model_dir, device, choose_dtype(arguments.dtype, device))
+    decoder, spec = load_decoder(
+        arguments.model_dir,
+        device,
+        choose_dtype(arguments.dtype, device),
+        quantization=arguments.quantization,
+    )
     tokenizer = load_tokenizer(arguments.model_dir)
     end_ids = with_end_of_turn(spec, tokenizer).end_token_ids
     engine = Engine(decoder, spec, EngineConfig(max_num_seqs=arguments.rows, max_queue=CHUNK))

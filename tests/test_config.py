@@ -95,6 +95,7 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     special |= {"enforce_eager": "true"}
     special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
     special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
+    special |= {"quantization": "int8"}
     special |= {"trust_remote_code": "true", "tool_call_parser": "json"}
     special |= {"replica_memory": "3GiB", "replicas": "1:4", "dcp_path": str(tmp_path)}
     of_replicas = {"ray_address": "auto", "ray_dashboard": "true", "enable_restart": "true"}
@@ -241,6 +242,8 @@ def test_two_models_contradict_each_other(capsys):
         ("--temperature 2.5", "--temperature: must be a number from 0 to 2, got 2.5"),
         ("--dtype fp8", "--dtype: must be one of auto, bfloat16, float16, float32, half, float"),
         ("--device gpu", "--device: must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("--quantization int2", "--quantization: must be one of int8, fp8, int4, got 'int2'"),
+        ("--quantization int8 --tensor_parallel_size 2", "contradict each other"),
         ("--revision v1", "--revision is for --model_id, --model and --base_model"),
         ("--base_model a/b", "--dcp_path and --base_model need each other; give both"),
         ("--dcp_path . --base_model a/b/c", "must be a folder that exists or a hub id"),

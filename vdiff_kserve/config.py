@@ -173,6 +173,16 @@ class ServerConfig:
         help="Number type of the weights and of the computation; auto is bfloat16 where the "
         "hardware multiplies it natively, else float32.",
     )
+    quantization: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="KIND",
+        choices=("int8", "fp8", "int4"),
+        default_text="none",
+        help="Keep the weights of the blocks in fewer bits, by torchao; the computation stays in "
+        "--dtype.",
+    )
     device: str = _setting(
         str,
         "auto",
@@ -561,6 +571,8 @@ class ServerConfig:
                 f"--base_model must be a folder that exists or {hub.allowed}, got "
                 f"{self.base_model!r}"
             )
+        if self.quantization and self.tensor_parallel_size > 1:
+            raise ConfigError("--quantization and --tensor_parallel_size contradict each other")
         if self.revision and self.hub_id is None and self.base_model is None:
             raise ConfigError("--revision is for --model_id, --model and --base_model")
         if self.model and self.checkpoint_dir is None and hub.problem(self.model):

@@ -13,6 +13,7 @@ from vdiff_kserve.models.language_model import ForwardPass, LanguageModel
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.precision import choose_device, choose_dtype
+from vdiff_kserve.models.quantization import QUANTIZATIONS
 from vdiff_kserve.models.reuse_graphs import ReuseGraphs
 from vdiff_kserve.models.sharding import VocabShard
 from vdiff_kserve.models.spec import ModelSpec, Renoising
@@ -20,6 +21,7 @@ from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer,
 from vdiff_kserve.models.transfer import to_device
 
 __all__ = [
+    "QUANTIZATIONS",
     "CheckpointError",
     "Decoder",
     "DecoderConfig",

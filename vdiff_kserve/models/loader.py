@@ -20,8 +20,13 @@ from tqdm import tqdm
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
 from vdiff_kserve.models.moe import Experts, Router
-from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layer, pack_linear_layers
+from vdiff_kserve.models.packed_linear import PackedLinear, can_pack, pack_linear_layer
 from vdiff_kserve.models.pickled_weights import pickle_files
+from vdiff_kserve.models.quantization import (
+    check_quantization,
+    quantize_linear_layer,
+    quantized_weights,
+)
 from vdiff_kserve.models.registry import (
     CAUSAL_FORMATS,
     find_by_architecture,
@@ -48,12 +53,14 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     mesh: DeviceMesh | None = None,
     hints: Hints | None = None,
+    quantization: str | None = None,
 ) -> tuple[Decoder, ModelSpec]:
     """Read a diffusion model's checkpoint folder in its published format.
 
     Args:
         mesh: ranks that share the model, of which this one reads its part only; None reads all.
         hints: what is known of it beside its `config.json`.
+        quantization: of the blocks' linear layers, one of QUANTIZATIONS; None keeps `dtype`.
 
     Returns:
         the decoder in eval mode without gradients, and what is known about the model.
@@ -64,7 +71,10 @@ def load_decoder(
     config = CheckpointConfig.read(Path(folder), hints)
     family = find_family(config)
     spec = family.read_spec(config)
-    return _load(Path(folder), spec.decoder, family.tensor_names, device, dtype, mesh), spec
+    decoder = _load(
+        Path(folder), spec.decoder, family.tensor_names, device, dtype, mesh, quantization
+    )
+    return decoder, spec
 
 
 def load_causal_decoder(
@@ -91,22 +101,33 @@ def _load(
     device: torch.device | str,
     dtype: torch.dtype,
     mesh: DeviceMesh | None = None,
+    quantization: str | None = None,
 ) -> Decoder:
     """Build a decoder without memory and fill it tensor by tensor, with a progress bar in bytes.
 
     Host memory stays at the model (when `device` is the CPU) plus its largest linear layer: plain
-    weights are read into the same memory one after the other, and packed from there. A layer's
-    experts are packed as soon as the last of them is there.
+    weights are read into the same memory one after the other, and packed or quantized from there. A
+    layer's experts are packed as soon as the last of them is there.
     """
     with init_empty_weights(include_buffers=False):
         decoder = Decoder(config)
     stored = list_tensors(folder)
     places = _match(decoder, tensor_names, stored, folder)
     slices = {} if mesh is None else shard(decoder, mesh)
-    packed = _packed_weights(decoder) if can_pack(torch.device(device), dtype) else set()
-    largest = max((decoder.get_parameter(name).numel() for name in packed), default=0)
-    plain = returnable(largest, dtype)
-    parts = _reading_order(stored, places, slices, packed)
+    device = torch.device(device)
+    packs = can_pack(device, dtype)
+    packed = _packed_weights(decoder) if packs else set()
+    quantized = set()
+    if quantization is not None:
+        check_quantization(quantization, decoder, device, dtype)
+        quantized = quantized_weights(decoder)
+        packed -= quantized
+    largest = max((decoder.get_parameter(name).numel() for name in packed | quantized), default=0)
+    on_cpu = device.type == "cpu"
+    plain = (
+        returnable(largest, dtype) if on_cpu else torch.empty(largest, dtype=dtype, device=device)
+    )
+    parts = _reading_order(stored, places, slices, packed | quantized)
     total = sum(place.size for place, _ in parts) * dtype.itemsize
     unread = Counter(place.parameter for place, _ in parts)
     quiet = mesh is not None and mesh.get_local_rank() > 0
@@ -114,23 +135,26 @@ def _load(
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=quiet)
     with bar as progress, TensorReader.open() as reader:
         for place, part in parts:
-            if place.parameter in packed:
+            if place.parameter in packed | quantized:
                 weight = plain[: place.size].view(place.shape)
                 reader.fill(weight, part)
                 _require_finite(weight, place, part)
-                pack_linear_layer(decoder, place.parameter, weight)
+                if quantization is not None and place.parameter in quantized:
+                    quantize_linear_layer(decoder, place.parameter, weight, quantization)
+                else:
+                    pack_linear_layer(decoder, place.parameter, weight)
             else:
                 weight = _materialize(decoder, place.parameter, device, dtype)
                 reader.fill(weight[place.index], part)
                 _require_finite(weight[place.index], place, part)
             unread[place.parameter] -= 1
-            if packed and not unread[place.parameter]:
+            if packs and not unread[place.parameter]:
                 _pack_experts(decoder, place.parameter, unread)
             progress.update(place.size * dtype.itemsize)
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
-        if packed:
-            pack_linear_layers(decoder)
+        if packs and isinstance(decoder.lm_head, nn.Linear):
+            setattr(decoder, "lm_head", PackedLinear(decoder.lm_head))  # noqa: B010  another class
     return decoder.requires_grad_(False).eval()
 
 
@@ -147,7 +171,7 @@ def _reading_order(
     slices: Mapping[str, Slice],
     packed: set[str],
 ) -> list[tuple[Place, StoredTensor]]:
-    """Weights to pack come last, when their layers' biases are there; files from front to back."""
+    """Weights to pack or quantize come last, after their layers' biases; files in order."""
     parts = []
     for name, own in places.items():
         for place in own:

@@ -1,0 +1,106 @@
+"""Weights of linear layers in fewer bits, through torchao; activations keep their number type.
+
+The token embedding, the norms and the language-model head stay as they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdiff_kserve.models.checkpoint_config import CheckpointError
+from vdiff_kserve.models.decoder import Decoder
+
+QUANTIZATIONS = ("int8", "fp8", "int4")
+INT4_GROUPS = (128, 64, 32)
+"""How many weights of a row share a scale, the largest that divides the row."""
+FP8_CAPABILITY = (8, 9)
+INT4_CAPABILITY = (8, 0)
+
+
+def quantized_weights(decoder: Decoder) -> set[str]:
+    """Names of the weights that are quantized: the linear layers of the blocks."""
+    return {
+        f"layers.{name}.weight"
+        for name, module in decoder.layers.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def check_quantization(
+    kind: str, decoder: Decoder, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuse what the package, the model or the hardware cannot do.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    reason = _missing(kind, decoder, device, dtype)
+    if reason:
+        raise CheckpointError(f"--quantization {kind} {reason}")
+
+
+def _missing(kind: str, decoder: Decoder, device: torch.device, dtype: torch.dtype) -> str:
+    if find_spec("torchao") is None:
+        return "needs the package torchao: pip install 'vdiff-kserve[quantization]'"
+    if decoder.config.moe is not None:
+        return "is for dense models: the experts of this one are no linear layers"
+    if kind == "int4":
+        rows = {decoder.get_parameter(name).shape[1] for name in quantized_weights(decoder)}
+        if odd := [row for row in rows if _group(row) is None]:
+            return (
+                f"needs rows of a multiple of {INT4_GROUPS[-1]} weights, the model has {min(odd)}"
+            )
+    if device.type == "cpu":
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    if kind == "fp8" and capability < FP8_CAPABILITY:
+        return f"needs a GPU of compute capability 8.9, such as an L4 or H100; {name} has less"
+    if kind == "int4" and capability < INT4_CAPABILITY:
+        return f"needs a GPU of compute capability 8.0, such as an A100; {name} has less"
+    if kind == "int4" and dtype is not torch.bfloat16:
+        return "needs --dtype bfloat16 on a GPU"
+    return ""
+
+
+def quantize_linear_layer(decoder: Decoder, parameter: str, weight: Tensor, kind: str) -> None:
+    """Give the layer whose weight is called `parameter` the value `weight`, quantized."""
+    from torchao.quantization import quantize_
+
+    layer = decoder.get_submodule(parameter.rpartition(".")[0])
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchao about its own deprecations
+        quantize_(layer, _config(kind, weight), filter_fn=lambda module, _: module is layer)
+
+
+def _config(kind: str, weight: Tensor) -> Any:
+    from torchao import quantization as torchao
+    from torchao.quantization.granularity import PerGroup
+
+    if kind == "int8":
+        return torchao.Int8WeightOnlyConfig(set_inductor_config=False)
+    if kind == "fp8":
+        return torchao.Float8WeightOnlyConfig(set_inductor_config=False)
+    group = _group(weight.shape[1])
+    assert group is not None
+    if weight.is_cuda:
+        return torchao.Int4WeightOnlyConfig(
+            group_size=group,
+            int4_packing_format="tile_packed_to_4d",
+            set_inductor_config=False,
+        )
+    # On a CPU torchao keeps the four bits in bytes: the accuracy of int4, the memory of int8.
+    return torchao.IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, "int4"),  # noqa: B009  that PyTorch's stubs lack
+        granularity=PerGroup(group),
+    )
+
+
+def _group(row: int) -> int | None:
+    return next((size for size in INT4_GROUPS if row % size == 0), None)
