@@ -1,4 +1,4 @@
-"""Random checkpoint folders in LLaDA's published format."""
+"""Random checkpoint folders in published formats, LLaDA's above all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from vdiff_kserve.models import Decoder
+from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.registry import find_family
+from vdiff_kserve.models.tensor_names import tensor_shape
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LLaDAModelLM"],
@@ -59,6 +64,20 @@ def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     return {
         f"model.transformer.{name}": torch.randn(shape, generator=generator) * 0.1
         for name, shape in shapes.items()
+    }
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Random weights for the `config.json` of any family, under their published names."""
+    checkpoint = CheckpointConfig(Path("config.json"), config)
+    family = find_family(checkpoint)
+    with torch.device("meta"):
+        decoder = Decoder(family.read_spec(checkpoint).decoder)
+    shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(tensor_shape(places), generator=generator) * 0.1
+        for name, places in family.tensor_names.places(shapes).items()
     }
 
 

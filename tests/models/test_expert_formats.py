@@ -1,6 +1,8 @@
 """Published formats with experts: SDAR-MoE and LLaDA-MoE against transformers' Qwen3-MoE."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.golden import GOLDEN_DIR
-from tests.models.folders import write_config
+from tests.models.folders import random_tensors, write_config, write_shards
 from tests.models.test_causal_formats import IDS, SIZES, logits_of, save
+from tests.models.test_loader import MEASURE
 from vdiff_kserve.models import CheckpointError, Hints, load_decoder
 
 EXPERTS: dict[str, Any] = dict(
@@ -141,3 +144,49 @@ def test_experts_that_are_not_implemented_are_refused(
 def test_only_llada2_1_edits_by_default(name: str, policy: str) -> None:
     _, spec = load_decoder(GOLDEN_DIR / "llada2", hints=Hints(name=name))
     assert spec.profiles["quality"]["policy"] == policy
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_with_experts_is_the_model_and_one_shard(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Experts are gathered from their own tensors and packed a layer at a time."""
+    config = {
+        "architectures": ["SDARMoeForCausalLM"],
+        "vocab_size": 2048,
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 128,
+        "eos_token_id": 1,
+        "mask_token_id": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+    }
+    small = config | {"hidden_size": 64, "num_experts": 4, "num_hidden_layers": 1}
+    for name, fields, shards in (("small", small, 1), ("large", config, 8)):
+        tensors = random_tensors(fields)
+        write_shards(tmp_path / name, fields, tensors, shards)
+    model = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+    assert model > 200e6
+    del tensors
+    shard = max(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
+    folders = [str(tmp_path / "small"), str(tmp_path / "large")]
+    child = subprocess.run(
+        [sys.executable, "-c", MEASURE, *folders, str(dtype).split(".")[1]],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    peak, afterwards = map(int, child.stdout.split())
+    slack = 25e6
+    assert peak < model + shard + slack
+    assert afterwards < model + slack

@@ -141,7 +141,7 @@ class Experts(nn.Module):
         by_token = torch.empty_like(computed)
         by_token[order] = computed
         by_token = by_token.unflatten(0, experts.shape).float()
-        return (by_token * weights[..., None]).sum(dim=1).to(x.dtype)
+        return torch.bmm(weights[:, None], by_token).squeeze(1).to(x.dtype)
 
     def pack(self) -> None:
         """Lay the weights out as CPUs multiply them fastest; the stacked ones are freed."""
