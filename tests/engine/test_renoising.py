@@ -101,6 +101,18 @@ def test_a_prompt_seen_before_is_not_encoded_again(engine: Engine) -> None:
     fresh.stop()
 
 
+def test_a_long_prompt_is_encoded_in_parts_beside_other_rows() -> None:
+    gemma, spec = loaded()
+    requests = [request_of(tuple(range(20, 120))), *(request_of(prompt) for prompt in PROMPTS)]
+    answers = []
+    for budget in (24, 4096):
+        engine = Engine(gemma, spec, EngineConfig(max_num_batched_tokens=budget))
+        engine.start()
+        answers.append([result.token_ids for result in engine.generate(requests)])
+        engine.stop()
+    assert answers[0] == answers[1]
+
+
 def test_an_end_token_ends_the_answer_inside_a_canvas(engine: Engine) -> None:
     (whole,) = engine.generate([request_of()])
     end = whole.token_ids[5]

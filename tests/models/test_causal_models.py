@@ -101,6 +101,29 @@ def test_a_prompt_seen_before_is_copied(name: str, tmp_path: Path) -> None:
     assert list(second.token_ids) == greedy(reference, turn)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "bloom"])
+def test_a_long_prompt_is_computed_in_parts_beside_other_rows(name: str, tmp_path: Path) -> None:
+    reference = write_causal(name, tmp_path)
+    model, spec = load_causal_model(tmp_path)
+    long = torch.randint(3, 300, (100,), generator=torch.Generator().manual_seed(9)).tolist()
+    prompts = [PROMPTS[0], long, [*long, 5], PROMPTS[1]]
+    rounds: list[int] = []
+    config = EngineConfig(
+        max_num_batched_tokens=24, observer=lambda report: rounds.append(report.rows)
+    )
+    engine = Engine(model, spec, config)
+    engine.start()
+    decoding = DecodingParams(**spec.profiles["quality"])
+    results = engine.generate(
+        [GenerationRequest(tuple(prompt), NEW_TOKENS, decoding) for prompt in prompts]
+    )
+    engine.stop()
+    for prompt, result in zip(prompts, results, strict=True):
+        assert list(result.token_ids) == greedy(reference, prompt)
+    if spec.cacheable:
+        assert rounds.index(4) > 4, "the long prompts were computed in one round"
+
+
 def test_sampled_answers_depend_on_the_seed_and_not_on_the_batch(tmp_path: Path) -> None:
     write_causal("mistral", tmp_path)
     model, spec = load_causal_model(tmp_path)

@@ -172,6 +172,7 @@ def test_a_block_causal_model_has_its_own_cache_and_block_length() -> None:
     assert decode(default, BLOCK_CAUSAL, block_length=4).cache == "exact"
     assert "trained with" in str(refusal(default, BLOCK_CAUSAL, block_length=8))
     assert "none, exact" in str(refusal(default, BLOCK_CAUSAL, cache="dual"))
+    assert "bidirectional" in str(refusal(default, BLOCK_CAUSAL, max_lookahead=8))
 
 
 def test_a_model_with_smaller_blocks_decodes_in_any_that_fit_its_own() -> None:

@@ -48,10 +48,27 @@ class RenoiseRunner(ModelRunner):
         with self._timed("sample"):
             return self._choose(canvases, hidden, read)
 
+    @torch.inference_mode()
+    def advance(self, row: Row, layers: int) -> None:
+        """Run the next parts of the encoder's pass over a long text; `step` runs the rest."""
+        assert isinstance(row, RenoiseRow)
+        with self._timed("forward"):
+            if row.begun_pass is None:
+                span = row.encoder_span()
+                assert span is not None, "only a pass of the encoder is long"
+                batch = ForwardBatch.pack([row.canvas], [span], self._cache.store, self._device)
+                row.begun_pass = self._model.begin(batch)
+            row.begun_pass.advance(layers)
+
     def _encode(self, rows: Sequence[RenoiseRow]) -> list[bool]:
         """Whether the encoder ran for each row."""
         spans = [row.encoder_span() for row in rows]
-        passes = [(row, span) for row, span in zip(rows, spans, strict=True) if span is not None]
+        passes = []
+        for row, span in zip(rows, spans, strict=True):
+            if row.begun_pass is not None:
+                row.begun_pass.advance(row.begun_pass.layers_left)
+            elif span is not None:
+                passes.append((row, span))
         if passes:
             texts, places = [row.canvas for row, _ in passes], [span for _, span in passes]
             self._model(ForwardBatch.pack(texts, places, self._cache.store, self._device))

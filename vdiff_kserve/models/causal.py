@@ -109,7 +109,8 @@ def _end_token_ids(folder: Path, config: CheckpointConfig, vocab_size: int) -> t
             given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{file} is not a JSON object: {error}") from error
-    given = config.get("eos_token_id") if given is None else given
+    for fields in (config.get, (config.get("text_config") or {}).get):
+        given = fields("eos_token_id") if given is None else given
     ends = given if isinstance(given, list) else [given]
     valid = [i for i in ends if isinstance(i, int) and 0 <= i < vocab_size]
     if not valid or len(valid) < len(ends):

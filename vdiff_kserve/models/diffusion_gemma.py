@@ -22,7 +22,13 @@ from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointEr
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.loader import list_tensors
 from vdiff_kserve.models.spec import ModelSpec, Renoising
-from vdiff_kserve.models.transformers_model import TOLERANCE, WholePass, cache_shape
+from vdiff_kserve.models.transformers_model import (
+    CHUNKS,
+    TOLERANCE,
+    ChunkedPass,
+    cache_shape,
+    relative_difference,
+)
 
 ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
 END_OF_TURN = "<turn|>"
@@ -100,8 +106,8 @@ class DiffusionGemma:
 
     @property
     def stages(self) -> int:
-        """A pass runs in one piece."""
-        return 1
+        """A pass of the encoder may stop between chunks of its tokens."""
+        return CHUNKS
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """Read the rows of `batch` into the store; returns hidden states of the wanted tokens."""
@@ -109,9 +115,9 @@ class DiffusionGemma:
         wanted = batch.output_tokens
         return hidden if wanted is None else hidden[wanted]
 
-    def begin(self, batch: ForwardBatch) -> WholePass:
-        """A pass of the encoder, in one piece."""
-        return WholePass(self, batch)
+    def begin(self, batch: ForwardBatch) -> ChunkedPass:
+        """A pass of the encoder of which no chunk has run."""
+        return ChunkedPass(self, batch)
 
     @torch.inference_mode()
     def denoise(self, batch: ForwardBatch, soft: Tensor | None) -> Tensor:
@@ -214,11 +220,11 @@ def load_diffusion_gemma(
     model = model.to(device).requires_grad_(False).eval()
     expected = _probe_stock(model)
     gemma = DiffusionGemma(model)
-    difference = (_probe(gemma) - expected).abs().max() / expected.abs().max()
-    if not float(difference) <= TOLERANCE[dtype]:
+    difference = relative_difference(_probe(gemma), expected)
+    if not difference <= TOLERANCE[dtype]:
         raise CheckpointError(
             f"{folder}: this version of transformers computes other logits than are served "
-            f"(they differ by {float(difference):.1e} of the largest)"
+            f"(they differ by {difference:.1e} of the largest)"
         )
     return gemma, _read_spec(config, model, gemma.config)
 

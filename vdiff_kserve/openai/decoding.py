@@ -111,6 +111,12 @@ def resolve(
     fields["cache"] = cache
     _check_cache(fields, given, cache, traits)
     _check_block_length(fields.get("block_length"), traits)
+    if traits.block_causal and fields.get("max_lookahead") is not None:
+        raise RequestError(
+            "max_lookahead is for bidirectional models: a block of this one sees nothing right of "
+            "itself.",
+            param="max_lookahead",
+        )
     if policy == "edit" and traits.sub_blocks:
         raise RequestError(
             "policy edit is not for models whose blocks begin with an autoregressive token.",
