@@ -20,8 +20,9 @@ from vdiff_kserve.command_line import kserve_options, plain
 from vdiff_kserve.config import ALL_SETTINGS, parse_args
 
 PAGES = (
-    "api", "checkpoints", "deployment", "getting-started", "kserve", "migration-from-vllm",
-    "openshift-ai", "operations", "security", "structured", "troubleshooting",
+    "api", "checkpoints", "deployment", "getting-started", "infilling", "kserve", "likelihood",
+    "migration-from-vllm", "openshift-ai", "operations", "prediction", "security", "structured",
+    "troubleshooting",
 )  # fmt: skip
 NOT_RUN = {
     "cluster": r"need a cluster",

@@ -25,12 +25,10 @@ SCHEMAS = json.loads(
 KINDS: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest)
 MESSAGES = [{"role": "user", "content": "x"}]
 ASKING: dict[str, Any] = {
-    "best_of": 2, "chat_template": "x", "documents": [{"a": "b"}], "echo": True,
+    "best_of": 2, "chat_template": "x", "documents": [{"a": "b"}],
     "function_call": {"name": "f"}, "functions": [{"name": "f"}], "prompt_embeds": "x",
     "prompt_logprobs": 0, "repetition_detection": {},
-    "return_prompt_text": True, "suffix": "", "thinking_token_budget": 3,
-    "truncate_prompt_tokens": 3,
-    "use_beam_search": True, "vllm_xargs": {"a": 1},
+    "return_prompt_text": True, "thinking_token_budget": 3, "use_beam_search": True,
 }  # fmt: skip
 
 

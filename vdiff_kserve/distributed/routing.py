@@ -20,10 +20,14 @@ def denoising_work(request: GenerationRequest, spec: ModelSpec) -> int:
     """Tokens that the forward passes of a request will run over, as far as that can be told before.
 
     A canvas of `c` tokens whose answer has `b` blocks and takes `s` steps costs `s * c` without a
-    cache; with one, a pass over the canvas for each block and short ones for the other steps.
+    cache; with one, a pass over the canvas for each block and short ones for the other steps. A
+    request that scores takes a pass over its prompt for each probe.
     """
     params = request.decoding
     prompt, answer = len(request.prompt_ids), request.max_tokens
+    if request.scoring is not None:
+        first, end = request.scoring.probes
+        return (end - first) * prompt
     canvas, block = prompt + answer, min(params.block_length, answer)
     blocks = ceil(answer / block)
     if params.policy in SCHEDULED_POLICIES:

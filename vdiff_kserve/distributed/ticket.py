@@ -59,6 +59,8 @@ class Ticket:
     @property
     def work_left(self) -> float:
         """Forward-pass tokens that the rest of it will cost, estimated."""
+        if self.request.max_tokens == 0:  # it scores
+            return self.work
         return self.work * self.tokens_left / self.request.max_tokens
 
     @property

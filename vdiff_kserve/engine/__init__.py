@@ -19,8 +19,12 @@ from vdiff_kserve.engine.request import (
     QueueTimeoutError,
     RequestTimeoutError,
     RequestTooLargeError,
+    Scoring,
+    ScoringMethod,
+    StepView,
     TokenLogprob,
 )
+from vdiff_kserve.engine.scoring import add_scores
 from vdiff_kserve.engine.stream import GenerationStream
 
 __all__ = [
@@ -46,7 +50,11 @@ __all__ = [
     "RequestTooLargeError",
     "RoundObserver",
     "RoundReport",
+    "Scoring",
+    "ScoringMethod",
+    "StepView",
     "TokenLogprob",
+    "add_scores",
     "block_hashes",
     "bytes_per_token",
     "measured_token_budget",

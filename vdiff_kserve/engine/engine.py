@@ -15,6 +15,7 @@ from vdiff_kserve.engine.grammar import GrammarError, Grammars
 from vdiff_kserve.engine.grammar_rows import make_grammar_row
 from vdiff_kserve.engine.kv_cache import KVCache, bytes_per_token, memory_for_cache
 from vdiff_kserve.engine.lockstep import Lockstep
+from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.engine.memory import RowMemory
 from vdiff_kserve.engine.prefix_cache import PrefixCache
 from vdiff_kserve.engine.renoise_runner import RenoiseRunner
@@ -29,7 +30,6 @@ from vdiff_kserve.engine.request import (
     RequestTooLargeError,
 )
 from vdiff_kserve.engine.row import Decision, Row
-from vdiff_kserve.engine.row_kinds import make_row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import FollowingScheduler, Scheduler
 from vdiff_kserve.engine.stream import GenerationStream

@@ -76,7 +76,7 @@ class RoundClock:
             reuses=kinds["reuse"],
             commits=kinds["commit"],
             auxiliary=len(checked),
-            committed=sum(len(decision.positions) for _, decision in stepped),
+            committed=sum(row.num_committed(decision) for row, decision in stepped),
             accepted=tuple(len(decision.positions) for decision in checked),
             block_steps=tuple(steps for steps in blocks if steps is not None),
             computed=sum(decision.span.queries for _, decision in stepped),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ from vdiff_kserve.engine.request import (
     GenerationEvent,
     GenerationRequest,
     GenerationStats,
+    StepView,
     TokenLogprob,
 )
 from vdiff_kserve.models import ForwardPass, ModelSpec, RowSpan
@@ -54,10 +56,12 @@ class Decision:
 class Row:
     """The state of one request while it is in the batch, decoded block by block.
 
-    The canvas is the prompt followed by `max_tokens` masked positions. Which positions are masked
-    is kept apart from the ids, since a prompt may hold the mask token's id.
+    The canvas is the prompt followed by `max_tokens` masked positions, but for tokens that are
+    given. Which positions are masked is kept apart from the ids, since a prompt may hold the mask
+    token's id.
 
     Attributes:
+        fixed: bool [tokens], what the request itself brought: the prompt and given tokens.
         place: order among waiting rows: priority, then arrival. Set by the scheduler.
         last_round: number of the last round that the row took part in. Set by the scheduler.
         begun_pass: the layers that ran so far of a pass that is spread over rounds.
@@ -75,6 +79,12 @@ class Row:
         self.canvas = torch.full((self._canvas_length(spec),), spec.mask_token_id or 0)
         self.canvas[: self.prompt_length] = torch.tensor(request.prompt_ids)
         self.masked = torch.arange(len(self.canvas)) >= self.prompt_length
+        if request.given:
+            given = torch.tensor(request.given)
+            places = (given >= 0).nonzero().squeeze(-1)
+            self.canvas[places + self.prompt_length] = given[places]
+            self.masked[places + self.prompt_length] = False
+        self.fixed = ~self.masked
         self.frontier = self.prompt_length
         self.aborted = False
         self.place = (request.priority, 0)
@@ -97,6 +107,7 @@ class Row:
         self._auxiliary = 0
         self._steps = 0
         self._end_token_id: int | None = None
+        self._answer_masks = int(self.masked.sum())
         self._enter_block(self.prompt_length)
 
     @property
@@ -146,13 +157,16 @@ class Row:
 
     @property
     def stats(self) -> GenerationStats:
+        return self._stats_of(self.frontier - self.prompt_length)
+
+    def _stats_of(self, completion_tokens: int) -> GenerationStats:
         return GenerationStats(
             refreshes=self._refreshes,
             reuses=self._reuses,
             commits=self._commits,
             auxiliary=self._auxiliary,
             steps=self._steps,
-            completion_tokens=self.frontier - self.prompt_length,
+            completion_tokens=completion_tokens,
             queue_seconds=self._queue_seconds,
             cached_tokens=self.cached_tokens,
         )
@@ -186,6 +200,21 @@ class Row:
     def is_fresh(self) -> bool:
         """Whether no pass has run yet."""
         return self._refreshes + self._reuses + self._commits == 0
+
+    @property
+    def first_canvas(self) -> tuple[object, ...]:
+        """What decides, with the canvas' length, what the first pass runs over."""
+        request = self.request
+        return request.prompt_ids, request.grammar, request.given, request.draft, request.scoring
+
+    def targets(self, positions: Tensor) -> Tensor | None:  # noqa: ARG002 - a row that scores does
+        """The tokens whose log probabilities are told in place of the candidates', int64 [n], for
+        a row that scores; None for all others."""
+        return None
+
+    def num_committed(self, decision: Decision) -> int:
+        """Tokens of the answer that a decision writes."""
+        return len(decision.positions)
 
     def layers_left(self, num_layers: int) -> int:
         """How many of the model's layers the next pass still has to run."""
@@ -247,6 +276,8 @@ class Row:
         self._block_step += 1
         self._block_passes += 1
         self.evidence = decision.evidence
+        if self.request.watched:
+            self._show(decision.positions)
         self._advance_frontier()
         self.finished_block_steps = self._block_passes if self._block_done else None
         if self.finish_reason is not None:
@@ -280,11 +311,17 @@ class Row:
         return not self.masked[self.block_start : self.block_end].any()
 
     def _enter_block(self, start: int) -> None:
-        self.block_start = start
-        self.block_end = min(start + self.params.block_length, len(self))
+        """Begin the first block from `start` on that has a mask."""
+        end = start + self.params.block_length
+        while end < len(self) and not self.masked[start:end].any():
+            start, end = end, end + self.params.block_length
+        self.block_start, self.block_end = start, min(end, len(self))
+        self._begin_block()
+
+    def _begin_block(self) -> None:
         self.evidence = None
-        self._block_masks = self.block_end - start
-        self._block_steps = block_steps(self.params, self.request.max_tokens, self._block_masks)
+        self._block_masks = int(self.masked[self.block_start : self.block_end].sum())
+        self._block_steps = block_steps(self.params, self._answer_masks, self._block_masks)
         self._block_step = 0
         self._block_passes = 0
         self._skip_idle_steps()
@@ -293,6 +330,19 @@ class Row:
         """Pass over steps that would commit nothing; they would cost a forward pass."""
         while self.quota == 0 and self._block_step < self._block_steps:
             self._block_step += 1
+
+    def _show(self, written: Tensor) -> None:
+        """Tell a watcher what a step wrote."""
+        inside = written[written < self.answer_end]
+        answer = self.masked[self.prompt_length : self.answer_end]
+        view = StepView(
+            step=self._refreshes + self._reuses + self._commits,
+            positions=tuple((inside - self.prompt_length).tolist()),
+            token_ids=tuple(self.canvas[inside].tolist()),
+            confidence=tuple(math.exp(self._logprobs[p].logprob) for p in inside.tolist()),
+            masks=int(answer.sum()),
+        )
+        self.sink(GenerationEvent((), self.stats, view=view))
 
     def _note_logprobs(self, decision: Decision, told: Logprobs) -> None:
         count = self.params.top_logprobs or 0

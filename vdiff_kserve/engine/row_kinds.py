@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vdiff_kserve.engine.autoregressive import AutoregressiveRow
-from vdiff_kserve.engine.renoising import RenoiseRow
 from vdiff_kserve.engine.request import EventSink, GenerationRequest
 from vdiff_kserve.engine.row import Decision, PassKind, Row
-from vdiff_kserve.engine.sub_blocks import SubBlockRow
 from vdiff_kserve.models import ModelSpec, RowSpan
 from vdiff_kserve.sampler import block_steps
 
@@ -27,7 +24,8 @@ class EditRow(Row):
         super()._enter_block(start)
 
     def open_positions(self) -> Tensor:
-        return torch.arange(max(self.block_start, self.prompt_length), self.block_end)
+        start, end = self.block_start, self.block_end
+        return (~self.fixed[start:end]).nonzero().squeeze(-1) + start
 
     def apply(self, decision: Decision) -> None:
         masks = int(self.masked[self.block_start : self.block_end].sum())
@@ -192,23 +190,3 @@ class ApdRow(Row):
 
     def _skip_idle_steps(self) -> None:
         """Every step commits."""
-
-
-def make_row(
-    request: GenerationRequest, sink: EventSink, spec: ModelSpec, has_auxiliary: bool
-) -> Row:
-    """The row of a request, of the kind that its policy needs."""
-    if request.decoding.policy == "apd" and has_auxiliary:
-        return ApdRow(request, sink, spec)
-    if spec.autoregressive:
-        return AutoregressiveRow(request, sink, spec)
-    if spec.renoising is not None:
-        return RenoiseRow(request, sink, spec)
-    if spec.sub_blocks:
-        return SubBlockRow(request, sink, spec)
-    row_class: type[Row]
-    if request.decoding.policy == "edit":
-        row_class = BlockCausalEditRow if spec.block_causal else EditRow
-    else:
-        row_class = BlockCausalRow if spec.block_causal else Row
-    return row_class(request, sink, spec)

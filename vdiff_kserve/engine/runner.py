@@ -117,6 +117,7 @@ class ModelRunner:
             constraints=self._constraints(rows, opened),
             allowed=self._allowed(rows),
             host_row=row_of,
+            targets=self._targets(rows, opened),
         )
         with self._timed("forward"):
             hidden, unguided = self._hidden(rows, spans, opened)
@@ -279,12 +280,24 @@ class ModelRunner:
                 logits = fuse(logits, evidence_parts[-1], part)
             parts.append(propose(logits, part, self._special))
             if raw is not None:
-                told.append(tell(raw, parts[-1].token, part, self._special.mask))
+                told.append(tell(raw, part.told(parts[-1].token), part, self._special.mask))
         return (
             Proposal.join(parts),
             Evidence.join(evidence_parts) if evidence_parts else None,
             Logprobs.join(told).cpu() if told else None,
         )
+
+    def _targets(self, rows: Sequence[Row], opened: list[Tensor]) -> Tensor | None:
+        """Tokens that rows want to be told of in place of candidates, -1 for none; None when no row
+        scores anything."""
+        given = [row.targets(positions) for row, positions in zip(rows, opened, strict=True)]
+        if all(each is None for each in given):
+            return None
+        targets = [
+            torch.full_like(positions, -1) if each is None else each
+            for each, positions in zip(given, opened, strict=True)
+        ]
+        return torch.cat(targets).to(self._device)
 
     def _constraints(self, rows: Sequence[Row], opened: list[Tensor]) -> ConstraintTable | None:
         """What rows ask of their tokens; None when none does."""
@@ -443,8 +456,7 @@ def _twins(rows: Sequence[Row], spans: Sequence[RowSpan]) -> dict[Row, Row]:
             continue
         guided = row.params.cfg_scale > 0
         shape = replace(span, cache_offset=None)
-        begins = (row.request.prompt_ids, row.request.grammar)
-        same = (*begins, len(row), shape, guided, len(row.cache_offsets))
+        same = (*row.first_canvas, len(row), shape, guided, len(row.cache_offsets))
         leader = leaders.setdefault(same, row)
         if leader is not row:
             twins[row] = leader

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +11,15 @@ from vdiff_kserve.engine import (
     GenerationEvent,
     GenerationRequest,
     GenerationStats,
-    GenerationStream,
+    StepView,
 )
+from vdiff_kserve.openai.candidates import EventSource
+from vdiff_kserve.openai.infilling import Infilling
+from vdiff_kserve.openai.likelihood import Scorer, Scores
 from vdiff_kserve.openai.limits import with_seed_of
 from vdiff_kserve.openai.logprobs import ScoredToken, TokenTexts
 from vdiff_kserve.openai.prompts import TokenIds
-from vdiff_kserve.openai.protocol import FinishReason
+from vdiff_kserve.openai.protocol import FinishReason, StepInfo
 from vdiff_kserve.openai.text import AnswerText
 from vdiff_kserve.openai.tools import ToolUse
 from vdiff_kserve.sampler import DecodingParams
@@ -28,6 +31,8 @@ class Output:
 
     Attributes:
         min_tokens: stop strings do not count within so many tokens.
+        logprobs: tell the tokens' log probabilities.
+        steps: tell every denoising step.
     """
 
     include_stop_str_in_output: bool = False
@@ -35,6 +40,8 @@ class Output:
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     min_tokens: int = 0
+    logprobs: bool = False
+    steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class Job:
         output: how the answers are told.
         grammar: what the answers must match; None is anything.
         tools: how the answers may call functions; None is not at all.
+        infillings: of each prompt, what stands behind it; empty when nothing does.
+        draft: what the answers will probably be, -1 for a token that is not known.
+        pinned: tokens of the answers that stand from the beginning, -1 for a mask.
+        echoes: of each prompt, the text that goes before its answers; empty without echo.
+        scorer: how the echoed prompts are scored; None when they are not.
     """
 
     request_id: str
@@ -71,6 +83,11 @@ class Job:
     output: Output = Output()
     grammar: str | None = None
     tools: ToolUse | None = None
+    infillings: Sequence[Infilling] = ()
+    draft: tuple[int, ...] = ()
+    pinned: tuple[int, ...] = ()
+    echoes: Sequence[str] = ()
+    scorer: Scorer | None = None
 
     @property
     def num_answers(self) -> int:
@@ -78,28 +95,72 @@ class Job:
 
     @property
     def tells_logprobs(self) -> bool:
-        return self.decoding.top_logprobs is not None
+        return self.output.logprobs
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(prompt) for prompt in self.prompts)
+        given = sum(each.given_tokens for each in self.infillings)
+        return sum(len(prompt) for prompt in self.prompts) + given
 
-    def engine_requests(self) -> list[GenerationRequest]:
-        """What the engine has to do, in the order of the answers' indices."""
+    def infilling(self, index: int) -> Infilling | None:
+        """What the canvas of answer number `index` holds behind the prompt."""
+        return self.infillings[index // self.n] if self.infillings else None
+
+    def engine_requests(self) -> list[list[GenerationRequest]]:
+        """What the engine has to do for each answer: first what generates it, then what scores its
+        prompt."""
         return [
-            GenerationRequest(
-                prompt_ids=prompt,
-                max_tokens=length,
-                decoding=with_seed_of(self.decoding, choice),
-                end_token_ids=self.end_token_ids,
-                request_id=self.request_id,
-                priority=self.priority,
-                deadline=self.deadline,
-                grammar=self.grammar,
-            )
-            for prompt, length in zip(self.prompts, self.lengths, strict=True)
+            [*self._generating(i, choice), *self._scoring(i, choice)]
+            for i in range(len(self.prompts))
             for choice in range(self.n)
         ]
+
+    def _generating(self, i: int, choice: int) -> list[GenerationRequest]:
+        plain = self._request(i, choice)
+        if self.infillings:
+            candidates = self.infillings[i].candidates
+            judged = len(candidates) > 1
+            decoding = plain.decoding
+            if judged and decoding.top_logprobs is None:
+                decoding = replace(decoding, top_logprobs=0)
+            return [
+                replace(
+                    plain,
+                    max_tokens=len(given),
+                    decoding=decoding,
+                    given=given,
+                    infills=True,
+                    judged=judged,
+                )
+                for given in candidates
+            ]
+        if plain.max_tokens == 0:
+            return []
+        room = plain.max_tokens
+        pinned = self.pinned and (self.pinned + (-1,) * room)[:room]
+        return [replace(plain, given=pinned, draft=self.draft[:room])]
+
+    def _scoring(self, i: int, choice: int) -> list[GenerationRequest]:
+        if self.scorer is None:
+            return []
+        plain = replace(self._request(i, choice), max_tokens=0, grammar=None, watched=False)
+        return [replace(plain, scoring=part) for part in self.scorer.parts(self.prompts[i])]
+
+    def _request(self, i: int, choice: int) -> GenerationRequest:
+        decoding = with_seed_of(self.decoding, choice)
+        if self.output.steps and decoding.top_logprobs is None:
+            decoding = replace(decoding, top_logprobs=0)
+        return GenerationRequest(
+            prompt_ids=self.prompts[i],
+            max_tokens=self.lengths[i],
+            decoding=decoding,
+            end_token_ids=self.end_token_ids,
+            request_id=self.request_id,
+            priority=self.priority,
+            deadline=self.deadline,
+            grammar=self.grammar,
+            watched=self.output.steps,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,6 +175,8 @@ class Piece:
         completion_tokens: tokens of the answer so far, its end token included.
         finish_reason: on the last piece, why the answer ended.
         stop_reason: on the last piece, the stop string or the requested token that ended it.
+        holes: on the last piece, the texts of the holes of a prompt that has some marked.
+        view: what a denoising step wrote; such a piece has nothing else.
     """
 
     index: int
@@ -125,6 +188,8 @@ class Piece:
     token_ids: tuple[int, ...] = ()
     end_token_id: int | None = None
     logprobs: tuple[ScoredToken, ...] = ()
+    holes: tuple[str, ...] | None = None
+    view: StepInfo | None = None
 
     @property
     def counted_token_ids(self) -> tuple[int, ...]:
@@ -136,25 +201,62 @@ class Piece:
         return self.completion_tokens / self.stats.nfe if self.stats.nfe else 0.0
 
 
+@dataclass(frozen=True)
+class Echo:
+    """What goes before an answer that echoes its prompt.
+
+    Attributes:
+        prompt: the prompt's tokens.
+        scores: of them; those at the beginning have none.
+        texts: what log probabilities are told with; None tells none.
+    """
+
+    text: str
+    prompt: TokenIds
+    scores: Scores
+    texts: TokenTexts | None
+
+    async def scored(self) -> tuple[ScoredToken, ...]:
+        """The prompt's tokens with their log probabilities, when they are wanted.
+
+        Raises:
+            EngineError: the engine could not score them.
+        """
+        told = await self.scores.gather()
+        if self.texts is None:
+            return ()
+        unscored = self.prompt[: len(self.prompt) - len(told)]
+        return (
+            *(self.texts.unscored(token) for token in unscored),
+            *(self.texts.scored(each) for each in told),
+        )
+
+
 class Answer:
     """One answer: the engine's events in, pieces of text out.
 
     Args:
         extra_end_ids: end tokens that the request named itself.
         include_stop: whether the text ends with the end token's, as far as that has one.
-        texts: what log probabilities are told with; None tells none.
+        texts: what log probabilities and steps are told with; None tells none.
+        logprobs: whether to tell log probabilities.
+        echo: what goes before the answer; None is nothing.
     """
 
     def __init__(
         self,
         index: int,
-        stream: GenerationStream,
+        stream: EventSource,
         text: AnswerText,
         extra_end_ids: Sequence[int],
         *,
         include_stop: bool = False,
         texts: TokenTexts | None = None,
+        logprobs: bool = True,
+        echo: Echo | None = None,
     ) -> None:
+        self._echo = echo
+        self._tells_logprobs = texts is not None and logprobs
         self._index = index
         self._stream = stream
         self._text = text
@@ -170,12 +272,33 @@ class Answer:
         Raises:
             EngineError: the engine could not finish it.
         """
+        spent = None
+        if self._echo is not None:
+            logprobs = await self._echo.scored()
+            spent = self._echo.scores.stats
+            yield Piece(self._index, self._echo.text, 0, spent, logprobs=logprobs)
         async for event in self._stream:
+            if event.view is not None:
+                view = self._step(event.view)
+                yield Piece(self._index, "", self._read, event.stats, view=view)
+                continue
             piece = self._piece(event)
+            if spent is not None:
+                piece = replace(piece, stats=piece.stats.plus(spent))
             yield piece
             if piece.finish_reason is not None:
                 self._stream.abort()
                 return
+
+    def _step(self, view: StepView) -> StepInfo:
+        assert self._texts is not None
+        return StepInfo(
+            step=view.step,
+            positions=list(view.positions),
+            text=[self._texts.text(token) for token in view.token_ids],
+            confidence=list(view.confidence),
+            masks=view.masks,
+        )
 
     def _piece(self, event: GenerationEvent) -> Piece:
         """The text that an event makes ready, with the tokens that waited for it."""
@@ -206,9 +329,60 @@ class Answer:
             token_ids=tuple(token for event in events for token in event.token_ids),
             end_token_id=events[-1].end_token_id,
             logprobs=tuple(texts.scored(told) for event in events for told in event.logprobs)
-            if texts
+            if texts and self._tells_logprobs
             else (),
         )
+
+
+class InfillAnswer(Answer):
+    """A text with holes, as they are filled.
+
+    Args:
+        between: the text before each hole, and behind the last.
+        text_of_hole: makes the text of a hole.
+    """
+
+    def __init__(
+        self,
+        between: Sequence[str],
+        text_of_hole: Callable[[], AnswerText],
+        *arguments: Any,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._between = between
+        self._text_of_hole = text_of_hole
+        self._holes: list[str] = []
+
+    def _piece(self, event: GenerationEvent) -> Piece:
+        """The text that an event makes ready, with the given text before it."""
+        text = ""
+        while len(self._holes) <= event.hole:
+            text += self._end_hole() + self._between[len(self._holes)]
+            self._holes.append("")
+            self._text = self._text_of_hole()
+        if self._text.stop_string is None:
+            text += self._fill(self._text.add(event.token_ids))
+        self._read += len(event.token_ids)
+        self._waiting.append(event)
+        if event.finish_reason is not None:
+            while len(self._holes) < len(self._between) - 1:
+                text += self._end_hole() + self._between[len(self._holes)]
+                self._holes.append("")
+            text += self._end_hole() + self._between[-1]
+        tokens = event.stats.completion_tokens
+        piece = Piece(self._index, text, tokens, event.stats, event.finish_reason)
+        if event.finish_reason is not None:
+            piece = replace(piece, holes=tuple(self._holes))
+        return self._with_tokens(piece) if text or event.finish_reason is not None else piece
+
+    def _end_hole(self) -> str:
+        """What was held back of the hole's text."""
+        return self._fill(self._text.finish()) if self._holes else ""
+
+    def _fill(self, text: str) -> str:
+        self._holes[-1] += text
+        return text
 
 
 def _cut(event: GenerationEvent, count: int) -> GenerationEvent:

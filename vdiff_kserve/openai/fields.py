@@ -26,9 +26,14 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "chat_template_kwargs": "variables of the chat template",
     "confidence_eos_eot_inf": DECODING,
     "continue_final_message": "the answer goes on where the last message stops",
+    "echo": "the prompt goes before the answer; in chats, the last message when the assistant's is "
+    "continued",
     "frequency_penalty": "in [-2, 2], for every time the answer has the token; see below",
     "ignore_eos": "the model's end tokens do not end the answer",
     "include_stop_str_in_output": "the stop string, or the end token's text, ends the text",
+    "infill": "the prompt has holes `<|mask:n|>` to be filled together: [infilling](infilling.md)",
+    "infill_lengths": "lengths to try for the hole before `suffix`: [infilling](infilling.md)",
+    "likelihood": "how `echo` with `logprobs` scores the prompt: [likelihood](likelihood.md)",
     "logit_bias": "token id to a bias, cut to [-100, 100]",
     "logits_eos_inf": DECODING,
     "logprobs": "true in chats; in completions, how many likeliest tokens, in [0, 20]; see below",
@@ -39,6 +44,7 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "model": "one of the served names, or left out",
     "n": "answers per prompt",
     "parallel_tool_calls": "false allows one call per answer where calls are forced",
+    "prediction": "what the answer will probably be: [predicted outputs](prediction.md)",
     "presence_penalty": "in [-2, 2], for tokens that the answer has; see below",
     "priority": "lower goes first, see [batching](batching.md)",
     "prompt": "a text, a list of texts, token ids, or a list of them",
@@ -55,10 +61,17 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "stream": "answer in chunks",
     "structured_outputs": "`json`, `regex`, `choice`, `grammar` or `json_object`, see "
     "[structured output](structured.md)",
+    "stream_canvas": "with `stream`, a chunk without text for every denoising step; see below",
     "stream_options": "`include_usage`, `continuous_usage_stats`",
+    "suffix": "the answer is what fits between prompt and suffix: [infilling](infilling.md)",
     "timeout": "seconds that the request may take, see [batching](batching.md)",
     "tool_choice": "`none`, `auto`, `required` or a function, see [tools](structured.md#tools)",
     "tools": "functions that the answer may call, see [tools](structured.md#tools)",
+    "truncate_prompt_tokens": "most tokens of a prompt, of which the last are kept; -1 is what "
+    "leaves room for `max_tokens`",
+    "truncation_side": "`right` keeps the first tokens",
+    "vllm_xargs": "`diffusion_max_steps`, `diffusion_seed_canvas`, `diffusion_pinned`: "
+    "[predicted outputs](prediction.md)",
     "top_logprobs": "how many likeliest tokens chats tell per token, in [0, 20]; needs `logprobs`",
 }
 
@@ -71,7 +84,6 @@ IGNORED = {
     "mm_processor_kwargs": "the models read text only",
     "reasoning_effort": "the models have no separate reasoning",
     "spaces_between_special_tokens": "has no effect with fast tokenizers, the only ones there are",
-    "truncation_side": "matters with truncate_prompt_tokens only",
     "user": "informs only",
 }
 
@@ -96,7 +108,6 @@ REFUSED = {
     "best_of": Refused("no answers are compared; ask for n of them", (None, 1)),
     "chat_template": Refused("templates come from the checkpoint only"),
     "documents": Refused("chat templates get messages only", (None, [])),
-    "echo": Refused(_NOT_BUILT, (None, False)),
     "function_call": Refused(_NEWER_NAMES, (None, "none", "auto")),
     "functions": Refused(_NEWER_NAMES, (None, [])),
     "prompt_embeds": Refused("prompts are text or token ids"),
@@ -108,11 +119,8 @@ REFUSED = {
         "an answer is not written from left to right; see repetition_penalty"
     ),
     "return_prompt_text": Refused(_NOT_BUILT, (None, False)),
-    "suffix": Refused(_NOT_BUILT),
     "thinking_token_budget": Refused("the models have no separate reasoning"),
-    "truncate_prompt_tokens": Refused("a prompt that is too long is refused, not cut"),
     "use_beam_search": Refused("diffusion models have no beams", (None, False)),
-    "vllm_xargs": Refused("there are no plugins that would read it", (None, {})),
 }
 
 

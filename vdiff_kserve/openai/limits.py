@@ -20,6 +20,9 @@ from vdiff_kserve.openai.protocol import (
 from vdiff_kserve.openai.tool_parsers import ParserName
 from vdiff_kserve.sampler import MAX_TOP_LOGPROBS, DecodingParams
 
+MAX_STEPS = "diffusion_max_steps"
+"""vLLM's name, among its `vllm_xargs`, for what is `steps` here."""
+
 
 @dataclass(frozen=True)
 class ServingLimits:
@@ -129,8 +132,11 @@ def answer_length(
     most = limits.max_model_len
     field = length_field(request)
     wanted = getattr(request, field)
-    if wanted is not None and not 1 <= wanted <= most:
-        raise out_of_range(field, f"in [1, {most}], the model's context length", wanted)
+    least = int(not (isinstance(request, CompletionRequest) and request.echo))
+    if wanted is not None and not least <= wanted <= most:
+        raise out_of_range(field, f"in [{least}, {most}], the model's context length", wanted)
+    if wanted == 0 and prompt_length <= most:
+        return 0
     if prompt_length >= most:
         raise RequestError(
             f"This model's maximum context length is {most} tokens. However, your prompt has "
@@ -158,6 +164,10 @@ def decoding_params(request: GenerationFields, limits: ServingLimits) -> Decodin
         RequestError: a decoding field out of range, or fields that contradict each other.
     """
     given = {name: getattr(request, name) for name in request.model_fields_set & REQUEST_FIELDS}
+    if (steps := (request.vllm_xargs or {}).get(MAX_STEPS)) is not None:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise out_of_range(f"vllm_xargs.{MAX_STEPS}", "a positive integer", steps)
+        given.setdefault("steps", steps)
     if given.get("top_k") == -1:
         given["top_k"] = 0
     params = resolve(given, limits.decoding, limits.profiles, limits.traits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from transformers import PreTrainedTokenizerFast
@@ -32,6 +32,7 @@ class ScoredToken:
         utf8: its bytes, also where it is only a part of a character.
         rank: among the tokens that could have been written, from 1.
         top: the likeliest tokens, likeliest first.
+        is_scored: False for a token of a prompt of which nothing is known.
     """
 
     token_id: int
@@ -40,6 +41,7 @@ class ScoredToken:
     logprob: float
     rank: int
     top: tuple[ScoredToken, ...] = ()
+    is_scored: bool = True
 
 
 class TokenTexts:
@@ -60,10 +62,21 @@ class TokenTexts:
         )
         return self._scored(told.token_id, told.logprob, told.rank, top)
 
+    def text(self, token: int) -> str:
+        """The token alone."""
+        return f"token_id:{token}" if self._as_ids else self._decode(token)
+
+    def _decode(self, token: int) -> str:
+        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    def unscored(self, token: int) -> ScoredToken:
+        """A token of which nothing is known."""
+        return replace(self._scored(token, 0.0, 0), is_scored=False)
+
     def _scored(
         self, token: int, logprob: float, rank: int, top: tuple[ScoredToken, ...] = ()
     ) -> ScoredToken:
-        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        text = self._decode(token)
         utf8 = self._part_of_a_character(token) if BROKEN in text else None
         return ScoredToken(
             token,
@@ -125,9 +138,9 @@ def completion_logprobs(tokens: Sequence[ScoredToken], offset: int = 0) -> Compl
         offset += len(each.text)
     return CompletionLogprobs(
         text_offset=offsets,
-        token_logprobs=[each.logprob for each in tokens],
+        token_logprobs=[each.logprob if each.is_scored else None for each in tokens],
         tokens=[each.text for each in tokens],
-        top_logprobs=[_by_text(each) for each in tokens],
+        top_logprobs=[_by_text(each) if each.is_scored else None for each in tokens],
     )
 
 

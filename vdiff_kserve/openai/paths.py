@@ -9,6 +9,7 @@ PREFIXES = ("/openai/v1", "/v1")
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
 RESPONSES = "/responses"
+FIM = "/fim/completions"
 
 OPEN = re.compile(
     r"/|/health|/ping|/version|/metrics|/v2/health/(live|ready)|/v2/models/[^/]+(/versions/[^/]+)?/ready"
@@ -26,7 +27,7 @@ def endpoint_of(method: str, path: str) -> str | None:
         return None
     if path in [prefix + CHAT for prefix in PREFIXES]:
         return "chat"
-    if path in [prefix + COMPLETIONS for prefix in PREFIXES]:
+    if path in [prefix + each for prefix in PREFIXES for each in (COMPLETIONS, FIM)]:
         return "completion"
     if path in [prefix + RESPONSES for prefix in PREFIXES]:
         return "responses"

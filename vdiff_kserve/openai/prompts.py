@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.errors import RequestError, out_of_range
 from vdiff_kserve.openai.limits import ServingLimits, check_token_ids
 from vdiff_kserve.openai.literals import Literals
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, CompletionRequest
@@ -21,6 +21,7 @@ from vdiff_kserve.openai.tools import (
 )
 
 TokenIds = tuple[int, ...]
+"""Token ids of a text."""
 
 TEMPLATE_ARGUMENTS = frozenset(signature(PreTrainedTokenizerFast.apply_chat_template).parameters)
 """Arguments of the renderer; the rest of `chat_template_kwargs` are variables of the template."""
@@ -72,9 +73,28 @@ def chat_prompt(
         ) from error
     add_special_tokens = request.add_special_tokens
     if marker is None:
-        return _encode(tokenizer, str(text), add_special_tokens=add_special_tokens)
+        return encode(tokenizer, str(text), add_special_tokens=add_special_tokens)
     _require_characters(str(text))
     return tuple(literals.encode(str(text), marker, add_special_tokens=add_special_tokens))
+
+
+def truncated(
+    prompt: TokenIds, request: ChatCompletionRequest | CompletionRequest, limits: ServingLimits
+) -> TokenIds:
+    """The end of a prompt, or its beginning, where the request wants it cut.
+
+    Raises:
+        RequestError: nothing would be left, or more than the context.
+    """
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    if most == -1:
+        most = max(1, limits.max_model_len - (request.max_tokens or 1))
+    if not 1 <= most <= limits.max_model_len:
+        allowed = f"-1 or in [1, {limits.max_model_len}], the model's context length"
+        raise out_of_range("truncate_prompt_tokens", allowed, most)
+    return prompt[:most] if request.truncation_side == "right" else prompt[-most:]
 
 
 def _message(message: ChatMessageParam, index: int) -> dict[str, Any]:
@@ -109,7 +129,7 @@ def completion_prompts(
     else:
         prompts = [prompt] if isinstance(prompt[0], int) else list(prompt)
     encoded = [
-        _encode(tokenizer, each, add_special_tokens=request.add_special_tokens)
+        encode(tokenizer, each, add_special_tokens=request.add_special_tokens)
         if isinstance(each, str)
         else tuple(each)
         for each in prompts
@@ -121,7 +141,12 @@ def completion_prompts(
     return encoded
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, text: str, *, add_special_tokens: bool) -> TokenIds:
+def encode(tokenizer: PreTrainedTokenizerFast, text: str, *, add_special_tokens: bool) -> TokenIds:
+    """The tokens of a text.
+
+    Raises:
+        RequestError: it has what is no character.
+    """
     _require_characters(text)
     return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 

@@ -7,11 +7,13 @@ them; `fields` says which of them do something. Further fields are allowed and i
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -59,6 +61,33 @@ class _OmitsAbsent(BaseModel):
         return {k: v for k, v in data.items() if v is not None or k not in self.optional}
 
 
+class ContentPart(_Request):
+    """One part of a message; only text parts can be answered."""
+
+    type: str = "text"
+    text: str | None = None
+
+
+class Prediction(_Request):
+    """What an answer will probably be."""
+
+    type: Literal["content"] = "content"
+    content: Text | list[ContentPart]
+
+
+class Likelihood(_Request):
+    """How the tokens of an echoed prompt are scored."""
+
+    method: Literal["chain", "pseudo", "monte_carlo"] = "chain"
+    samples: Int32 = 128
+    context: Int32 = 1
+
+
+def _by_name(value: Any) -> Any:
+    """A method may be named alone."""
+    return {"method": value} if isinstance(value, str) else value
+
+
 class StreamOptions(_Request):
     """What a stream carries beside text."""
 
@@ -82,6 +111,8 @@ class GenerationFields(_Request):
     priority: int | None = Field(0, ge=-INT64_MAX - 1, le=INT64_MAX)
     request_id: Text | None = None
     timeout: float | None = None
+    prediction: Prediction | None = None
+    stream_canvas: bool | None = False
 
     profile: str | None = None
     policy: str | None = None
@@ -155,14 +186,10 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = False
     logprobs: int | None = None
     prompt_embeds: str | list[str] | None = None
-    suffix: str | None = None
-
-
-class ContentPart(_Request):
-    """One part of a message; only text parts can be answered."""
-
-    type: str = "text"
-    text: str | None = None
+    suffix: Text | None = None
+    infill: bool | None = False
+    infill_lengths: list[Int32] | None = None
+    likelihood: Annotated[Likelihood, BeforeValidator(_by_name)] | None = None
 
 
 class ChatMessageParam(_Request):
@@ -209,6 +236,13 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(BaseModel):
+    """What became of a predicted answer's tokens."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens that a request cost."""
 
@@ -216,6 +250,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails = Field(default_factory=PromptTokensDetails)
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class Passes(BaseModel):
@@ -244,6 +279,17 @@ class DiffusionInfo(_OmitsAbsent, ChoiceCost):
     decoding: dict[str, Any]
     encoder_passes: int | None = None
     choices: list[ChoiceCost] | None = None
+
+
+class StepInfo(BaseModel):
+    """What one denoising step wrote: places in the answer, the tokens' texts, and how likely each
+    was."""
+
+    step: int
+    positions: list[int]
+    text: list[str]
+    confidence: list[float]
+    masks: int
 
 
 def _now() -> int:
@@ -278,12 +324,12 @@ class ChatLogprobs(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """The same of a completion, a list per fact."""
+    """The same of a completion, a list per fact; null for a prompt's token that is not scored."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class ChatMessage(_OmitsAbsent):
@@ -316,7 +362,7 @@ class ChatCompletion(_OmitsAbsent, _Response):
     optional = frozenset({"prompt_token_ids"})
 
     object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
+    choices: Sequence[ChatChoice]
     service_tier: None = None
     usage: Usage
     vdiff: DiffusionInfo
@@ -352,7 +398,7 @@ class ChatCompletionChunk(_OmitsAbsent, _Response):
     optional = frozenset({"usage", "vdiff", "prompt_token_ids"})
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
+    choices: Sequence[ChatChunkChoice]
     usage: Usage | None = None
     vdiff: DiffusionInfo | None = None
     prompt_token_ids: list[int] | None = None
@@ -361,10 +407,11 @@ class ChatCompletionChunk(_OmitsAbsent, _Response):
 class CompletionChoice(_OmitsAbsent):
     """One answer, or a part of it in a stream."""
 
-    optional = frozenset({"token_ids", "prompt_token_ids"})
+    optional = frozenset({"token_ids", "prompt_token_ids", "holes"})
 
     index: int
     text: str
+    holes: list[str] | None = None
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
@@ -391,6 +438,22 @@ class CompletionChunk(_OmitsAbsent, _Response):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     vdiff: DiffusionInfo | None = None
+
+
+class ChatStep(_Response):
+    """A chunk without text, between those of a chat, that tells of a denoising step."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+    vdiff: StepInfo
+
+
+class CompletionStep(_Response):
+    """The same of a completion."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+    vdiff: StepInfo
 
 
 class ErrorInfo(BaseModel):

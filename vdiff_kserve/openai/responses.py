@@ -18,15 +18,19 @@ from vdiff_kserve.openai.protocol import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
+    ChatStep,
     ChoiceCost,
     Completion,
     CompletionChoice,
     CompletionChunk,
     CompletionLogprobs,
+    CompletionStep,
+    CompletionTokensDetails,
     DiffusionInfo,
     FinishReason,
     Passes,
     PromptTokensDetails,
+    StepInfo,
     Usage,
 )
 from vdiff_kserve.openai.tool_answers import AnswerDeltas, finish_reason_of, message_of
@@ -81,6 +85,19 @@ def usage(job: Job, ends: Sequence[Piece]) -> Usage:
         completion_tokens=completion,
         total_tokens=job.prompt_tokens + completion,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=_cached_tokens(job, ends)),
+        completion_tokens_details=_prediction_details(job, ends),
+    )
+
+
+def _prediction_details(job: Job, ends: Sequence[Piece]) -> CompletionTokensDetails | None:
+    """How much of the predicted tokens the answers have; None without a prediction."""
+    drafted = sum(token >= 0 for token in job.draft)
+    if not drafted:
+        return None
+    accepted = sum(piece.stats.accepted for piece in ends)
+    return CompletionTokensDetails(
+        accepted_prediction_tokens=accepted,
+        rejected_prediction_tokens=drafted * len(ends) - accepted,
     )
 
 
@@ -136,6 +153,10 @@ class Writer(Protocol):
         """The chunks of a stream that a piece comes to; without one they carry usage only."""
         ...
 
+    def step(self, index: int, view: StepInfo) -> BaseModel:
+        """A chunk without text that tells what a denoising step of an answer wrote."""
+        ...
+
 
 class Events(Protocol):
     """How one endpoint tells the chunks of a stream as server-sent events."""
@@ -180,6 +201,10 @@ class ChunkEvents:
 def _prompt_ids(job: Job, index: int) -> list[int] | None:
     """The prompt of answer number `index`, for a request that wants to see tokens."""
     return list(job.prompts[index // job.n]) if job.output.return_token_ids else None
+
+
+def _holes(piece: Piece) -> list[str] | None:
+    return None if piece.holes is None else list(piece.holes)
 
 
 def _token_ids(job: Job, piece: Piece) -> list[int] | None:
@@ -269,6 +294,17 @@ class ChatWriter:
             prompt_token_ids=prompt_ids,
         )
 
+    def step(self, index: int, view: StepInfo) -> ChatStep:
+        """A chunk without text."""
+        return ChatStep(
+            id=self._id,
+            created=self._created,
+            model=self._job.model,
+            system_fingerprint=FINGERPRINT,
+            choices=[ChatChunkChoice(index=index, delta=ChatDelta())],
+            vdiff=view,
+        )
+
 
 class CompletionWriter:
     """Writes `text_completion` objects."""
@@ -296,6 +332,7 @@ class CompletionWriter:
                     stop_reason=answer.end.stop_reason,
                     token_ids=answer.token_ids if self._job.output.return_token_ids else None,
                     prompt_token_ids=_prompt_ids(self._job, index),
+                    holes=_holes(answer.end),
                 )
                 for index, answer in enumerate(answers)
             ],
@@ -320,7 +357,8 @@ class CompletionWriter:
                     finish_reason=piece.finish_reason,
                     stop_reason=piece.stop_reason,
                     token_ids=_token_ids(self._job, piece),
-                    prompt_token_ids=_prompt_ids(self._job, piece.index) if is_first else None,
+                    prompt_token_ids=self._first_prompt_ids(piece.index) if is_first else None,
+                    holes=_holes(piece),
                 )
             ]
         chunk = CompletionChunk(
@@ -333,6 +371,23 @@ class CompletionWriter:
             vdiff=info,
         )
         return [chunk]
+
+    def _first_prompt_ids(self, index: int) -> list[int] | None:
+        """As vLLM, a stream that echoes its prompt begins with the prompt's tokens."""
+        if self._job.echoes:
+            return list(self._job.prompts[index // self._job.n])
+        return _prompt_ids(self._job, index)
+
+    def step(self, index: int, view: StepInfo) -> CompletionStep:
+        """A chunk without text."""
+        return CompletionStep(
+            id=self._id,
+            created=self._created,
+            model=self._job.model,
+            system_fingerprint=FINGERPRINT,
+            choices=[CompletionChoice(index=index, text="", finish_reason=None)],
+            vdiff=view,
+        )
 
     def _logprobs(
         self, tokens: Sequence[ScoredToken], offset: int = 0

@@ -15,7 +15,8 @@ from vdiff_kserve.observability import metrics
 from vdiff_kserve.openai.cancellation import EventStream
 from vdiff_kserve.openai.dataplane import EngineDataPlane, ServedModel
 from vdiff_kserve.openai.errors import RequestError, shorten, unavailable, unknown_model
-from vdiff_kserve.openai.paths import CHAT, COMPLETIONS, PREFIXES, RESPONSES
+from vdiff_kserve.openai.fim import FimCompletion, FimRequest
+from vdiff_kserve.openai.paths import CHAT, COMPLETIONS, FIM, PREFIXES, RESPONSES
 from vdiff_kserve.openai.protocol import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -62,6 +63,7 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
         for path, handler, answer in (
             (CHAT, generation.chat, ChatCompletion),
             (COMPLETIONS, generation.completion, Completion),
+            (FIM, generation.fill_in, FimCompletion),
             (RESPONSES, generation.response, ResponseObject),
         ):
             router.add_api_route(
@@ -152,6 +154,10 @@ class _Generation:
                 body.model, body, request, request.headers, Response()
             )
         )
+
+    async def fill_in(self, body: FimRequest, request: Request) -> Response:
+        """Write what fits between a prompt and a suffix."""
+        return await self.completion(body, request)
 
     async def response(self, body: ResponsesRequest, request: Request) -> Response:
         """Answer an input. Nothing is stored."""

@@ -7,15 +7,23 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from typing import Any
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
-from vdiff_kserve.engine import GenerationEngine, GenerationStream, Grammars
+from vdiff_kserve.engine import (
+    GenerationEngine,
+    GenerationRequest,
+    GenerationStream,
+    Grammars,
+)
 from vdiff_kserve.observability.requests import RequestRecord, count_refusal
-from vdiff_kserve.openai.answers import Answer, Job, Output
+from vdiff_kserve.openai.answers import Answer, Echo, InfillAnswer, Job, Output
 from vdiff_kserve.openai.bounds import check_bounds
+from vdiff_kserve.openai.candidates import BestOf, EventSource, Nothing
+from vdiff_kserve.openai.canvas import Canvases, canvases_of
 from vdiff_kserve.openai.constraints import constraints_of
 from vdiff_kserve.openai.decoding import report
 from vdiff_kserve.openai.errors import (
@@ -24,17 +32,19 @@ from vdiff_kserve.openai.errors import (
     told_as_request_error,
     unavailable,
 )
+from vdiff_kserve.openai.fim import FimRequest, FimWriter
+from vdiff_kserve.openai.likelihood import Scores, scorer_of
 from vdiff_kserve.openai.limits import (
     ServingLimits,
-    answer_length,
     check,
     decoding_params,
     length_field,
     stop_strings,
     time_allowed,
+    wanted_logprobs,
 )
 from vdiff_kserve.openai.logprobs import TokenTexts
-from vdiff_kserve.openai.prompts import chat_prompt, completion_prompts
+from vdiff_kserve.openai.prediction import check_something_is_left, foreknown
 from vdiff_kserve.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -58,6 +68,10 @@ from vdiff_kserve.openai.structured import AnswerFormat, FormatCompiler, answer_
 from vdiff_kserve.openai.text import AnswerText, Detokenizer
 from vdiff_kserve.openai.tools import ToolUse, forced_calls, tool_use
 from vdiff_kserve.openai.work import Work
+from vdiff_kserve.sampler import DecodingParams
+
+Row = tuple[GenerationRequest, GenerationStream]
+"""What the engine was asked, and where it tells what became of it."""
 
 
 class GenerationService:
@@ -99,7 +113,7 @@ class GenerationService:
         endpoint = "chat" if isinstance(request, ChatCompletionRequest) else "completion"
         await self.prepare([request], endpoint)
         (work,) = self.submit([request], endpoint)
-        writer: Writer = (ChatWriter if endpoint == "chat" else CompletionWriter)(work.job)
+        writer = _writer(request, work.job)
         if not request.stream:
             return await _whole(work, writer.response)
         options = request.stream_options or StreamOptions()
@@ -164,11 +178,15 @@ class GenerationService:
             if self.closed is not None:
                 raise unavailable(self.closed)
             jobs = [self._job(request) for request in requests]
-            streams = iter(self._engine.submit([r for j in jobs for r in j.engine_requests()]))
+            groups = [job.engine_requests() for job in jobs]
+            rows = [row for group in groups for answer in group for row in answer]
+            streams = iter(self._engine.submit(rows))
         self.active += len(jobs)
         return [
-            self._work(job, list(islice(streams, job.num_answers)), endpoint, arrived)
-            for job in jobs
+            self._work(
+                job, [[(row, next(streams)) for row in rows] for rows in group], endpoint, arrived
+            )
+            for job, group in zip(jobs, groups, strict=True)
         ]
 
     @contextmanager
@@ -182,10 +200,9 @@ class GenerationService:
             error.counted = True
             raise
 
-    def _work(
-        self, job: Job, streams: list[GenerationStream], endpoint: str, arrived: float
-    ) -> Work:
-        answers = [self._answer(job, i, stream) for i, stream in enumerate(streams)]
+    def _work(self, job: Job, rows: Sequence[Sequence[Row]], endpoint: str, arrived: float) -> Work:
+        answers = [self._answer(job, i, own) for i, own in enumerate(rows)]
+        streams = [stream for own in rows for _, stream in own]
         record = RequestRecord(
             self._name,
             endpoint,
@@ -196,24 +213,47 @@ class GenerationService:
         )
         return Work(job, record, streams, answers, self._one_less)
 
-    def _answer(self, job: Job, index: int, stream: GenerationStream) -> Answer:
+    def _answer(self, job: Job, index: int, rows: Sequence[Row]) -> Answer:
+        generating = [stream for row, stream in rows if row.scoring is None]
+        infilling = job.infilling(index)
+        source: EventSource = Nothing()
+        if infilling is not None:
+            source = BestOf(generating, infilling.lengths, infilling.longest)
+        elif generating:
+            source = generating[0]
+        texts = TokenTexts(self._tokenizer, as_ids=job.output.return_tokens_as_token_ids)
+        kind: Callable[..., Answer] = Answer
+        if infilling is not None and infilling.texts:
+            kind = partial(InfillAnswer, infilling.texts, partial(self._text, job))
+        return kind(
+            index,
+            source,
+            self._text(job),
+            job.extra_end_ids,
+            include_stop=job.output.include_stop_str_in_output,
+            texts=texts if job.tells_logprobs or job.output.steps else None,
+            logprobs=job.tells_logprobs,
+            echo=self._echo(job, index, [s for row, s in rows if row.scoring is not None], texts),
+        )
+
+    def _text(self, job: Job) -> AnswerText:
         wanted = job.output
-        detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=wanted.skip_special_tokens)
-        text = AnswerText(
-            detokenizer,
+        return AnswerText(
+            Detokenizer(self._tokenizer, skip_special_tokens=wanted.skip_special_tokens),
             job.stops,
             include_stop=wanted.include_stop_str_in_output,
             min_tokens=wanted.min_tokens,
         )
-        texts = TokenTexts(self._tokenizer, as_ids=wanted.return_tokens_as_token_ids)
-        return Answer(
-            index,
-            stream,
-            text,
-            job.extra_end_ids,
-            include_stop=wanted.include_stop_str_in_output,
-            texts=texts if job.tells_logprobs else None,
-        )
+
+    def _echo(
+        self, job: Job, index: int, scoring: Sequence[EventSource], texts: TokenTexts
+    ) -> Echo | None:
+        if not job.echoes:
+            return None
+        prompt = job.prompts[index // job.n]
+        scores = Scores(scoring, are_sums=job.scorer is not None and job.scorer.are_sums)
+        told = texts if job.scorer is not None else None
+        return Echo(job.echoes[index // job.n], prompt, scores, told)
 
     def _one_less(self) -> None:
         self.active -= 1
@@ -221,15 +261,11 @@ class GenerationService:
     def _job(self, request: ChatCompletionRequest | CompletionRequest) -> Job:
         check(request, self.limits)
         check_bounds(request, self.limits, self._longest_token)
-        if isinstance(request, ChatCompletionRequest):
-            prompts = [chat_prompt(request, self._tokenizer, self.limits)]
-        else:
-            prompts = completion_prompts(request, self._tokenizer, self.limits)
+        canvases = canvases_of(request, self._tokenizer, self.limits)
         n = request.n or 1
         spec = self._engine.spec
         extra = tuple(request.stop_token_ids or ())
         ends = extra if request.ignore_eos else (*spec.end_token_ids, *extra)
-        lengths = [answer_length(request, len(prompt), self.limits) for prompt in prompts]
         decoding = decoding_params(request, self.limits)
         unwritten = [spec.mask_token_id, spec.eos_token_id if decoding.logits_eos_inf else None]
         constraints = constraints_of(
@@ -238,7 +274,7 @@ class GenerationService:
             vocab_size=self.limits.vocab_size,
             never_written=frozenset(token for token in unwritten if token is not None),
             end_token_ids=ends,
-            max_tokens=min(lengths),
+            max_tokens=max(1, min(canvases.lengths)),
         )
         if spec.renoising is not None and constraints is not None and constraints.bad_words:
             raise RequestError(
@@ -247,24 +283,47 @@ class GenerationService:
             )
         wanted = self._format(request)
         if wanted is not None:
-            self._formats.check_room(wanted, min(lengths), length_field(request))
+            self._formats.check_room(wanted, min(canvases.lengths), length_field(request))
+            _check_it_is_free(canvases, request)
+        draft, pinned = foreknown(request, self._tokenizer, self.limits, spec.mask_token_id)
+        check_something_is_left(pinned, min(canvases.lengths))
+        scorer = None
+        if isinstance(request, CompletionRequest):
+            scorer = scorer_of(request, self.limits, canvases.prompts, decoding.seed)
+        output = _output(request)
+        if output.steps and self.limits.traits.renoises:
+            raise RequestError(
+                "stream_canvas is not supported by this model, whose canvases are written whole.",
+                param="stream_canvas",
+            )
+        if output.steps and any(len(each.candidates) > 1 for each in canvases.infillings):
+            raise RequestError(
+                "stream_canvas needs one length in infill_lengths: of several, only the best is "
+                "told, once all are complete.",
+                param="stream_canvas",
+            )
         seconds = time_allowed(request, self.limits)
         return Job(
             request_id=clean_id(request.request_id) or new_id(),
             model=request.model or self._name,
-            prompts=prompts,
-            lengths=lengths,
+            prompts=canvases.prompts,
+            lengths=canvases.lengths,
             n=n,
             decoding=replace(decoding, constraints=constraints),
-            decoding_report=report(decoding, max(lengths), self.limits.traits),
+            decoding_report=_report(decoding, canvases, self.limits),
             stops=stop_strings(request),
             end_token_ids=ends,
             extra_end_ids=extra,
             priority=request.priority or 0,
             deadline=None if seconds is None else time.monotonic() + seconds,
-            output=_output(request),
             grammar=None if wanted is None else wanted.grammar,
             tools=_tools(request, self.limits),
+            output=output,
+            infillings=canvases.infillings,
+            draft=draft,
+            pinned=pinned,
+            echoes=canvases.echoes,
+            scorer=scorer,
         )
 
     def _format(self, request: ChatCompletionRequest | CompletionRequest) -> AnswerFormat | None:
@@ -288,6 +347,38 @@ def _most_tokens(request: ChatCompletionRequest | CompletionRequest, limits: Ser
     return min(limits.default_max_tokens if wanted is None else wanted, limits.max_model_len)
 
 
+def _check_it_is_free(
+    canvases: Canvases, request: ChatCompletionRequest | CompletionRequest
+) -> None:
+    """Refuse tokens that are given where an answer must match something.
+
+    Raises:
+        RequestError: naming what gives them.
+    """
+    field = "vllm_xargs" if request.vllm_xargs else None
+    if canvases.infillings and isinstance(request, CompletionRequest):
+        field = "suffix" if request.suffix else "infill"
+    if field is not None:
+        raise RequestError(
+            f"{field} cannot be given together with a format that the answer must match.",
+            param=field,
+        )
+
+
+def _writer(request: ChatCompletionRequest | CompletionRequest, job: Job) -> Writer:
+    if isinstance(request, ChatCompletionRequest):
+        return ChatWriter(job)
+    return FimWriter(job) if isinstance(request, FimRequest) else CompletionWriter(job)
+
+
+def _report(decoding: DecodingParams, canvases: Canvases, limits: ServingLimits) -> dict[str, Any]:
+    """How the answers are decoded, for the response."""
+    told = report(decoding, max(canvases.lengths), limits.traits)
+    if canvases.infillings:
+        told["infill_lengths"] = canvases.infillings[0].lengths
+    return told
+
+
 def _output(request: ChatCompletionRequest | CompletionRequest) -> Output:
     """How the request wants to see its answers; null is the field's default."""
     return Output(
@@ -296,6 +387,8 @@ def _output(request: ChatCompletionRequest | CompletionRequest) -> Output:
         return_token_ids=bool(request.return_token_ids),
         return_tokens_as_token_ids=bool(request.return_tokens_as_token_ids),
         min_tokens=request.min_tokens or 0,
+        logprobs=wanted_logprobs(request) is not None,
+        steps=bool(request.stream and request.stream_canvas),
     )
 
 
@@ -358,6 +451,8 @@ async def _chunks(
     """The chunks of a stream; the last tells what the answers cost."""
     async with aclosing(work.pieces()) as pieces:
         async for piece in pieces:
+            if piece.view is not None:
+                yield writer.step(piece.index, piece.view)
             if not piece.text and piece.finish_reason is None:
                 continue
             is_last = work.num_unfinished == 0 and not options.include_usage

@@ -62,6 +62,8 @@ class StepRows:
         constraints: of the rows that ask something of their tokens; None when none does.
         allowed: of the rows that follow a grammar; None when none does.
         host_row: `row` on the host, when it is not there itself.
+        targets: int64 [positions], the token whose log probability is told in place of the
+            candidate's, -1 for none; None when there is none at all.
     """
 
     row: Tensor
@@ -73,6 +75,7 @@ class StepRows:
     constraints: ConstraintTable | None = None
     allowed: AllowedTokens | None = None
     host_row: Tensor | None = None
+    targets: Tensor | None = None
 
     def part(self, index: slice | Tensor) -> StepRows:
         """The same rows, with only some of the positions."""
@@ -85,7 +88,14 @@ class StepRows:
             position=self.position[index],
             written=self.written[index],
             host_row=host_row,
+            targets=None if self.targets is None else self.targets[index],
         )
+
+    def told(self, candidates: Tensor) -> Tensor:
+        """The tokens whose log probabilities are told: int64 [positions]."""
+        if self.targets is None:
+            return candidates
+        return torch.where(self.targets >= 0, self.targets, candidates)
 
     def per_position(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
         """One value per row -> one per position."""

@@ -1,0 +1,79 @@
+"""Drafts of answers: what the model would write itself is accepted, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.test_infill_row import events_of
+from tests.engine.tiny import running, tiny_decoder
+from vdiff_kserve.engine import GenerationRequest
+from vdiff_kserve.engine.draft_row import in_runs
+from vdiff_kserve.sampler import DecodingParams
+
+DECODER = tiny_decoder()
+PROMPT = (1, 2, 3)
+
+
+def request_of(draft: tuple[int, ...] = (), **fields: Any) -> GenerationRequest:
+    given = fields.pop("given", ())
+    decoding = DecodingParams(**({"block_length": 8, "policy": "threshold"} | fields))
+    return GenerationRequest(PROMPT, 24, decoding, draft=draft, given=given)
+
+
+def answer(engine: Any, request: GenerationRequest) -> tuple[tuple[int, ...], Any]:
+    (told,) = events_of(engine, request)
+    return tuple(t for e in told for t in e.token_ids), told[-1].stats
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_with_its_own_answer_as_draft_the_model_takes_fewer_passes(cache: str) -> None:
+    with running(DECODER) as engine:
+        plain, cost = answer(engine, request_of(cache=cache, policy="low_confidence"))
+        drafted, less = answer(engine, request_of(plain, cache=cache, policy="low_confidence"))
+    assert less.accepted > 0
+    assert less.nfe <= cost.nfe
+    assert less.completion_tokens == 24
+    assert len(drafted) == 24
+
+
+def test_a_draft_that_is_wrong_everywhere_changes_nothing() -> None:
+    with running(DECODER) as engine:
+        plain, cost = answer(engine, request_of(threshold=0.9))
+        wrong = tuple((token + 1) % 30 for token in plain)
+        drafted, same = answer(engine, request_of(wrong, threshold=0.9))
+    assert drafted == plain
+    assert same.accepted == 0
+    assert same.nfe <= cost.nfe + 3  # a check for each block
+
+
+def test_only_tokens_that_the_model_proposed_are_ever_written() -> None:
+    draft = tuple(range(5, 29))
+    with running(DECODER) as engine:
+        answer(engine, request_of(draft, threshold=0.9))
+        (watched,) = engine.watched
+    for step in watched.steps:
+        fresh = (step.masked_before & ~step.masked_after).nonzero().squeeze(-1)
+        proposed = dict(
+            zip(step.decision.positions.tolist(), step.decision.tokens.tolist(), strict=True)
+        )
+        for position in fresh.tolist():
+            assert int(step.after[position]) == proposed[position]
+
+
+def test_pinned_tokens_stay() -> None:
+    given = (-1, 20, -1, 21, *[-1] * 12, *[22] * 8)
+    with running(DECODER) as engine:
+        for draft in ((), tuple(range(24))):
+            tokens, stats = answer(engine, request_of(draft, given=given))
+            assert len(tokens) == stats.completion_tokens == 24
+            assert [t for t, g in zip(tokens, given, strict=True) if g >= 0] == [
+                g for g in given if g >= 0
+            ]
+
+
+def test_a_run_is_so_many_neighbours() -> None:
+    alike = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1]], dtype=torch.bool)
+    assert in_runs(alike, 3).long().tolist() == [[0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1]]
