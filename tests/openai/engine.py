@@ -86,7 +86,9 @@ class ScriptedStream:
 class ScriptedEngine:
     """Gives every request the next script, or refuses them all."""
 
-    spec = SimpleNamespace(end_token_ids=(EOS, EOT), mask_token_id=MASK, eos_token_id=EOS)
+    spec = SimpleNamespace(
+        end_token_ids=(EOS, EOT), mask_token_id=MASK, eos_token_id=EOS, renoising=None
+    )
 
     def __init__(
         self,
