@@ -34,7 +34,12 @@ from benchmarks import serving_report
 from benchmarks.load import Client, Load, Prompt, closed_loop, workload
 from benchmarks.serving_checkpoint import parse_sizes, read_checkpoint, write_random_checkpoint
 from benchmarks.serving_engine import BareEngine, decoding_of, long_prompt
-from benchmarks.serving_machine import best_layer_rate, matrix_rates, round_flops
+from benchmarks.serving_machine import (
+    attention_flops,
+    best_layer_rate,
+    matrix_rates,
+    round_flops,
+)
 from benchmarks.serving_scenarios import short_among_long
 from benchmarks.serving_server import Rounds, Server, model_name, scrape_at_rest
 from vdiff_kserve.models import ModelSpec, choose_device, choose_dtype
@@ -103,6 +108,7 @@ class Level:
         decoding = load.whole[0].decoding if load.whole else {}
         block = decoding.get("block_length", spec.block_length)
         flops = round_flops(spec.decoder, block, rounds)
+        attention = attention_flops(spec.decoder, block, rounds)
         in_rounds = rounds.total_seconds
         return load.summary() | {
             "server_tokens": rounds.generated,
@@ -115,6 +121,7 @@ class Level:
             "cached_tokens": rounds.cached,
             "gflops_in_rounds": flops / in_rounds / 1e9 if in_rounds else 0.0,
             "share_of_matrix_rate": flops / in_rounds / peak if in_rounds else 0.0,
+            "share_with_attention": (flops + attention) / in_rounds / peak if in_rounds else 0.0,
             "share_of_matrix_rate_by_the_clock": flops / load.seconds / peak,
         }
 

@@ -21,8 +21,8 @@ def round_flops(config: DecoderConfig, block: int, rounds: Rounds) -> float:
 
     Counted are the linear layers, two operations per parameter and token, and the logits. The last
     layer computes keys and values for every token, the rest only for the active block. Logits are
-    computed for open positions, of which a block has on average (block + tokens per step) / 2. What
-    attention adds is left out, so the truth is somewhat above this.
+    computed for open positions, of which a block has on average (block + tokens per step) / 2.
+    Attention is counted apart, by `attention_flops`.
 
     Args:
         block: block length of the requests.
@@ -44,6 +44,14 @@ def round_flops(config: DecoderConfig, block: int, rounds: Rounds) -> float:
     per_step = rounds.committed / rounds.passes if rounds.passes else 0.0
     logits = rounds.passes * (block + per_step) / 2 * config.hidden_size * config.vocab_size
     return 2 * (parameters_times_tokens + logits)
+
+
+def attention_flops(config: DecoderConfig, block: int, rounds: Rounds) -> float:
+    """Floating-point operations of attention's two products in some rounds: four per pair of query
+    and key and element of the heads. In the last layer only the active block's queries count."""
+    seen = rounds.computed + rounds.cached
+    pairs = (config.num_layers - 1) * rounds.attended + min(rounds.attended, block * seen)
+    return 4 * config.num_heads * config.head_dim * pairs
 
 
 @torch.inference_mode()

@@ -69,7 +69,7 @@ def _rounds(levels: list[dict[str, Any]]) -> None:
     print("\nwhat the engine's rounds did; share of the best layer rate above")
     print(
         f"{'in flight':>9} {'rows':>6} {'round ms':>9} {'plan+apply':>10} {'forward':>8} "
-        f"{'sample':>7} {'GFLOP/s':>8} {'share':>7} {'by the clock':>12}"
+        f"{'sample':>7} {'GFLOP/s':>8} {'share':>7} {'+attention':>10} {'by the clock':>12}"
     )
     for level in levels:
         phases = level["phase_seconds"]
@@ -79,6 +79,7 @@ def _rounds(levels: list[dict[str, Any]]) -> None:
             f"{level['round_seconds'] * 1000:9.1f} {level['bookkeeping']:10.1%} "
             f"{phases['forward'] / total:8.1%} {phases['sample'] / total:7.1%} "
             f"{level['gflops_in_rounds']:8.1f} {level['share_of_matrix_rate']:7.1%} "
+            f"{level['share_with_attention']:10.1%} "
             f"{level['share_of_matrix_rate_by_the_clock']:12.1%}"
         )
 

@@ -125,6 +125,7 @@ class Rounds:
         passes: forward passes of the diffusion model, one per row and step.
         computed: tokens that they ran over.
         cached: tokens that they read from the cache instead.
+        attended: pairs of a computed token and one that it sees.
         committed: tokens written to canvases.
         generated: tokens sent as final.
         seconds: time by phase: plan, forward, sample, apply.
@@ -135,6 +136,7 @@ class Rounds:
     passes: int
     computed: int
     cached: int
+    attended: int
     committed: int
     generated: int
     seconds: dict[str, float]
@@ -152,6 +154,7 @@ class Rounds:
             passes=int(sum(grown("vdiff_forwards_total", kind) for kind in DIFFUSION_PASSES)),
             computed=int(grown("vdiff_forward_tokens_total", "computed")),
             cached=int(grown("vdiff_forward_tokens_total", "cached")),
+            attended=int(grown("vdiff_forward_attended_total")),
             committed=int(grown("vdiff_parallel_tokens_decoded_total")),
             generated=int(grown("vdiff_generation_tokens_total")),
             seconds={phase: grown("vdiff_round_seconds_sum", phase) for phase in PHASES},

@@ -16,7 +16,7 @@ from benchmarks import serving
 from benchmarks.load import Answer, Client, Load, Prompt, closed_loop, percentile, workload
 from benchmarks.serving_checkpoint import parse_sizes, read_checkpoint, write_random_checkpoint
 from benchmarks.serving_engine import BareEngine, WatchedEngine, decoding_of
-from benchmarks.serving_machine import round_flops
+from benchmarks.serving_machine import attention_flops, round_flops
 from benchmarks.serving_server import Rounds, Server, model_name, scrape_at_rest
 from vdiff_kserve.models import load_tokenizer
 from vdiff_kserve.sampler import DecodingParams
@@ -77,13 +77,22 @@ def test_a_level_is_summed_up_from_its_answers() -> None:
 def test_operations_are_counted_by_hand() -> None:
     config = parse_sizes("2x64x128")
     rounds = Rounds(
-        count=1, rows=1, passes=1, computed=100, cached=0, committed=2, generated=2, seconds={}
+        count=1,
+        rows=1,
+        passes=1,
+        computed=100,
+        cached=0,
+        attended=10_000,
+        committed=2,
+        generated=2,
+        seconds={},
     )
     square, mlp = 64 * 64, 3 * 64 * 192
     first = 100 * (4 * square + mlp)
     last = 100 * 2 * square + 32 * (2 * square + mlp)
     logits = 17 * 64 * 128
     assert round_flops(config, 32, rounds) == 2 * (first + last + logits)
+    assert attention_flops(config, 32, rounds) == 4 * 64 * (100 * 100 + 32 * 100)
 
 
 def test_rounds_are_the_growth_between_two_looks() -> None:
@@ -232,6 +241,7 @@ def test_the_command_compares_and_ends_with_a_line_of_json(
         assert level["errors"] == {}
         assert level["server_tokens"] == level["tokens"]
         assert 0 < level["share_of_matrix_rate_by_the_clock"] <= level["share_of_matrix_rate"] < 1
+        assert level["share_of_matrix_rate"] < level["share_with_attention"] < 1
         assert 0 < level["bookkeeping"] < 1
     (compared,) = report["compared"]["levels"]
     assert compared["concurrency"] == 2

@@ -26,6 +26,7 @@ REPORT = RoundReport(
     block_steps=(8, 2),
     computed=30,
     cached=10,
+    attended=900,
     plan_seconds=0.001,
     forward_seconds=0.2,
     sample_seconds=0.03,
@@ -63,6 +64,7 @@ def test_a_round_is_counted_once_under_each_name(name: str) -> None:
     assert forwards == [4, 2, 2, 2]
     assert value("vdiff_forward_tokens_total", name, source="computed") == 60
     assert value("vdiff_forward_tokens_total", name, source="cached") == 20
+    assert value("vdiff_forward_attended_total", name) == 1800
     assert value("vdiff_parallel_tokens_decoded_total", name) == 14
     assert value("vdiff_round_rows_sum", name) == 6
     assert value("vdiff_round_rows_count", name) == 2

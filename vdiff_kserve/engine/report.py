@@ -25,6 +25,7 @@ class RoundReport:
         block_steps: denoising steps of each block that was finished.
         computed: tokens that the forward passes ran over.
         cached: tokens that they read from the cache instead.
+        attended: pairs of a computed token and one that it sees, in each layer.
         plan_seconds: choosing the rows of the round; waiting for work is not part of it.
         forward_seconds: the diffusion model's forward passes.
         sample_seconds: logits, candidates, the auxiliary model's check, and choices.
@@ -41,6 +42,7 @@ class RoundReport:
     block_steps: tuple[int, ...]
     computed: int
     cached: int
+    attended: int
     plan_seconds: float
     forward_seconds: float
     sample_seconds: float
@@ -81,6 +83,7 @@ class RoundClock:
             block_steps=tuple(steps for steps in blocks if steps is not None),
             computed=sum(decision.span.queries for _, decision in stepped),
             cached=sum(decision.span.keys - decision.span.queries for _, decision in stepped),
+            attended=sum(decision.span.queries * decision.span.keys for _, decision in stepped),
             plan_seconds=self._planned - self._started,
             forward_seconds=forward,
             sample_seconds=sample,

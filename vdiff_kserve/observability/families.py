@@ -121,6 +121,11 @@ FORWARD_TOKENS = Counter(
     "Tokens that forward passes ran over (computed), or read from the cache instead (cached).",
     [*MODEL, "source"],
 )
+ATTENDED = Counter(
+    "vdiff_forward_attended",
+    "Pairs of a computed token and a token that it sees, in each layer of forward passes.",
+    MODEL,
+)
 BLOCK_STEPS = Histogram(
     "vdiff_block_denoising_steps", "Denoising steps of a finished block.", MODEL, buckets=FEW
 )

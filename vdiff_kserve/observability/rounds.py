@@ -23,6 +23,7 @@ class RoundMetrics:
         self._refreshes, self._reuses, self._commits, self._auxiliary = forwards
         sources = [families.FORWARD_TOKENS.labels(model_name, s) for s in families.TOKEN_SOURCES]
         self._computed, self._cached = sources
+        self._attended = families.ATTENDED.labels(model_name)
         phases = [families.ROUND_SECONDS.labels(model_name, phase) for phase in families.PHASES]
         self._plan, self._forward, self._sample, self._apply = phases
         self._rows = families.ROUND_ROWS.labels(model_name)
@@ -45,6 +46,7 @@ class RoundMetrics:
         self._decoded.inc(report.committed)
         self._computed.inc(report.computed)
         self._cached.inc(report.cached)
+        self._attended.inc(report.attended)
         self._plan.observe(report.plan_seconds)
         self._forward.observe(report.forward_seconds)
         self._sample.observe(report.sample_seconds)
