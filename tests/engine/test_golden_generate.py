@@ -136,7 +136,7 @@ CACHE_OF_DUAL = {None: "none", False: "prefix", True: "dual"}
     [
         case
         for case in golden_cases("dream", "generate")
-        if not case.name.startswith("fd_") and case.name != "entropy_infill"
+        if not case.name.startswith("fd_") and "infill" not in case.name
     ],
     ids=lambda case: case.name,
 )
@@ -146,8 +146,12 @@ def test_golden_dream_diffusion_generate(case: GoldenCase) -> None:
     assert {result.stats.nfe for result in results} == {case.nfe}
 
 
-def test_golden_dream_infill() -> None:
-    (case,) = golden_cases("dream", "generate", "entropy_infill")
+@pytest.mark.parametrize(
+    "case",
+    [case for case in golden_cases("dream", "generate") if "infill" in case.name],
+    ids=lambda case: case.name,
+)
+def test_golden_dream_infill(case: GoldenCase) -> None:
     results, rows = generate(case, dream_decoding(case), InfillRow)
     assert rows[0].canvas.tolist() == case.tensor("output_ids")[0].tolist()
     assert results[0].stats.nfe == case.nfe

@@ -47,10 +47,14 @@ def test_golden_logits(case: GoldenCase) -> None:
     torch.testing.assert_close(logits, case.tensor("logits")[mask], **tolerance)
 
 
+@pytest.mark.parametrize("case", golden_cases("apd", "logits"), ids=lambda case: case.name)
 @torch.inference_mode()
-def test_golden_apd_auxiliary_logits() -> None:
-    case = golden_cases("apd", "logits", "ar_logits")[0]
-    decoder = load_causal_decoder(GOLDEN_DIR / "apd" / "ar")
+def test_golden_apd_logits(case: GoldenCase) -> None:
+    """Of both models: the diffusion model and the causal one that checks it."""
+    if case.name.startswith("ar_"):
+        decoder = load_causal_decoder(GOLDEN_DIR / "apd" / "ar")
+    else:
+        decoder, _ = load_decoder(case.folder)
     logits = decoder.logits(decoder(ForwardBatch.dense(case.tensor("input_ids"))))
     torch.testing.assert_close(logits, case.tensor("logits").flatten(0, 1), **DENSE)
 
