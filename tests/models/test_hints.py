@@ -39,6 +39,18 @@ def test_mask_is_the_operators_then_the_configs_then_the_tokenizers(
     assert load_decoder(folder, hints=hints)[1].mask_token_id == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "in_config", "expected"),
+    [("GSAI-ML/iLLaDA-8B-Instruct", None, 5), ("GSAI-ML/iLLaDA-8B-Base", 63, 63)],
+)
+def test_illada_has_another_mask(
+    tmp_path: Path, name: str, in_config: int | None, expected: int
+) -> None:
+    config = CONFIG | {"mask_token_id": in_config}
+    folder = write_single(tmp_path, config, tensors_of(config))
+    assert load_decoder(folder, hints=Hints(name=name))[1].mask_token_id == expected
+
+
 def test_mask_outside_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
     folder = write_single(tmp_path, CONFIG, tensors_of(CONFIG))
     with pytest.raises(CheckpointError, match="from 0 to 63, not 64"):

@@ -75,14 +75,17 @@ def accepted_by_loop(row: OpenRow, confidence: list[float], score: list[float]) 
     masks = [i for i, mask in enumerate(row.masks) if mask]
     ranked = sorted(masks, key=lambda i: (-score[i], i))
     sure = {i for i in masks if confidence[i] >= p.threshold}
+    surer = {i for i in masks if confidence[i] > p.threshold}
     chosen = {
         "threshold": lambda: sure,
         "credit": lambda: sure,
-        "edit": lambda: sure | edited_by_loop(row, confidence),
+        "dynamic": lambda: surer if len(surer) >= row.quota else set(ranked[: row.quota]),
+        "edit": lambda: surer | edited_by_loop(row, confidence),
         "apd": lambda: surest_by_loop(row, confidence, ranked),
         "local": lambda: sure | neighbours_by_loop(row, confidence, sure, masks),
         "factor": lambda: leading_by_loop(row, confidence, ranked),
         "entropy_bound": lambda: leading_entropy_by_loop(row, score, ranked),
+        "entropy_sum": lambda: all_entropy_by_loop(row, score, ranked),
     }[p.policy]()
     return [i in chosen | set(ranked[:1]) for i in range(len(row.written))]
 
@@ -131,8 +134,17 @@ def leading_entropy_by_loop(row: OpenRow, score: list[float], ranked: list[int])
     return chosen
 
 
+def all_entropy_by_loop(row: OpenRow, score: list[float], ranked: list[int]) -> set[int]:
+    spent, chosen = 0.0, set()
+    for i in ranked:
+        spent -= score[i]
+        if spent < row.params.entropy_bound:
+            chosen.add(i)
+    return chosen
+
+
 @pytest.mark.parametrize(
-    "policy", ["threshold", "factor", "entropy_bound", "local", "credit", "edit", "apd"]
+    "policy", [policy for policy in POLICIES if policy not in SCHEDULED_POLICIES]
 )
 def test_policy_equals_a_plain_loop(policy: Policy) -> None:
     @settings(max_examples=120, deadline=None)
@@ -180,13 +192,19 @@ def accepted(confidences: list[float], params: DecodingParams, quota: int = 1) -
             [False, True, True, False, False],
         ),
         (DecodingParams("entropy_bound", entropy_bound=0.2), [False, True, True, False, False]),
+        (DecodingParams("entropy_sum", entropy_bound=0.2), [False, True, False, False, False]),
+        (DecodingParams("entropy_sum", entropy_bound=0.6), [False, True, True, False, False]),
+        (DecodingParams("sequential"), [True, True, True, True, False]),
+        (DecodingParams("dynamic", threshold=0.9), [False, True, True, True, True]),
+        (DecodingParams("dynamic", threshold=0.6), [False, True, True, True, True]),
+        (DecodingParams("dynamic", threshold=0.5), [True, True, True, True, True]),
         (DecodingParams("apd"), [False, True, True, False, False]),
         (DecodingParams("apd", apd_threshold=0.5), [False, True, True, True, True]),
     ],
     ids=lambda value: value.policy if isinstance(value, DecodingParams) else None,
 )
 def test_examples_by_hand(params: DecodingParams, expected: list[bool]) -> None:
-    """Confidences .55 .95 .91 .80 .75; at most four at once for apd."""
+    """Confidences .55 .95 .91 .80 .75; four by schedule, which for apd is the most at once."""
     assert accepted([0.55, 0.95, 0.91, 0.80, 0.75], params, quota=4) == expected
 
 

@@ -1,6 +1,7 @@
-"""LLaDA-8B Base / Instruct and LLaDA-1.5: how their checkpoints describe and name themselves.
+"""LLaDA-8B, LLaDA-1.5 and iLLaDA-8B: how their checkpoints describe and name themselves.
 
-Format: `GSAI-ML/LLaDA-8B-Instruct` on the Hugging Face Hub (OLMo-style field names).
+Format: `GSAI-ML/LLaDA-8B-Instruct` on the Hugging Face Hub (OLMo-style field names). iLLaDA is the
+same with another vocabulary; where its files leave the mask out, its name tells.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.spec import ModelSpec
 
 MASK_TOKEN_ID = 126336
+ILLADA_MASK_TOKEN_ID = 5
 EOT_TOKEN_ID = 126348
 BLOCK_LENGTH = 32
 
@@ -66,6 +68,7 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
     if num_heads % num_kv_heads:
         raise config.error("n_kv_heads", f"{num_kv_heads} does not divide n_heads = {num_heads}")
     embedding_size = config.integer("embedding_size", default=config.integer("vocab_size"))
+    is_illada = "iLLaDA" in config.hints.name
     decoder = DecoderConfig(
         vocab_size=embedding_size,
         hidden_size=hidden_size,
@@ -82,9 +85,11 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
     return ModelSpec(
         family="llada",
         decoder=decoder,
-        mask_token_id=config.mask_token_id(embedding_size, default=MASK_TOKEN_ID),
+        mask_token_id=config.mask_token_id(
+            embedding_size, default=ILLADA_MASK_TOKEN_ID if is_illada else MASK_TOKEN_ID
+        ),
         eos_token_id=config.token_id("eos_token_id", embedding_size),
-        eot_token_id=EOT_TOKEN_ID if embedding_size > EOT_TOKEN_ID else None,
+        eot_token_id=None if is_illada or embedding_size <= EOT_TOKEN_ID else EOT_TOKEN_ID,
         max_model_len=config.integer("max_sequence_length"),
         block_length=BLOCK_LENGTH,
         profiles=PROFILES,
