@@ -124,11 +124,9 @@ def load_model(
     hints = _hints(config, folder, tokenizer)
     model: LanguageModel
     if hints.family is None and is_diffusion_gemma(folder):
-        _refuse_quantization(config, "DiffusionGemma")
-        model, spec = load_diffusion_gemma(folder, device, dtype, mesh)
+        model, spec = load_diffusion_gemma(folder, device, dtype, mesh, config.quantization)
     elif hints.family is None and is_causal(folder):
-        _refuse_quantization(config, "causal models")
-        model, spec = load_causal_model(folder, device, dtype, mesh)
+        model, spec = load_causal_model(folder, device, dtype, mesh, config.quantization)
     else:
         model, spec = load_decoder(folder, device, dtype, mesh, hints, config.quantization)
     spec = with_end_of_turn(spec, tokenizer)
@@ -200,11 +198,6 @@ def _engine_config(
         observer=observer,
         lockstep=lockstep,
     )
-
-
-def _refuse_quantization(config: ServerConfig, models: str) -> None:
-    if config.quantization is not None:
-        raise CheckpointError(f"--quantization is not for {models}")
 
 
 def configured_tokenizer(config: ServerConfig, folder: Path) -> PreTrainedTokenizerFast:

@@ -149,8 +149,10 @@ def test_a_request_ends_with_its_deadline(engine: Engine) -> None:
 
 def test_a_model_that_transformers_runs_is_not_shared() -> None:
     mesh: Any = object()
-    with pytest.raises(CheckpointError, match="not shared"):
+    with pytest.raises(CheckpointError, match="--tensor_parallel_size is not for"):
         load_diffusion_gemma(GOLDEN_DIR / "diffusion_gemma", mesh=mesh)
+    with pytest.raises(CheckpointError, match="--quantization is not for"):
+        load_diffusion_gemma(GOLDEN_DIR / "diffusion_gemma", quantization="int8")
 
 
 @torch.inference_mode()

@@ -175,6 +175,21 @@ def test_a_model_that_cannot_be_cached_is_served_with_a_warning(
     assert "without a cache" in caplog.text
 
 
+def test_only_the_native_decoder_is_quantized(tmp_path: Path) -> None:
+    (tmp_path / "qwen2").mkdir()
+    (tmp_path / "mistral").mkdir()
+    write_causal("qwen2", tmp_path / "qwen2")
+    write_causal("mistral", tmp_path / "mistral")
+    model, _ = load_causal_model(tmp_path / "qwen2", quantization="int8")
+    exact, _ = load_causal_model(tmp_path / "qwen2")
+    batch = ForwardBatch.pack([torch.tensor(PROMPTS[2])])
+    with torch.inference_mode():
+        difference = (model.logits(model(batch)) - exact.logits(exact(batch))).abs().max()
+    assert 0 < difference < 2
+    with pytest.raises(CheckpointError, match="--quantization is not for"):
+        load_causal_model(tmp_path / "mistral", quantization="int8")
+
+
 def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     write_causal("mistral", tmp_path)
     file = tmp_path / "model.safetensors"

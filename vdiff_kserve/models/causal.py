@@ -49,11 +49,13 @@ def load_causal_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     mesh: DeviceMesh | None = None,
+    quantization: str | None = None,
 ) -> tuple[LanguageModel, ModelSpec]:
     """Read a causal language model to be served itself.
 
     Args:
-        mesh: ranks that share a model, which only those do that the native decoder runs.
+        mesh: ranks that share a model.
+        quantization: of its weights. Both are for models that the native decoder runs.
 
     Raises:
         CheckpointError: anything wrong with the folder, in one message.
@@ -62,10 +64,11 @@ def load_causal_model(
     config = CheckpointConfig.read(folder)
     model: LanguageModel
     if _native_layout(config) is not None:
-        model = load_causal_decoder(folder, device, dtype, mesh)
+        model = load_causal_decoder(folder, device, dtype, mesh, quantization)
         longest = config.integer("max_position_embeddings")
-    elif mesh is not None:
-        raise CheckpointError(f"{folder}: models that transformers runs are not shared by GPUs")
+    elif mesh is not None or quantization is not None:
+        option = "--tensor_parallel_size" if quantization is None else "--quantization"
+        raise CheckpointError(f"{folder}: {option} is not for models that transformers runs")
     else:
         model, longest = load_transformers_model(folder, device, dtype)
     cacheable = not isinstance(model, TransformersModel) or isinstance(

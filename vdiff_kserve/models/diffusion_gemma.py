@@ -187,19 +187,21 @@ def load_diffusion_gemma(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     mesh: DeviceMesh | None = None,
+    quantization: str | None = None,
 ) -> tuple[DiffusionGemma, ModelSpec]:
     """Read a DiffusionGemma checkpoint. Its vision tower is left out.
 
     Args:
-        mesh: ranks that share a model, which this one cannot be.
+        mesh, quantization: not for this model, and refused.
 
     Raises:
         CheckpointError: the folder is not sound, or transformers computes other logits than the
             model here.
     """
     folder = Path(folder)
-    if mesh is not None:
-        raise CheckpointError(f"{folder}: models that transformers runs are not shared by GPUs")
+    if mesh is not None or quantization is not None:
+        option = "--tensor_parallel_size" if quantization is None else "--quantization"
+        raise CheckpointError(f"{folder}: {option} is not for models that transformers runs")
     config = CheckpointConfig.read(folder)
     list_tensors(folder)  # safetensors only, and whole
     try:

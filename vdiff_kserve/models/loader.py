@@ -82,6 +82,7 @@ def load_causal_decoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     mesh: DeviceMesh | None = None,
+    quantization: str | None = None,
 ) -> Decoder:
     """Read a causal language model, as `load_decoder` does.
 
@@ -91,7 +92,8 @@ def load_causal_decoder(
     config = CheckpointConfig.read(Path(folder))
     causal_format = find_by_architecture(config, CAUSAL_FORMATS)
     decoder_config = causal_format.read_decoder(config)
-    return _load(Path(folder), decoder_config, causal_format.tensor_names, device, dtype, mesh)
+    names = causal_format.tensor_names
+    return _load(Path(folder), decoder_config, names, device, dtype, mesh, quantization)
 
 
 def _load(
