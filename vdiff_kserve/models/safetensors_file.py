@@ -156,16 +156,23 @@ class TensorReader:
             if len(pending) == READERS:
                 _finish(*pending.popleft(), stored.file)
             piece = flat[start : start + step]
-            memory = piece if direct else self._staged(number % READERS, len(piece), stored.dtype)
+            memory = piece
+            if not direct:
+                self._allocate(pinned=target.is_cuda)
+                bytes_read = self._staging[number % READERS][: len(piece) * stored.dtype.itemsize]
+                memory = bytes_read.view(stored.dtype)
             reading = self._pool.submit(_read_pieces, descriptor, memory, stored, start)
             pending.append((reading, memory, piece))
         while pending:
             _finish(*pending.popleft(), stored.file)
 
-    def _staged(self, number: int, count: int, dtype: torch.dtype) -> Tensor:
-        if not self._staging:
-            self._staging = [returnable(PIECE_BYTES, torch.uint8) for _ in range(READERS)]
-        return self._staging[number].view(dtype)[:count]
+    def _allocate(self, pinned: bool) -> None:
+        """Memory for pieces on their way; GPUs copy fastest from pinned one."""
+        if self._staging:
+            return
+        for _ in range(READERS):
+            memory = returnable(PIECE_BYTES, torch.uint8)
+            self._staging.append(memory.pin_memory() if pinned else memory)
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._files:
