@@ -95,7 +95,8 @@ class Replica:
         loop = asyncio.get_running_loop()
 
         def observe(report: RoundReport) -> None:
-            loop.call_soon_threadsafe(self._note_round, report)
+            with suppress(RuntimeError):  # the loop may be closed, with nobody left to tell
+                loop.call_soon_threadsafe(self._note_round, report)
 
         def make() -> ReplicaModel:
             model = self._loader(self._config, observe)
