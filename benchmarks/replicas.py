@@ -2,11 +2,12 @@
 
     python -m benchmarks.replicas
 
-`--parts` chooses. Throughput: the embedded model as one replica with two threads and as two with one,
-the same requests. Overhead: engines without a model, in this process and behind Ray, asked in the same
-way; a request is timed from `submit` to its only event, a chunk from its engine to this process. Front
-end: a server with two replicas of the embedded model under load, its processor time by process; then
-servers whose engines answer at once, with the requests that their front end answers on one core.
+`--parts` chooses. Throughput: the embedded model as one replica with two threads and as two with
+one, the same requests. Overhead: engines without a model, in this process and behind Ray, asked in
+the same way; a request is timed from `submit` to its only event, a chunk from its engine to this
+process. Front end: a server with two replicas of the embedded model under load, its processor time
+by process; then servers whose engines answer at once, with the requests that their front end
+answers on one core.
 """
 
 from __future__ import annotations
