@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from vdiff_kserve.engine import (
     GenerationRequest,
     GenerationStats,
     GenerationStream,
+    StepView,
     TokenLogprob,
 )
 from vdiff_kserve.sampler import Constraints, DecodingParams
@@ -82,6 +84,28 @@ async def test_a_second_run_that_differs_is_an_error(other: GenerationEvent) -> 
     one.put(other)
     with pytest.raises(DivergedError):
         await told(one.stream)
+
+
+async def test_holes_and_steps_are_not_told_twice() -> None:
+    def view(step: int) -> GenerationEvent:
+        return GenerationEvent((), STATS, view=StepView(step, (0,), (5,), (0.9,), 3))
+
+    run = [
+        view(1),
+        replace(event(5), hole=0),
+        replace(event(), hole=0, end_token_id=3),
+        view(2),
+        replace(event(5, 6), hole=1),
+        replace(event(finish="length"), hole=1),
+    ]
+    for lost_after in range(len(run)):
+        one = ticket()
+        for each in run[:lost_after]:
+            one.put(each)
+        one.begin()
+        for each in run:
+            one.put(each)
+        assert await told(one.stream) == run, lost_after
 
 
 async def test_nothing_follows_the_end() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from asyncio import TimerHandle
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from vdiff_kserve.distributed.messages import Submit
 from vdiff_kserve.engine import EngineError, GenerationEvent, GenerationRequest, GenerationStream
@@ -19,6 +20,13 @@ class DivergedError(EngineError):
     """A request that ran again and answered otherwise."""
 
 
+class Part(NamedTuple):
+    """A token of an answer, and the hole that it fills or ends."""
+
+    hole: int
+    token: int
+
+
 @dataclass(eq=False)
 class Ticket:
     """A request between its admission and its end.
@@ -26,7 +34,7 @@ class Ticket:
     Attributes:
         work: forward-pass tokens that it will cost, estimated.
         prefixes: hashes of the prompt's beginnings, shortest first; empty when nobody caches them.
-        delivered: the tokens that its stream has.
+        delivered: what its stream has.
         losses: replicas that were lost with it.
         timer: ends its wait at its deadline.
     """
@@ -36,11 +44,12 @@ class Ticket:
     stream: GenerationStream
     work: int
     prefixes: tuple[bytes, ...] = ()
-    delivered: list[int] = field(default_factory=list)
+    delivered: list[Part] = field(default_factory=list)
     losses: int = 0
     done: bool = False
     timer: TimerHandle | None = None
     _seen: int = 0
+    _steps_viewed: int = 0
 
     @property
     def place(self) -> tuple[int, int]:
@@ -111,18 +120,28 @@ class Ticket:
         Raises:
             DivergedError: the rest is not what was delivered.
         """
-        tokens, seen, had = event.token_ids, self._seen, len(self.delivered)
-        known = min(len(tokens), had - seen)
-        self._seen += len(tokens)
-        if list(tokens[:known]) != self.delivered[seen : seen + known] or (
+        if event.view is not None:
+            is_new = event.view.step > self._steps_viewed
+            self._steps_viewed = max(self._steps_viewed, event.view.step)
+            return event if is_new else None
+        parts, seen, had = _parts(event), self._seen, len(self.delivered)
+        known = min(len(parts), had - seen)
+        self._seen += len(parts)
+        if parts[:known] != self.delivered[seen : seen + known] or (
             event.finish_reason is not None and self._seen < had
         ):
             raise DivergedError("The answer came out differently when it was run again.")
+        self.delivered += parts[known:]
         if known == 0:
-            self.delivered += tokens
             return event
-        fresh = tokens[known:]
-        if not fresh and event.finish_reason is None:
+        if known == len(parts) and event.finish_reason is None:
             return None
-        self.delivered += fresh
-        return replace(event, token_ids=fresh, logprobs=event.logprobs[known:])
+        return replace(event, token_ids=event.token_ids[known:], logprobs=event.logprobs[known:])
+
+
+def _parts(event: GenerationEvent) -> list[Part]:
+    """The tokens of an event, and the end of the hole that they fill."""
+    parts = [Part(event.hole, token) for token in event.token_ids]
+    if event.end_token_id is not None and event.finish_reason is None:
+        parts.append(Part(event.hole, event.end_token_id))
+    return parts
