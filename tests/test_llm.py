@@ -110,3 +110,15 @@ async def test_async_outputs_grow_and_leaving_frees_the_row() -> None:
         assert llm._engine.kv_tokens_used == 0
     finally:
         llm.shutdown()
+
+
+def test_answers_match_a_schema(llm: LLM) -> None:
+    prompt = "Extract name and age as JSON: Anna is 34 years old."
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"],
+              "additionalProperties": False}  # fmt: skip
+    params = SamplingParams(max_tokens=32, structured_outputs={"json": schema})
+    (output,) = llm.chat([{"role": "user", "content": prompt}], params, use_tqdm=False)
+    assert output.outputs[0].text == '{"name": "Anna"}'
+    assert output.outputs[0].finish_reason == "stop"
+    with pytest.raises(RequestError, match="structured_outputs"):
+        llm.chat(CAPITAL, SamplingParams(structured_outputs={"regex": "("}), use_tqdm=False)

@@ -137,8 +137,14 @@ def assert_valid(result: GenerationResult, schema: dict[str, Any]) -> None:
 
 
 def assert_schemas_are_followed(engine: Engine, numbers: range, **decoding: Any) -> None:
+    assert engine.grammars is not None
     schemas = [random_schema(number) for number in numbers]
-    requests = [request_of(json_grammar(schema), **decoding) for schema in schemas]
+    texts = [json_grammar(schema) for schema in schemas]
+    shortest = [len(engine.grammars.compile(text).shortest) for text in texts]
+    requests = [
+        request_of(text, max_tokens=max(ROOM, least + 40), **decoding)
+        for text, least in zip(texts, shortest, strict=True)
+    ]
     for schema, result in zip(schemas, engine.generate(requests), strict=True):
         assert_valid(result, schema)
 
