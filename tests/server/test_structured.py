@@ -246,7 +246,7 @@ def schema_format(schema: Any) -> dict[str, Any]:
         ({"structured_outputs": {"json": "{"}}, "structured_outputs", "JSON"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs", "tag"),
         ({"structured_outputs": {"grammar": "root ::= zz"}}, "structured_outputs", "zz"),
-        ({"structured_outputs": {"regex": "(a{1000}){1000}"}}, "structured_outputs", "512"),
+        ({"structured_outputs": {"regex": "(a{1000}){1000}"}}, "structured_outputs", "used"),
         ({"tools": []}, "tools", "empty"),
         ({"tool_choice": "auto"}, "tool_choice", "tools"),
         ({"tools": [PERSON], "tool_choice": "any"}, "body.tool_choice", "required"),

@@ -10,7 +10,7 @@ is missed only costs freedom, never correctness.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -23,8 +23,6 @@ MAX_TRIES = 8000
 """Tokens that a thorough search tries, at most; a count, so that it ends alike on every machine."""
 FEW = 24
 """So many allowed tokens are all tried."""
-LETTERS = (b"q", b"x", b"z", b"Q", b" ")
-"""Where all of these may come next, the text is inside a free string."""
 Mask = NDArray[np.bool_]
 
 
@@ -57,12 +55,33 @@ class ClosingSearch:
 
     def _greedy(self, state: LLMatcher, limit: int) -> list[int] | None:
         path: list[int] = []
+        seen: set[bytes] = set()
         while not state.is_accepting():
-            tokens = state.compute_ff_tokens() or [self._closer(_allowed(state))]
+            tokens = state.compute_ff_tokens()
+            if tokens:
+                seen.clear()
+            else:
+                tokens = [self._step(state, seen)]
             path += tokens
             if len(path) > limit or state.try_consume_tokens(tokens) < len(tokens):
                 return None
         return path
+
+    def _step(self, state: LLMatcher, seen: set[bytes]) -> int:
+        """The token that most likely brings the end nearer, in JSON and what looks like it; else
+        one that leads to where the text has not been since tokens were last forced."""
+        allowed = _allowed(state)
+        closer = self._closer(allowed)
+        if closer is not None:
+            return closer
+        here = _signature(state)
+        if here not in seen:
+            seen.add(here)
+            for token in self._candidates(allowed):
+                child = state.deep_copy()
+                if child.try_consume_tokens([token]) and _signature(child) not in seen:
+                    return token
+        return self._longest(allowed)
 
     def _best_first(self, matcher: LLMatcher, limit: int) -> list[int] | None:
         """The shortest path first; of states that allow the same tokens after as many tokens, one
@@ -83,28 +102,32 @@ class ClosingSearch:
                 child = state.deep_copy()
                 if len(path) >= limit or not child.try_consume_tokens([token]):
                     continue
-                signature = b"" if child.is_accepting() else child.compute_bitmask()
-                key = (len(path), signature + child.compute_ff_bytes())
+                key = (len(path), _signature(child))
                 if key not in seen:
                     seen.add(key)
                     heapq.heappush(heap, (len(path) + 1, -next(order), [*path, token], child))
         return None
 
-    def _closer(self, allowed: Mask) -> int:
-        """The token that most likely brings the end nearer, in JSON and what looks like it."""
+    def _closer(self, allowed: Mask) -> int | None:
+        """What ends a string, an object or a list, or goes on to the next part; None where nothing
+        of it may come next."""
         words = self._words
         closing = [t for t in words.closers if allowed[t]]
-        in_string = allowed[words.letters].all()
-        if in_string:
+        if allowed[words.letters].all():  # inside a string
             fitting = [t for t in closing if words.texts[t].startswith(b'"')]
+            if not fitting and allowed[words.blanks].all():
+                return self._longest(allowed)
         else:
             fitting = [t for t in closing if b'"' not in words.texts[t]]
+            fitting = fitting or [t for t in words.commas if allowed[t]]
             fitting = fitting or [t for t in closing if not words.texts[t].strip(b'"')]
-        if fitting:
-            return max(fitting, key=lambda t: len(words.texts[t]))
-        if words.zero is not None and allowed[words.zero] and not in_string:
-            return words.zero
-        for order in (words.plain, words.by_length):
+            if not fitting and words.zero is not None and allowed[words.zero]:
+                return words.zero
+        return max(fitting, key=lambda t: len(words.texts[t]), default=None)
+
+    def _longest(self, allowed: Mask) -> int:
+        """The longest word, or else the shortest token of any kind."""
+        for order in (self._words.plain, self._words.by_length):
             ordered = order[allowed[order]]
             if len(ordered):
                 return int(ordered[0])
@@ -137,7 +160,9 @@ class Words:
         by_length: int64 [n], tokens with a text, the shortest first.
         plain: int64 [n], tokens of letters and digits, the longest first.
         closers: tokens of quotes and closing brackets only.
-        letters: int64 [n], single characters that may come next only inside a free string.
+        commas: tokens of a comma, and what may be written behind it.
+        letters: int64 [n], single letters that may come next only inside a string.
+        blanks: int64 [n], single characters that may come next only inside a free one.
         zero: the token `0`.
     """
 
@@ -146,7 +171,9 @@ class Words:
     by_length: NDArray[np.int64]
     plain: NDArray[np.int64]
     closers: list[int]
+    commas: list[int]
     letters: NDArray[np.int64]
+    blanks: NDArray[np.int64]
     zero: int | None
 
     @classmethod
@@ -165,7 +192,9 @@ class Words:
             by_length=np.array(sorted(written, key=lambda t: len(texts[t])), dtype=np.int64),
             plain=np.array(sorted(plain, key=lambda t: -len(texts[t])), dtype=np.int64),
             closers=[t for t in written if not texts[t].strip(b'"}]')],
-            letters=np.array([single[each] for each in LETTERS if each in single], dtype=np.int64),
+            commas=[t for t in written if texts[t].rstrip(b' "').lstrip() == b","],
+            letters=_those(single, (b"q", b"x", b"z")),
+            blanks=_those(single, (b" ", b"(", b"Q")),
             zero=single.get(b"0"),
         )
 
@@ -173,3 +202,13 @@ class Words:
 def _allowed(state: LLMatcher) -> Mask:
     mask = np.frombuffer(state.compute_bitmask(), dtype=np.uint8)
     return np.unpackbits(mask, bitorder="little").view(np.bool_)
+
+
+def _signature(state: LLMatcher) -> bytes:
+    """Alike for states that go on alike, as far as the next token tells."""
+    mask = b"" if state.is_accepting() else state.compute_bitmask()
+    return mask + state.compute_ff_bytes()
+
+
+def _those(single: Mapping[bytes, int], texts: Sequence[bytes]) -> NDArray[np.int64]:
+    return np.array([single[each] for each in texts if each in single], dtype=np.int64)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class JsonSchemaFormat(BaseModel):
     """OpenAI's wrapping of a JSON schema."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
 
     name: str
     description: str | None = None
@@ -21,7 +21,7 @@ class JsonSchemaFormat(BaseModel):
 class ResponseFormat(BaseModel):
     """OpenAI's `response_format`."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
@@ -30,7 +30,7 @@ class ResponseFormat(BaseModel):
 class StructuredOutputs(BaseModel):
     """vLLM's `structured_outputs`: one kind of constraint, and how JSON is written."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
 
     json_schema: str | dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
