@@ -1,6 +1,6 @@
 """The engine writes what the published decoding loops write, in as many forward passes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -83,38 +83,53 @@ def llada_decoding(case: GoldenCase) -> DecodingParams:
     )
 
 
-GSAI_CASES = [
-    case for family in ("llada", "llada_moe") for case in golden_cases(family, "generate", "gsai")
-]
-FAST_DLLM_CASES = [
-    case for family in ("llada", "llada_moe") for case in golden_cases(family, "generate", "fd")
-]
-
-
-def family_and_name(case: GoldenCase) -> str:
-    return f"{case.family}-{case.name}"
-
-
-@pytest.mark.parametrize("case", GSAI_CASES, ids=family_and_name)
-def test_golden_llada_gsai(case: GoldenCase) -> None:
+def check_gsai(case: GoldenCase) -> None:
     results, _ = generate(case, llada_decoding(case), EveryStepRow)
     assert [list(result.token_ids) for result in results] == case.answers()
     assert {result.stats.nfe for result in results} == {case.nfe}
 
 
-@pytest.mark.parametrize("case", GSAI_CASES, ids=family_and_name)
-def test_golden_llada_without_idle_steps(case: GoldenCase) -> None:
+def check_without_idle_steps(case: GoldenCase) -> None:
     """The engine's own rows write the same, in no more passes than there are tokens."""
     results, _ = generate(case, llada_decoding(case), Row)
     assert [list(result.token_ids) for result in results] == case.answers()
     assert {result.stats.nfe for result in results} == {min(case.nfe, case.params["gen_length"])}
 
 
-@pytest.mark.parametrize("case", FAST_DLLM_CASES, ids=family_and_name)
-def test_golden_llada_fast_dllm(case: GoldenCase) -> None:
+def check_fast_dllm(case: GoldenCase) -> None:
     results, rows = generate(case, llada_decoding(case), FAST_DLLM_ROWS[case.params["variant"]])
     assert [list(result.token_ids) for result in results] == case.answers()
     assert lockstep_passes(rows) == case.nfe
+
+
+@pytest.mark.parametrize("check", [check_gsai, check_without_idle_steps])
+@pytest.mark.parametrize(
+    "case", golden_cases("llada", "generate", "gsai"), ids=lambda case: case.name
+)
+def test_golden_llada_gsai(case: GoldenCase, check: Callable[[GoldenCase], None]) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("check", [check_gsai, check_without_idle_steps])
+@pytest.mark.parametrize(
+    "case", golden_cases("llada_moe", "generate", "gsai"), ids=lambda case: case.name
+)
+def test_golden_llada_moe_gsai(case: GoldenCase, check: Callable[[GoldenCase], None]) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case", golden_cases("llada", "generate", "fd"), ids=lambda case: case.name
+)
+def test_golden_llada_fast_dllm(case: GoldenCase) -> None:
+    check_fast_dllm(case)
+
+
+@pytest.mark.parametrize(
+    "case", golden_cases("llada_moe", "generate", "fd"), ids=lambda case: case.name
+)
+def test_golden_llada_moe_fast_dllm(case: GoldenCase) -> None:
+    check_fast_dllm(case)
 
 
 def dream_decoding(case: GoldenCase) -> DecodingParams:

@@ -117,12 +117,18 @@ def test_routers_stay_float32_in_a_bfloat16_model() -> None:
 @pytest.mark.parametrize(
     ("family", "field", "value", "said"),
     [
-        ("llada_moe", "num_experts_per_tok", 9, "only 8 experts"),
+        ("llada_moe", "num_experts_per_tok", 9, "choose of 8 only"),
+        ("llada_moe", "moe_layer_freq", 1, "list of integers"),
+        ("llada_moe", "partial_rotary_factor", 1.5, "24 of 16"),
         ("llada_moe", "clip_qkv", 8.0, "not supported"),
         ("llada_moe", "moe_router_enable_expert_bias", True, "only False"),
         ("llada_moe", "expert_intermediate_size", None, "missing"),
         ("llada2", "score_function", "softmax", "only 'sigmoid'"),
-        ("llada2", "n_group", None, "missing"),
+        ("llada2", "num_experts_per_tok", 5, "choose of 4 only"),
+        ("llada2", "norm_topk_prob", False, "only True"),
+        ("llada2", "num_shared_experts", "1", "0 or a positive integer"),
+        ("llada2", "first_k_dense_replace", None, "missing"),
+        ("llada2", "n_group", 3, "does not divide 8"),
         ("llada2", "num_key_value_heads", 3, "does not divide 4"),
     ],
 )

@@ -91,9 +91,25 @@ class CheckpointConfig:
             raise self.error(field, f"must be a positive integer, not {value!r}")
         return value
 
-    def number(self, field: str) -> float:
+    def count(self, field: str, default: int | None = None) -> int:
+        """A whole number that may be 0."""
+        value = self._require(field, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(field, f"must be 0 or a positive integer, not {value!r}")
+        return value
+
+    def integers(self, field: str) -> list[int]:
+        """A list of whole numbers, empty when the field is absent."""
+        value = self._fields.get(field)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self.error(field, f"must be a list of integers, not {value!r}")
+        return value
+
+    def number(self, field: str, default: float | None = None) -> float:
         """A positive number."""
-        value = self._require(field, None)
+        value = self._require(field, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise self.error(field, f"must be a positive number, not {value!r}")
         return float(value)

@@ -85,7 +85,9 @@ LLADA_MOE_FIXED: Mapping[str, tuple[Any, ...]] = {
 }
 LLADA2_FIXED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
+    "moe_router_enable_expert_bias": (True,),
     "norm_head": (False,),
+    "norm_topk_prob": (True,),
     "score_function": ("sigmoid",),
     "use_bias": (False,),
     "use_qk_norm": (True,),
@@ -106,17 +108,16 @@ def read_llada_moe_spec(config: CheckpointConfig) -> ModelSpec:
         config.expect(field, allowed)
     if config.get("clip_qkv") is not None:
         raise config.error("clip_qkv", "clipped queries and keys are not supported")
-    frequency = config.get("moe_layer_freq")
-    dense = frozenset(i for i, f in enumerate(frequency or ()) if f == 0)
+    frequencies = config.integers("moe_layer_freq")
     decoder = _read_decoder(
         config,
         moe=MoEConfig(
             num_experts=config.integer("num_experts"),
             experts_per_token=config.integer("num_experts_per_tok"),
             expert_size=config.integer("expert_intermediate_size"),
-            shared_size=config.get("shared_expert_intermediate_size") or 0,
+            shared_size=config.count("shared_expert_intermediate_size", default=0),
         ),
-        dense_layers=dense,
+        dense_layers=frozenset(i for i, each in enumerate(frequencies) if each == 0),
         dense_field="dense_intermediate_size",
         attention_block=None,
     )
@@ -135,14 +136,14 @@ def read_llada2_spec(config: CheckpointConfig) -> ModelSpec:
             experts_per_token=config.integer("num_experts_per_tok"),
             expert_size=expert_size,
             scoring="sigmoid",
-            renormalize=bool(config.get("norm_topk_prob")),
+            renormalize=True,
             scaling=config.number("routed_scaling_factor"),
-            choice_bias=bool(config.get("moe_router_enable_expert_bias")),
-            num_groups=config.integer("n_group"),
+            choice_bias=True,
+            num_groups=config.divisor("n_group", of=config.integer("num_experts")),
             groups_kept=config.integer("topk_group"),
-            shared_size=expert_size * (config.get("num_shared_experts") or 0),
+            shared_size=expert_size * config.count("num_shared_experts"),
         ),
-        dense_layers=frozenset(range(config.get("first_k_dense_replace") or 0)),
+        dense_layers=frozenset(range(config.count("first_k_dense_replace"))),
         dense_field="intermediate_size",
         attention_block=config.block_length(default=BLOCK_LENGTH),
     )
@@ -158,8 +159,9 @@ def _read_decoder(
     dense_field: str,
     attention_block: int | None,
 ) -> DecoderConfig:
-    if moe.experts_per_token > moe.num_experts:
-        raise config.error("num_experts_per_tok", f"there are only {moe.num_experts} experts")
+    candidates = moe.num_experts * min(moe.groups_kept, moe.num_groups) // moe.num_groups
+    if moe.experts_per_token > candidates:
+        raise config.error("num_experts_per_tok", f"a token can choose of {candidates} only")
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
     num_layers = config.integer("num_hidden_layers")
@@ -179,10 +181,20 @@ def _read_decoder(
         tie_embeddings=bool(config.get("tie_word_embeddings")),
         qk_norm=True,
         attention_block=attention_block,
-        rotary_dim=int(head_dim * (config.get("partial_rotary_factor") or 1)),
+        rotary_dim=_rotary_dim(config, head_dim),
         moe=moe,
         dense_layers=dense_layers,
     )
+
+
+def _rotary_dim(config: CheckpointConfig, head_dim: int) -> int:
+    stated = config.integer("rotary_dim", default=head_dim) / head_dim
+    rotary_dim = int(head_dim * config.number("partial_rotary_factor", default=stated))
+    if rotary_dim > head_dim or rotary_dim % 2:
+        raise config.error(
+            "partial_rotary_factor", f"rotates {rotary_dim} of {head_dim} dimensions of a head"
+        )
+    return rotary_dim
 
 
 def _spec(

@@ -39,8 +39,9 @@ def read_moe_spec(config: CheckpointConfig) -> ModelSpec:
         expert_size=config.integer("moe_intermediate_size"),
         renormalize=config.boolean("norm_topk_prob"),
     )
-    dense_layers = frozenset(config.get("mlp_only_layers") or ())
-    return _read(config, "sdar_moe", moe, dense_layers)
+    if moe.experts_per_token > moe.num_experts:
+        raise config.error("num_experts_per_tok", f"there are only {moe.num_experts} experts")
+    return _read(config, "sdar_moe", moe, frozenset(config.integers("mlp_only_layers")))
 
 
 def _read(
