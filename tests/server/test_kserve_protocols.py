@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -222,3 +224,16 @@ def test_grpc_health_and_closed_repository(rpc: GRPCInferenceServiceStub) -> Non
         rpc.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="tiny"))
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert rpc.ModelReady(pb.ModelReadyRequest(name="tiny")).ready
+
+
+def test_v2_and_grpc_write_objects_as_json_texts(
+    http: httpx.Client, rpc: GRPCInferenceServiceStub
+) -> None:
+    asked = json.dumps({"regex": "[0-9]{3}"})
+    answer = rpc.ModelInfer(infer_request(b"go", max_tokens=8, structured_outputs=asked))
+    (text,) = next(o for o in answer.outputs if o.name == "text").contents.bytes_contents
+    assert re.fullmatch("[0-9]{3}", text.decode())
+    wrong = tensor("go") | {"parameters": {"structured_outputs": "{"}}
+    refused = http.post(V2, json=wrong)
+    assert refused.status_code == 400
+    assert "structured_outputs must be JSON" in refused.text

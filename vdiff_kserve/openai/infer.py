@@ -25,6 +25,9 @@ OUTPUTS = {
 }
 """Names and datatypes of the tensors that answer a V2 request; each has one entry per answer."""
 
+OBJECTS = frozenset(("logit_bias", "response_format", "structured_outputs"))
+"""Parameters that are objects, which V2 requests may write as JSON texts."""
+
 AnyRequest = ChatCompletionRequest | CompletionRequest
 
 
@@ -118,6 +121,16 @@ def _facts(answer: FinishedAnswer) -> dict[str, Any]:
     }
 
 
+def _value(name: str, value: Any) -> Any:
+    """A V2 parameter, of which gRPC knows plain values only: others are JSON texts."""
+    if name not in OBJECTS or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} must be JSON: {error}", param=name) from error
+
+
 async def infer_v2(
     request: InferRequest, service: GenerationService, request_id: str
 ) -> InferResponse:
@@ -133,7 +146,8 @@ async def infer_v2(
         raise RequestError(
             "inputs must hold one tensor of prompts, of datatype BYTES.", param="inputs"
         )
-    parameters = {"request_id": request_id, **to_http_parameters(request.parameters or {})}
+    given = to_http_parameters(request.parameters or {})
+    parameters = {"request_id": request_id, **{k: _value(k, v) for k, v in given.items()}}
     prompts = _prompts(request.inputs[0])
     requests = [_request({**parameters, "prompt": prompt}) for prompt in prompts]
     answers = [a for given in await service.answer(requests, "v2") for a in given]
