@@ -95,7 +95,7 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     special |= {"enforce_eager": "true"}
     special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
     special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
-    special |= {"quantization": "int8"}
+    special |= {"quantization": "int8", "device_map": "auto"}
     special |= {"trust_remote_code": "true", "tool_call_parser": "json"}
     special |= {"replica_memory": "3GiB", "replicas": "1:4", "dcp_path": str(tmp_path)}
     of_replicas = {"ray_address": "auto", "ray_dashboard": "true", "enable_restart": "true"}
@@ -244,6 +244,10 @@ def test_two_models_contradict_each_other(capsys):
         ("--device gpu", "--device: must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         ("--quantization int2", "--quantization: must be one of int8, fp8, int4, got 'int2'"),
         ("--quantization int8 --tensor_parallel_size 2", "contradict each other"),
+        ("--device_map auto --device cpu", "contradict each other; give one of them"),
+        ("--device_map auto --tensor_parallel_size 2", "contradict each other"),
+        ("--device_map auto --quantization int8", "contradict"),
+        ("--device_map gpu", "must be auto, balanced, cpu, cuda or cuda:N"),
         ("--revision v1", "--revision is for --model_id, --model and --base_model"),
         ("--base_model a/b", "--dcp_path and --base_model need each other; give both"),
         ("--dcp_path . --base_model a/b/c", "must be a folder that exists or a hub id"),

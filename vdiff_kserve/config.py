@@ -201,6 +201,17 @@ class ServerConfig:
         help="Devices of this machine that share the model, each with a part of every layer; on a "
         "CPU as many processes.",
     )
+    device_map: str | None = _setting(
+        str,
+        None,
+        group="model",
+        metavar="MAP",
+        pattern=(r"auto|balanced|cpu|cuda(:\d+)?", "auto, balanced, cpu, cuda or cuda:N"),
+        default_text="all on --device",
+        help="For a model that one GPU does not hold: auto keeps what does not fit on the next "
+        "GPUs, then in host memory, balanced as much on every GPU; all is computed on the first, "
+        "so that it is slow. A device's name is the same as --device.",
+    )
     max_model_len: int | None = _setting(
         int,
         None,
@@ -571,6 +582,7 @@ class ServerConfig:
                 f"--base_model must be a folder that exists or {hub.allowed}, got "
                 f"{self.base_model!r}"
             )
+        self._check_placement()
         if self.quantization and self.tensor_parallel_size > 1:
             raise ConfigError("--quantization and --tensor_parallel_size contradict each other")
         if self.revision and self.hub_id is None and self.base_model is None:
@@ -579,6 +591,18 @@ class ServerConfig:
             raise ConfigError(
                 f"--model must be a folder that exists or {hub.allowed}, got {self.model!r}"
             )
+
+    def _check_placement(self) -> None:
+        if self.device_map is None:
+            return
+        if self.device != "auto":
+            raise ConfigError("--device_map and --device contradict each other; give one of them")
+        if self.tensor_parallel_size > 1:
+            raise ConfigError("--device_map and --tensor_parallel_size contradict each other")
+        if self.replicas is not None:
+            raise ConfigError("--device_map and --replicas contradict each other")
+        if self.quantization and self.device_map in ("auto", "balanced"):
+            raise ConfigError(f"--device_map {self.device_map} and --quantization contradict")
 
     @property
     def checkpoint_dir(self) -> Path | None:

@@ -25,6 +25,7 @@ from vdiff_kserve.engine import (
     measured_token_budget,
 )
 from vdiff_kserve.models import (
+    SPREADS,
     CheckpointError,
     Decoder,
     Hints,
@@ -117,18 +118,22 @@ def load_model(
     """
     started = time.perf_counter()
     folder = find_checkpoint(config)
-    device = choose_device(config.device) if rank is None else rank.device
+    spread = config.device_map if config.device_map in SPREADS else None
+    named = config.device if spread else config.device_map or config.device
+    device = choose_device(named) if rank is None else rank.device
     dtype = choose_dtype(config.dtype, device)
     tokenizer = configured_tokenizer(config, folder)
     mesh = None if rank is None else rank.mesh
     hints = _hints(config, folder, tokenizer)
     model: LanguageModel
+    if spread and hints.family is None and (is_diffusion_gemma(folder) or is_causal(folder)):
+        raise CheckpointError(f"--device_map {spread} is for models that the native decoder runs")
     if hints.family is None and is_diffusion_gemma(folder):
         model, spec = load_diffusion_gemma(folder, device, dtype, mesh, config.quantization)
     elif hints.family is None and is_causal(folder):
         model, spec = load_causal_model(folder, device, dtype, mesh, config.quantization)
     else:
-        model, spec = load_decoder(folder, device, dtype, mesh, hints, config.quantization)
+        model, spec = load_decoder(folder, device, dtype, mesh, hints, config.quantization, spread)
     spec = with_end_of_turn(spec, tokenizer)
     if spec.mask_token_id is None:
         _refuse_options_of_masks(config)
@@ -194,7 +199,7 @@ def _engine_config(
         kv_cache_memory=parse_size(config.kv_cache_memory) if config.kv_cache_memory else None,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.enable_prefix_caching,
-        enforce_eager=config.enforce_eager,
+        enforce_eager=config.enforce_eager or config.device_map in SPREADS,
         observer=observer,
         lockstep=lockstep,
     )

@@ -12,6 +12,7 @@ from vdiff_kserve.models.diffusion_gemma import (
 from vdiff_kserve.models.language_model import ForwardPass, LanguageModel
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
+from vdiff_kserve.models.placement import SPREADS
 from vdiff_kserve.models.precision import choose_device, choose_dtype
 from vdiff_kserve.models.quantization import QUANTIZATIONS
 from vdiff_kserve.models.reuse_graphs import ReuseGraphs
@@ -22,6 +23,7 @@ from vdiff_kserve.models.transfer import to_device
 
 __all__ = [
     "QUANTIZATIONS",
+    "SPREADS",
     "CheckpointError",
     "Decoder",
     "DecoderConfig",

@@ -22,6 +22,7 @@ from vdiff_kserve.models.decoder import Decoder, DecoderConfig
 from vdiff_kserve.models.moe import Experts, Router
 from vdiff_kserve.models.packed_linear import PackedLinear, can_pack, pack_linear_layer
 from vdiff_kserve.models.pickled_weights import pickle_files
+from vdiff_kserve.models.placement import compute_on, free_memory, place_modules
 from vdiff_kserve.models.quantization import (
     check_quantization,
     quantize_linear_layer,
@@ -54,6 +55,7 @@ def load_decoder(
     mesh: DeviceMesh | None = None,
     hints: Hints | None = None,
     quantization: str | None = None,
+    spread: str | None = None,
 ) -> tuple[Decoder, ModelSpec]:
     """Read a diffusion model's checkpoint folder in its published format.
 
@@ -61,6 +63,8 @@ def load_decoder(
         mesh: ranks that share the model, of which this one reads its part only; None reads all.
         hints: what is known of it beside its `config.json`.
         quantization: of the blocks' linear layers, one of QUANTIZATIONS; None keeps `dtype`.
+        spread: how weights that `device`, the first GPU, has no room for are kept elsewhere, one of
+            SPREADS; None keeps all of them there.
 
     Returns:
         the decoder in eval mode without gradients, and what is known about the model.
@@ -72,7 +76,7 @@ def load_decoder(
     family = find_family(config)
     spec = family.read_spec(config)
     decoder = _load(
-        Path(folder), spec.decoder, family.tensor_names, device, dtype, mesh, quantization
+        Path(folder), spec.decoder, family.tensor_names, device, dtype, mesh, quantization, spread
     )
     return decoder, spec
 
@@ -104,6 +108,7 @@ def _load(
     dtype: torch.dtype,
     mesh: DeviceMesh | None = None,
     quantization: str | None = None,
+    spread: str | None = None,
 ) -> Decoder:
     """Build a decoder without memory and fill it tensor by tensor, with a progress bar in bytes.
 
@@ -117,6 +122,10 @@ def _load(
     places = _match(decoder, tensor_names, stored, folder)
     slices = {} if mesh is None else shard(decoder, mesh)
     device = torch.device(device)
+    devices: dict[str, torch.device] = {}
+    if spread is not None:
+        device = torch.device("cuda:0") if device.type == "cuda" else device
+        devices = place_modules(decoder, spread, dtype, free_memory())
     packs = can_pack(device, dtype)
     packed = _packed_weights(decoder) if packs else set()
     quantized = set()
@@ -146,7 +155,8 @@ def _load(
                 else:
                     pack_linear_layer(decoder, place.parameter, weight)
             else:
-                weight = _materialize(decoder, place.parameter, device, dtype)
+                home = _home(place.parameter, devices, device)
+                weight = _materialize(decoder, place.parameter, home, dtype)
                 reader.fill(weight[place.index], part)
                 _require_finite(weight[place.index], place, part)
             unread[place.parameter] -= 1
@@ -157,7 +167,17 @@ def _load(
         decoder.lm_head.weight = decoder.embed_tokens.weight
         if packs and isinstance(decoder.lm_head, nn.Linear):
             setattr(decoder, "lm_head", PackedLinear(decoder.lm_head))  # noqa: B010  another class
-    return decoder.requires_grad_(False).eval()
+    decoder.requires_grad_(False).eval()
+    compute_on(decoder, devices, device)
+    return decoder
+
+
+def _home(
+    parameter: str, devices: Mapping[str, torch.device], default: torch.device
+) -> torch.device:
+    """Where a parameter is kept: as the part of the decoder that it belongs to."""
+    parts = (device for name, device in devices.items() if parameter.startswith(f"{name}."))
+    return next(parts, default)
 
 
 def _packed_weights(decoder: Decoder) -> set[str]:
