@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -266,6 +267,27 @@ async def test_failing_forward_fails_only_its_culprit(error: type[BaseException]
         assert engine.alive
     assert [tokens_of(events) for events in answers] == [result.token_ids for result in expected]
     assert [events[-1].stats for events in answers] == [result.stats for result in expected]
+
+
+def test_memory_of_a_failed_attempt_is_free_before_the_next() -> None:
+    """What a forward pass held when memory ran out must not stand in the way of half the rows."""
+
+    class Narrow(Decoder):
+        def forward(self, batch: ForwardBatch) -> Tensor:
+            held_meanwhile = [each() for each in held if each() is not None]
+            if len(batch.spans) > 1:
+                activations = torch.zeros(1000)
+                held.append(weakref.ref(activations))
+                raise torch.OutOfMemoryError("no memory for so many rows")
+            assert not held_meanwhile, "the failed attempt still holds its tensors"
+            return super().forward(batch)
+
+    held: list[weakref.ref[Tensor]] = []
+    narrow = Narrow(DECODER.config).requires_grad_(False).eval()
+    narrow.load_state_dict(DECODER.state_dict())
+    requests = [request_of(prompt=(i,), max_tokens=4) for i in range(4)]
+    assert generate(narrow, *requests) == generate(DECODER, *requests)
+    assert held, "no attempt failed"
 
 
 def test_many_culprits_fail_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -298,19 +299,17 @@ class Engine:
             self._runner.advance(row, layers)
         except Exception as error:  # noqa: BLE001 - whatever the forward pass raised
             _make_room(error)
-            self._fail(row)
+            self._fail(row, error)
 
     def _step(self, rows: Sequence[Row]) -> list[tuple[Row, Decision]]:
         """One denoising step of `rows`; returns those that took it. One that fails is tried again
         with half of them, so that a row which fails alone is failed alone."""
-        try:
-            decisions = self._runner.step(rows)
-        except Exception as error:  # noqa: BLE001 - whatever the forward pass raised
-            _make_room(error)
+        decisions, failure = self._attempt(rows)
+        if failure is not None:
             if len(rows) > 1:
                 middle = len(rows) // 2
                 return self._step(rows[:middle]) + self._step(rows[middle:])
-            self._fail(rows[0])
+            self._fail(rows[0], failure)
             return []
         self.num_steps += 1
         stepped = []
@@ -321,13 +320,21 @@ class Engine:
                 if was_fresh or row.finish_reason is not None:
                     self._memory.publish(row)
                 stepped.append((row, decision))
-            except Exception:  # noqa: BLE001 - one row's fault must not reach the others
-                self._fail(row)
+            except Exception as error:  # noqa: BLE001 - one row's fault must not reach the others
+                self._fail(row, error)
         return stepped
 
-    def _fail(self, row: Row) -> None:
-        """Take out the row whose exception is being handled."""
-        logger.exception("Request %s failed.", row.request.request_id)
+    def _attempt(self, rows: Sequence[Row]) -> tuple[Sequence[Decision], Exception | None]:
+        """The rows' decisions, or what the step raised, with all that it held let go."""
+        try:
+            return self._runner.step(rows), None
+        except Exception as error:  # noqa: BLE001 - whatever the forward pass raised
+            _make_room(error)
+            return (), error
+
+    def _fail(self, row: Row, failure: Exception) -> None:
+        """Take out a row that cannot go on."""
+        logger.error("Request %s failed.", row.request.request_id, exc_info=failure)
         self._scheduler.release([row])
         row.sink(EngineError("The model failed on this request."))
 
@@ -337,7 +344,9 @@ class Engine:
 
 
 def _make_room(error: Exception) -> None:
-    """Give freed memory back to the device before the next attempt."""
+    """Let go of the tensors that the failed attempt left in its frames, and give freed memory back
+    to the device before the next one."""
+    traceback.clear_frames(error.__traceback__)
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
 
