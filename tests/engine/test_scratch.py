@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.engine.tiny import MASK, tiny_decoder
 from vdiff_kserve.engine.kv_cache import KVCache
+from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.engine.request import GenerationRequest
-from vdiff_kserve.engine.row_kinds import make_row
 from vdiff_kserve.engine.runner import (
     GREEDY_LOGITS_PER_CHUNK,
     LOGITS_PER_CHUNK,

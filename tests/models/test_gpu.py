@@ -72,7 +72,7 @@ def test_answers_in_float32_are_those_of_a_cpu() -> None:
 
 @pytest.mark.parametrize("decoding", [{}, {"policy": "threshold", "threshold": 0.5}])
 def test_a_round_waits_for_the_gpu_once(decoding: dict, decoder: Decoder) -> None:
-    from vdiff_kserve.engine.row_kinds import make_row
+    from vdiff_kserve.engine.make_row import make_row
 
     with running(decoder, EngineConfig(kv_cache_tokens=400)) as engine:
         engine.stop()

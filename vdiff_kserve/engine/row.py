@@ -21,6 +21,7 @@ from vdiff_kserve.engine.request import (
 )
 from vdiff_kserve.models import ForwardPass, ModelSpec, RowSpan
 from vdiff_kserve.sampler import (
+    DREAM_POLICIES,
     DecodingParams,
     Evidence,
     Logprobs,
@@ -126,7 +127,7 @@ class Row:
 
     def __len__(self) -> int:
         """Tokens of the canvas."""
-        return len(self.canvas)
+        return self.canvas.shape[0]
 
     @property
     def cache_runs(self) -> int:
@@ -145,7 +146,9 @@ class Row:
         """Tokens that the next step commits by schedule, or at most for APD by confidence."""
         if self.params.policy == "apd":
             return self.params.apd_max_parallel
-        left = int(self.masked[self.block_start : self.block_end].sum())
+        left = self._block_masks
+        if self.params.policy in DREAM_POLICIES:
+            left = int(self.masked[self.block_start : self.block_end].sum())
         return quota(self.params, self._block_masks, left, self._block_steps, self._block_step)
 
     @property
@@ -360,6 +363,8 @@ class Row:
 
     def _advance_frontier(self) -> None:
         """Move the frontier to the first mask, or past the first end token; send what it passed."""
+        if self.frontier < len(self) and self.masked[self.frontier]:
+            return
         masks = self.masked[self.frontier :].nonzero()
         reached = self.frontier + int(masks[0]) if len(masks) else len(self)
         reached = min(reached, self.answer_end)

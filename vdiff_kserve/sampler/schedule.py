@@ -26,7 +26,7 @@ def quota(params: DecodingParams, masks: int, left: int, steps: int, step: int) 
 
     Args:
         masks: masked positions when the block began.
-        left: masked positions now.
+        left: masked positions now; only Dream's policies look at it.
         steps: steps of the block.
     """
     if params.policy in DREAM_POLICIES:
