@@ -72,6 +72,11 @@ class RenoiseRow(Row):
         return random_tokens(self.params.seed, positions, number, self._vocab_size)
 
     @property
+    def cache_runs(self) -> int:
+        """The decoder reads the prompt from nowhere else."""
+        return 1
+
+    @property
     def draws(self) -> int:
         """Sets of random tokens that were drawn so far, the canvas's first one included."""
         return self._draws + 1
