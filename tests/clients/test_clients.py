@@ -152,6 +152,12 @@ def test_an_evaluation_program(server: ServerProcess, tmp_path: Path, client: st
 
 
 @pytest.mark.slow
+def test_multiple_choice_tasks(server: ServerProcess, tmp_path: Path) -> None:
+    script = HERE / "lm_eval_choices_client.py"
+    run(server, python_with("lm_eval"), script, tmp_path, EMBEDDED, folder=tmp_path)
+
+
+@pytest.mark.slow
 def test_openai_for_node(server: ServerProcess) -> None:
     if shutil.which("npm") is None:
         pytest.skip("needs Node and npm")
