@@ -1,6 +1,6 @@
 """140 requests that a genuine vLLM answered: the same status, error and shape, or a written reason.
 
-`INTENDED` lists what differs for good; `REFUSED_FOR_NOW` what this server will learn.
+`INTENDED` lists what differs for good, `OFFERED` what only this server answers.
 """
 
 from __future__ import annotations
@@ -35,10 +35,6 @@ WHOLE_HERE = ("h.treq", "h.tnamed", "h.tsnamed")
 """Forced calls that `max_tokens` cut off in the recording, where they are text; here they are
 always whole."""
 
-REFUSED_FOR_NOW = {
-}  # fmt: skip
-"""Requests whose field is refused with a 400 that names it, where vLLM acts on it."""
-
 KEYS_NOT_COMPARED = {
     "permission": "vLLM's list of made-up permissions of a model",
     "created_cache_tokens": "no prompt is cached",
@@ -52,8 +48,7 @@ OFFERED = ("c.suffix",)
 NO_ROUTE = ("msgs", "render", "inv", "batch")
 """Requests to routes that this server does not have."""
 
-refused_for_now = {name for names in REFUSED_FOR_NOW.values() for name in names}
-others = {*INTENDED, *OFFERED, *NO_ROUTE, *WHOLE_HERE, *refused_for_now}
+others = {*INTENDED, *OFFERED, *NO_ROUTE, *WHOLE_HERE}
 alike = [r for r in RECORDED if r["name"] not in others]
 
 
@@ -133,14 +128,6 @@ def assert_same_stream(response: httpx.Response, expected: dict[str, Any]) -> No
     assert_has_shape(shape(chunks[-1]), expected["last"])
     first = expected["first"]
     assert_has_shape(shape(chunks[0]), first)
-
-
-@pytest.mark.parametrize("name", sorted(refused_for_now))
-def test_what_is_not_supported_yet_is_refused_by_name(http: httpx.Client, name: str) -> None:
-    response = send(http, BY_NAME[name])
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert error["param"].removeprefix("body.").partition(".")[0] in BY_NAME[name]["request"]
 
 
 @pytest.mark.parametrize("name", ["404", "embed", "c.get"])
