@@ -342,6 +342,20 @@ def test_the_grammar_goes_before_what_else_is_asked(random_model: Engine) -> Non
     assert_valid(result, PERSON)
 
 
+@pytest.mark.parametrize("shortest", [0, 1])
+def test_a_text_that_the_bans_leave_nothing_ends_where_it_may(
+    random_model: Engine, shortest: int
+) -> None:
+    grammar = LLMatcher.grammar_from_regex(f"[a-z]{{{shortest},3}}")
+    asked = Constraints(allowed_token_ids=ids("Q"))
+    params = DecodingParams(block_length=8, policy="threshold", constraints=asked)
+    (result,) = random_model.generate(
+        [GenerationRequest(ids("x"), 9, params, (EOS, EOT), grammar=grammar)]
+    )
+    assert result.finish_reason == "stop"
+    assert re.fullmatch(f"[a-z]{{{shortest},3}}", text_of(result))
+
+
 def test_log_probabilities_are_told_of_every_token(random_model: Engine) -> None:
     events: list[Any] = []
     request = request_of(json_grammar(PERSON), top_logprobs=2)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from vdiff_kserve.engine.autoregressive import AutoregressiveRow
 from vdiff_kserve.engine.grammar import GrammarCursor, GrammarError
-from vdiff_kserve.engine.request import EventSink, FinishReason, GenerationRequest, TokenLogprob
+from vdiff_kserve.engine.request import (
+    EventSink,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    TokenLogprob,
+)
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow, BlockCausalRow
 from vdiff_kserve.engine.sub_blocks import SubBlockRow
@@ -50,7 +56,7 @@ class GrammarRow(Row):
 
     def admitted(self) -> None:
         super().admitted()
-        super()._advance_frontier()
+        self._tell()
 
     def next_allowed(self, vocab_size: int) -> tuple[int, Tensor]:
         """The frontier, and which tokens may stand there: bool [vocab]."""
@@ -84,7 +90,14 @@ class GrammarRow(Row):
 
     def _advance_frontier(self) -> None:
         self._settle()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Send what became final; that the text has ended too, where nothing is new but that."""
+        before = self.frontier
         super()._advance_frontier()
+        if self.frontier == before and self.finish_reason is not None:
+            self.sink(GenerationEvent((), self.stats, self.finish_reason))
 
     def _settle(self) -> None:
         """Let the grammar take what is written from the frontier on."""
