@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DiffusionGemmaForBlockDiffusion
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    EntropyBoundSampler,
+    EntropyBoundSamplerConfig,
+)
 
 from tests.golden import GOLDEN_DIR, GoldenCase, golden_cases
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
@@ -23,7 +29,8 @@ from vdiff_kserve.models import (
     RowSpan,
     load_diffusion_gemma,
 )
-from vdiff_kserve.sampler import DecodingParams
+from vdiff_kserve.sampler import DecodingParams, random_tokens, seed_of_draw
+from vdiff_kserve.sampler.noise import gumbel
 
 FAMILY = "diffusion_gemma"
 MOE = {"atol": 2e-3, "rtol": 1e-3}
@@ -156,3 +163,69 @@ def test_golden_diffusion_gemma_generate(case: GoldenCase) -> None:
         assert answer == expected
         count = len(answer) + (result.finish_reason == "stop")
         assert count / result.stats.nfe == pytest.approx(rate)
+
+
+class EnginesNumbers:
+    """Gives transformers' sampler the random numbers that the engine takes for a seed."""
+
+    def __init__(self, seed: int, first: int, canvas: int, vocab_size: int) -> None:
+        self.seed, self.canvas, self.vocab_size = seed, canvas, vocab_size
+        self.positions = torch.arange(first - canvas, first)
+        self.drawn = 0
+        self.renoises = False
+
+    def initialize_canvas(self) -> Tensor:
+        if not self.renoises:
+            self.positions = self.positions + self.canvas
+        tokens = random_tokens(self.seed, self.positions, self.drawn, self.vocab_size)
+        self.drawn += 1
+        return tokens[None]
+
+    def multinomial(self, probabilities: Tensor, **_: Any) -> Tensor:
+        seeds = torch.full_like(self.positions, seed_of_draw(self.seed, self.drawn - 1))
+        noise = gumbel(seeds, self.positions, self.vocab_size)
+        return (probabilities.double().log() + noise).argmax(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_drawn_answers_equal_those_of_transformers(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of `generate`, at the published temperatures, given the engine's random numbers."""
+    gemma, spec = loaded()
+    prompt, canvas = list(range(30, 43)), spec.block_length
+    settings = Renoising(max_steps=9, confidence_threshold=1.2)
+    spec = replace(spec, renoising=settings)
+    decoding = DecodingParams(
+        **dict(spec.profiles["quality"]) | {"entropy_bound": 1.0, "block_length": canvas}, seed=seed
+    )
+    assert decoding.temperature == 1
+    engine = Engine(gemma, spec, EngineConfig())
+    engine.start()
+    (result,) = engine.generate([GenerationRequest(tuple(prompt), 2 * canvas, decoding)])
+    engine.stop()
+
+    numbers = EnginesNumbers(seed, len(prompt), canvas, spec.decoder.vocab_size)
+    renoise_canvas = EntropyBoundSampler.renoise_canvas
+
+    def renoise(sampler: EntropyBoundSampler, *arguments: Any) -> Tensor:
+        numbers.renoises = True
+        tokens = renoise_canvas(sampler, *arguments)
+        numbers.renoises = False
+        return tokens
+
+    monkeypatch.setattr(
+        EntropyBoundSampler, "initialize_canvas", lambda *_, **__: numbers.initialize_canvas()
+    )
+    monkeypatch.setattr(EntropyBoundSampler, "renoise_canvas", renoise)
+    monkeypatch.setattr(torch, "multinomial", numbers.multinomial)
+    stock = DiffusionGemmaForBlockDiffusion.from_pretrained(GOLDEN_DIR / FAMILY).eval()
+    written = stock.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=2 * canvas,
+        max_denoising_steps=settings.max_steps,
+        confidence_threshold=settings.confidence_threshold,
+        sampler_config=EntropyBoundSamplerConfig(entropy_bound=1.0),
+    )
+    assert list(result.token_ids) == written.sequences[0, len(prompt) :].tolist()
+    assert 2 * canvas / result.stats.nfe == pytest.approx(float(written.tokens_per_forward[0]))

@@ -18,6 +18,7 @@ from vdiff_kserve.models import (
     CheckpointError,
     Decoder,
     ForwardBatch,
+    causal_attention,
     is_causal,
     load_causal_model,
 )
@@ -173,6 +174,18 @@ def test_a_model_that_cannot_be_cached_is_served_with_a_warning(
     with caplog.at_level(logging.WARNING, "kserve.vdiff.model"):
         load_causal_model(tmp_path)
     assert "without a cache" in caplog.text
+
+
+def test_a_cache_that_loses_something_is_found_out_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = write_causal("mistral", tmp_path)
+    monkeypatch.setattr(causal_attention, "_keep", lambda *_: None)
+    with caplog.at_level(logging.WARNING, "kserve.vdiff.model"):
+        (result,) = generate(tmp_path, PROMPTS[:1])
+    assert "keeps more than keys and values" in caplog.text
+    assert list(result.token_ids) == greedy(reference, PROMPTS[0])
+    assert result.stats.refreshes == NEW_TOKENS
 
 
 def test_only_the_native_decoder_is_quantized(tmp_path: Path) -> None:
