@@ -85,7 +85,6 @@ def check(
 
 SAMPLINGS = [
     {},
-    {"temperature": 1.0},
     {"temperature": 0.7, "top_k": 12, "top_p": 0.9},
 ]
 

@@ -15,6 +15,8 @@ from openai import BadRequestError, OpenAI
 from tests.golden import GOLDEN_DIR
 from tests.server.checkpoint import make_tokenizer
 from tests.server.process import ServerProcess
+from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.loading import load_model
 
 MESSAGES = [{"role": "user", "content": "Which family are you of?"}]
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -54,7 +56,14 @@ def ask(client: OpenAI, **fields: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("family", DEFAULTS)
+SLOW = ("llada", "dream")
+"""Families whose golden checkpoints other tests of the server serve."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in DEFAULTS],
+)
 def test_golden_family_is_served_without_a_flag(family: str, tmp_path: Path) -> None:
     with client_of("--model_dir", str(make_folder(tmp_path / family, family))) as client:
         whole = ask(client)
@@ -74,6 +83,7 @@ def test_golden_family_is_served_without_a_flag(family: str, tmp_path: Path) -> 
             assert again.choices[0].message.content == whole.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_names_a_causal_class_is_served_as_its_family(tmp_path: Path) -> None:
     """Open-dCoder's form: Qwen2's class, no mask in `config.json` but in the tokenizer."""
     own = make_folder(tmp_path / "dream", "dream")
@@ -90,7 +100,25 @@ def test_a_checkpoint_that_names_a_causal_class_is_served_as_its_family(tmp_path
     assert told.vdiff["nfe"] == expected.vdiff["nfe"]
 
 
-def test_block_size_is_that_of_the_model(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "sdar", "sdar", block_size=None)
-    with client_of("--model_dir", str(folder), "--block_size", "8") as client:
-        assert ask(client).vdiff["decoding"]["block_length"] == 8
+@pytest.mark.parametrize(
+    ("name", "decoding", "expected"),
+    [("sdar-b32", {"block_length": 8}, 8), ("sdar-b16", {}, 16), ("sdar", {}, 4)],
+)
+def test_block_size_is_that_of_the_model(
+    tmp_path: Path, name: str, decoding: dict[str, int], expected: int
+) -> None:
+    """`--block_size`, else the folder's name, where `config.json` leaves it out."""
+    folder = make_folder(tmp_path / name, "sdar", block_size=None)
+    loaded = load_model(ServerConfig(model_dir=str(folder), decoding=decoding))
+    loaded.engine.stop()
+    assert loaded.spec.block_length == expected
+    assert loaded.limits.decoding.block_length == expected
+
+
+def test_family_and_mask_are_those_that_are_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "coder", "dream", architectures=["Qwen2ForCausalLM"])
+    told = ServerConfig(model_dir=str(folder), diffusion_family="dream", mask_token_id=7)
+    loaded = load_model(told)
+    loaded.engine.stop()
+    assert loaded.spec.family == "dream"
+    assert loaded.spec.mask_token_id == 7
