@@ -39,19 +39,24 @@ step "The same, streamed"
 post /v1/chat/completions "{\"model\": \"$model\", \"max_tokens\": 64, \"stream\": true,
     \"messages\": [{\"role\": \"user\", \"content\": \"What is 17 + 25?\"}]}"
 
+step "In the form of OpenAI's newer API   POST /v1/responses"
+post /v1/responses "{\"model\": \"$model\", \"max_output_tokens\": 64,
+    \"input\": \"What is 17 + 25?\"}"
+echo
+
 step "As its authors decode   POST /v1/completions, profile exact"
 post /v1/completions "{\"model\": \"$model\", \"max_tokens\": 32, \"profile\": \"exact\",
-    \"prompt\": \"2 + 2 =\"}"
+    \"prompt\": \"The capital of France is\"}"
 echo
 
 step "Through KServe's V1   POST /v1/models/$model:predict"
-post "/v1/models/$model:predict" '{"instances": ["2 + 2 ="], "parameters": {"max_tokens": 16}}'
+post "/v1/models/$model:predict" '{"instances": ["The capital of France is"], "parameters": {"max_tokens": 16}}'
 echo
 
 step "Through KServe's V2   POST /v2/models/$model/infer"
 post "/v2/models/$model/infer" '{"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES",
-    "data": ["2 + 2 ="]}], "parameters": {"max_tokens": 16}}'
+    "data": ["The capital of France is"]}], "parameters": {"max_tokens": 16}}'
 echo
 
 step "What it counted   GET /metrics"
-get /metrics | grep -E '^vdiff_(requests|generation_tokens|nfe|forwards)[a-z_]*\{' || true
+get /metrics | grep -E '^vdiff_(requests|generation_tokens|forwards)[a-z_]*\{' || true

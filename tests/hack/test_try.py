@@ -31,12 +31,14 @@ def test_the_tour_shows_every_protocol(url, given):
     done = tour(url, *given)
     assert done.returncode == 0, done.stdout + done.stderr
     sections = done.stdout.split("\n== ")[1:]
-    assert len(sections) == 8
+    assert len(sections) == 9
     assert '"chat.completion"' in sections[2]
     assert "data: [DONE]" in sections[3]
-    assert '"predictions"' in sections[5]
-    assert '"outputs"' in sections[6]
-    assert 'vdiff_requests_running{model_name="tour"}' in sections[7]
+    assert '"object":"response"' in sections[4]
+    assert " Paris." in sections[5]
+    assert '"predictions"' in sections[6]
+    assert '"outputs"' in sections[7]
+    assert 'vdiff_requests_running{model_name="tour"}' in sections[8]
 
 
 def test_it_fails_where_nothing_listens():

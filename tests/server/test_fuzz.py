@@ -11,11 +11,13 @@ import pytest
 from pydantic import BaseModel
 
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+from vdiff_kserve.openai.response_objects import ResponsesRequest
 
 HI = [{"role": "user", "content": "hi"}]
 ENDPOINTS: tuple[tuple[type[BaseModel], str, dict[str, Any]], ...] = (
     (ChatCompletionRequest, "/v1/chat/completions", {"messages": HI, "max_tokens": 4}),
     (CompletionRequest, "/v1/completions", {"prompt": "hi", "max_tokens": 4}),
+    (ResponsesRequest, "/v1/responses", {"input": "hi", "max_output_tokens": 4}),
 )
 VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 1.5, 0.5, 1e308, -1e308, 2**70, -(2**63)),

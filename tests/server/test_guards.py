@@ -133,7 +133,7 @@ def test_all_else_needs_one(http: httpx.Client, path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/chat/completions", "/openai/v1/completions", "/tokenize", "/detokenize",
+    ["/v1/chat/completions", "/openai/v1/completions", "/v1/responses", "/tokenize", "/detokenize",
      "/v1/models/tiny:predict", "/v2/models/tiny/infer", "/v2/repository/models/tiny/unload"],
 )  # fmt: skip
 def test_a_request_without_a_key_is_not_even_read(http: httpx.Client, path: str) -> None:
