@@ -215,3 +215,34 @@ def test_the_connection_goes_on_after_every_error(http: httpx.Client) -> None:
     ports.add(response.extensions["network_stream"].get_extra_info("client_addr")[1])
     assert http.post(CHAT, json=HI).status_code == 200
     assert len(ports) == 1
+
+
+def nested(depth: int) -> Any:
+    return json.loads('{"a":' * depth + "1" + "}" * depth)
+
+
+@pytest.mark.parametrize("depth", [300, 900])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, HI | {"chat_template_kwargs": {"a": None}}),
+        (CHAT, HI | {"response_format": {"type": "json_schema", "json_schema": {"schema": None}}}),
+        (CHAT, {"messages": [{"role": "user", "content": "hi", "extra": None}], "max_tokens": 4}),
+        (CHAT, HI | {"tools": [{"type": "function", "function": {"name": "f", "a": None}}]}),
+        (CHAT, HI | {"vllm_xargs": {"a": None}}),
+        (CHAT, HI | {"unknown": None}),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": 4, "structured_outputs": {"json": None}}),
+        ("/v1/responses", {"input": [{"role": "user", "content": "x", "extra": None}]}),
+        ("/v1/responses", {"input": "x", "metadata": {"a": None}, "max_output_tokens": 4}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "hi", "extra": None}]}),
+        ("/v1/models/tiny:predict", {"instances": [{"prompt": "hi", "unknown": None}]}),
+        ("/v2/models/tiny/infer", {"inputs": [], "parameters": {"a": None}}),
+    ],
+)
+def test_nesting_never_breaks_the_server(
+    http: httpx.Client, path: str, body: dict[str, Any], depth: int
+) -> None:
+    content = json.dumps(body).replace("null", json.dumps(nested(depth)))
+    response = http.post(path, content=content, headers=JSON)
+    assert response.status_code in (200, 400), response.text
+    assert response.status_code == 200 or response.json()["error"]

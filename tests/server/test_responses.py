@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import httpx
@@ -185,6 +186,11 @@ def test_what_was_asked_for_is_told_again(http: httpx.Client) -> None:
         ("input", [], "not be empty"),
         ("input", 3, "input"),
         ("text", {"format": {"type": "yaml"}}, "json_object or json_schema"),
+        ("metadata", {"a": "\ud800"}, "can be told again"),
+        ("metadata", {"\ud800": 1}, "can be told again"),
+        ("reasoning", {"a": [math.nan]}, "can be told again"),
+        ("metadata", json.loads('{"a":' * 300 + "1" + "}" * 300), "can be told again"),
+        ("user", "\ud800", "lone surrogate"),
         ("tools", [{"type": "web_search"}], "functions only"),
         ("tool_choice", {"type": "mcp"}, "name a function"),
     ],
@@ -193,8 +199,9 @@ def test_a_wrong_value_is_refused_by_name(
     http: httpx.Client, field: str, value: Any, reason: str
 ) -> None:
     for stream in (False, True):
-        body = {"input": "x", "stream": stream, field: value}
-        error = error_of(http.post("/v1/responses", json=body), 400)
+        body = json.dumps({"input": "x", "stream": stream, field: value})
+        headers = {"Content-Type": "application/json"}
+        error = error_of(http.post("/v1/responses", content=body, headers=headers), 400)
         assert field in error["param"]
         assert reason in error["message"]
 

@@ -110,6 +110,11 @@ class RequestError(OpenAIError, GrpcException):  # type: ignore[misc]
         return {"Retry-After": str(self._retry_after)} if self.status in RETRIABLE else {}
 
 
+def nested_too_deep(param: str = "body") -> RequestError:
+    """The request's parts lie too deep in each other."""
+    return RequestError(f"{param} is nested too deep.", param=param)
+
+
 def unavailable(message: str) -> RequestError:
     """The server cannot answer now; later or elsewhere it may be possible."""
     return RequestError(message, status=HTTPStatus.SERVICE_UNAVAILABLE)
@@ -211,6 +216,15 @@ def told_as_request_error() -> Iterator[None]:
     except Exception as error:
         logger.exception("A request failed unexpectedly.")
         raise internal_error() from error
+
+
+@contextmanager
+def nesting_refused() -> Iterator[None]:
+    """Tell a request whose parts lie too deep in each other to be read that it is so."""
+    try:
+        yield
+    except RecursionError as error:
+        raise nested_too_deep() from error
 
 
 @contextmanager

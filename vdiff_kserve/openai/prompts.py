@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from vdiff_kserve.openai.errors import RequestError, out_of_range
+from vdiff_kserve.openai.errors import RequestError, nested_too_deep, out_of_range
 from vdiff_kserve.openai.limits import ServingLimits, check_token_ids
 from vdiff_kserve.openai.literals import Literals
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, CompletionRequest
@@ -110,7 +110,11 @@ def _message(message: ChatMessageParam, index: int) -> dict[str, Any]:
                     param=where,
                 )
         content = "\n".join(part.text or "" for part in content)
-    return message.model_dump(exclude_unset=True) | {"content": content or ""}
+    try:
+        fields = message.model_dump(exclude_unset=True)
+    except ValueError as error:  # pydantic's limit; its fields are whatever a template may read
+        raise nested_too_deep(f"messages.{index}") from error
+    return fields | {"content": content or ""}
 
 
 def completion_prompts(

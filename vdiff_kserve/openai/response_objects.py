@@ -5,9 +5,10 @@ Only what a model that writes text can need: messages, and calls of functions.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
 from vdiff_kserve.openai.protocol import (
     ChatTokenLogprob,
@@ -17,6 +18,22 @@ from vdiff_kserve.openai.protocol import (
     Text,
 )
 
+ANYTHING = TypeAdapter(Any)
+
+
+def _tellable(value: Any) -> Any:
+    """Requests can spell what no answer may hold: lone surrogates, numbers that are none, and
+    nesting that is too deep to write."""
+    try:
+        json.dumps(value, allow_nan=False)
+        ANYTHING.dump_json([[[value]]])  # as deep as it will be in an event
+    except (ValueError, RecursionError) as error:
+        raise ValueError("must be JSON that can be told again") from error
+    return value
+
+
+Told = AfterValidator(_tellable)
+"""A field that the response tells again."""
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
@@ -26,9 +43,9 @@ class ResponsesRequest(GenerationFields):
     input: Text | list[dict[str, Any]] | None = None
     instructions: Text | None = None
     max_output_tokens: Int32 | None = None
-    text: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    text: Annotated[dict[str, Any] | None, Told] = None
+    tools: Annotated[list[dict[str, Any]] | None, Told] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, Told] = None
     parallel_tool_calls: bool | None = True
     include: list[str] | None = None
     top_logprobs: int | None = None
@@ -36,12 +53,13 @@ class ResponsesRequest(GenerationFields):
 
     background: bool | None = False
     conversation: str | dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any] | None, Told] = None
     previous_response_id: str | None = None
     prompt: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
+    reasoning: Annotated[dict[str, Any] | None, Told] = None
     store: bool | None = False
     truncation: str | None = None
+    user: Text | None = None
 
 
 class TokenLogprob(BaseModel):

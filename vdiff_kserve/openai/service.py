@@ -29,6 +29,7 @@ from vdiff_kserve.openai.decoding import report
 from vdiff_kserve.openai.errors import (
     RequestError,
     counted_here,
+    nesting_refused,
     told_as_request_error,
     unavailable,
 )
@@ -127,7 +128,8 @@ class GenerationService:
         Raises:
             RequestError: the request cannot be answered.
         """
-        chat = as_chat(request)
+        with nesting_refused():
+            chat = as_chat(request)
         with in_own_names():
             await self.prepare([chat], "responses")
             (work,) = self.submit([chat], "responses")
@@ -193,7 +195,7 @@ class GenerationService:
     def _refusals(self, endpoint: str, count: int) -> Iterator[None]:
         """Tell what goes wrong inside as a `RequestError`, and count it for so many requests."""
         try:
-            with told_as_request_error():
+            with told_as_request_error(), nesting_refused():
                 yield
         except RequestError as error:
             count_refusal(self._name, endpoint, error.status, error, count)

@@ -11,7 +11,12 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from vdiff_kserve.openai.errors import RequestError, invalid_body, told_as_request_error
+from vdiff_kserve.openai.errors import (
+    RequestError,
+    invalid_body,
+    nesting_refused,
+    told_as_request_error,
+)
 from vdiff_kserve.openai.fields import refuse_unsupported
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.prompts import chat_prompt
@@ -85,7 +90,7 @@ class Tokens:
         )
 
     async def _run(self, work: Callable[[], Result]) -> Result:
-        with told_as_request_error():
+        with told_as_request_error(), nesting_refused():
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
