@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.engine.tiny import request_of, running, tiny_decoder
 from tests.models.test_attention import TOLERANCE, store_for, use_packed
+from vdiff_kserve.engine import EngineConfig
 from vdiff_kserve.models import ForwardBatch, KeyValueStore, ReuseGraphs, RowSpan
 from vdiff_kserve.models.reuse_graphs import bucket_of
 
@@ -40,7 +41,7 @@ def graphs_of(decoder: torch.nn.Module, record: Callable = run_again) -> ReuseGr
     return ReuseGraphs(decoder, 96, record)
 
 
-@pytest.mark.parametrize(("queries", "first", "outputs"), [(8, 0, 8), (9, 0, 8), (8, 2, 4)])
+@pytest.mark.parametrize(("queries", "first", "outputs"), [(8, 0, 8), (9, 0, 8), (8, 2, 1)])
 @torch.inference_mode()
 def test_captured_passes_equal_plain_ones(
     queries: int, first: int, outputs: int, monkeypatch: pytest.MonkeyPatch
@@ -124,9 +125,9 @@ def test_models_on_a_cpu_have_no_graphs() -> None:
     assert ReuseGraphs.for_model(tiny_decoder(), 96) is None
 
 
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(("shifted", "eager"), [(False, False), (True, False), (False, True)])
 def test_the_engine_answers_the_same_with_captured_passes(
-    shifted: bool, monkeypatch: pytest.MonkeyPatch
+    shifted: bool, eager: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of several shapes: refreshes, cached blocks, short last blocks, guidance, no cache."""
     requests = [
@@ -140,12 +141,14 @@ def test_the_engine_answers_the_same_with_captured_passes(
         expected = engine.generate(requests)
     use_packed(monkeypatch)
     captured: list[ReuseGraphs] = []
+    config = EngineConfig(enforce_eager=eager)
 
     def for_model(decoder: torch.nn.Module, longest: int) -> ReuseGraphs:
         captured.append(ReuseGraphs(decoder, longest, run_again))
         return captured[-1]
 
     monkeypatch.setattr(ReuseGraphs, "for_model", for_model)
-    with running(decoder, shifted=shifted) as engine:
+    with running(decoder, config, shifted=shifted) as engine:
         assert engine.generate(requests) == expected
-    assert captured[0]._captured, "nothing was captured"
+    assert bool(captured) != eager
+    assert all(each._captured for each in captured), "nothing was captured"

@@ -33,7 +33,9 @@ class VarlenCall:
     Attributes:
         cu_queries: int32 [sequences + 1], where each sequence's queries begin, and the end.
         cu_keys: int32 [sequences + 1], the same of its keys.
-        max_queries: most queries of a sequence; `max_keys` likewise, or a bound of it.
+        max_queries: a bound of a sequence's queries, 2 at least: at 1, FlashAttention-2 takes for
+            granted that every sequence has exactly one.
+        max_keys: a bound of a sequence's keys.
     """
 
     cu_queries: Tensor
@@ -121,7 +123,7 @@ def _call(
 ) -> VarlenCall:
     both = torch.tensor(sequences_of(queries, key_starts, keys), dtype=torch.int32)
     cu_queries, cu_keys = to_device(both, device)
-    return VarlenCall(cu_queries, cu_keys, max(queries), max(keys))
+    return VarlenCall(cu_queries, cu_keys, max(2, *queries), max(keys))
 
 
 def attend_packed(

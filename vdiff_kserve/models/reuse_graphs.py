@@ -156,7 +156,7 @@ class CapturedReuse:
         ids, positions, places, wanted = self._inputs.split(self._sizes)
         cu_queries, cu_outputs, cu_keys = self._bounds
         rows, outputs = (
-            PackedRows(None, VarlenCall(cu, cu_keys, most, longest), 0, 0, ())
+            PackedRows(None, VarlenCall(cu, cu_keys, max(2, most), longest), 0, 0, ())
             for cu, most in ((cu_queries, shape.queries), (cu_outputs, shape.outputs))
         )
         return ForwardBatch.of_tensors(
