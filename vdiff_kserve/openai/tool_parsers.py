@@ -23,6 +23,7 @@ HEAD = re.compile(
 """How a call begins when its arguments can be told while they are written."""
 JSON_PART = re.compile(r'"(?:[^"\\]|\\.)*(?P<closed>")?|[{}\[\],]|[^\s"{}\[\],]+', re.DOTALL)
 """A string, a sign, or a run of anything else."""
+SIGNS = "{}[],"
 HEAD_LENGTH = 512
 """A call that has not begun within so many characters is text."""
 BLANK = " \t\r\n"
@@ -70,24 +71,42 @@ def make_parser(
     return HermesParser(functions) if name == "hermes" else JsonParser(functions)
 
 
-def value_end(text: str, start: int) -> int | None:
-    """Where the JSON value that begins at `start` ends; None while it goes on."""
-    depth = 0
-    for part in JSON_PART.finditer(text, start):
+class ValueScanner:
+    """Finds where the JSON value that begins at `start` ends, in a text that grows."""
+
+    def __init__(self, start: int) -> None:
+        self._next = start  # the first part that was not read yet
+        self._depth = 0
+        self._end: int | None = None
+
+    def end(self, text: str) -> int | None:
+        """Where the value ends; None while it goes on."""
+        if self._end is None:
+            for part in JSON_PART.finditer(text, self._next):
+                self._next = part.start()
+                if self._is_unfinished(part) or self._ends_before(part):
+                    break
+                self._next = part.end()
+                if self._depth == 0:
+                    self._end = part.end()
+                    break
+        return self._end
+
+    def _is_unfinished(self, part: re.Match[str]) -> bool:
+        """Whether more text may belong to a string or a word."""
         first = part[0][0]
-        if first in "{[":
-            depth += 1
-            continue
-        if first in "}],":
-            if depth == 0:
-                return part.start()
-            depth -= first != ","
-        elif first == '"' and part["closed"] is None:
-            return None  # a string that goes on
-        if depth == 0:
-            is_closed = first in '"}]' or part.end() < len(text)
-            return part.end() if is_closed else None
-    return None
+        if first == '"':
+            return part["closed"] is None
+        return first not in SIGNS and self._depth == 0 and part.end() == len(part.string)
+
+    def _ends_before(self, part: re.Match[str]) -> bool:
+        """Take note of a sign; says whether it belongs to what is around the value."""
+        first = part[0][0]
+        if first in "}]," and self._depth == 0:
+            self._end = part.start()
+            return True
+        self._depth += (first in "{[") - (first in "}]")
+        return False
 
 
 class CallReader:
@@ -107,7 +126,8 @@ class CallReader:
         self.failed = False
         self._number = number
         self._functions = functions
-        self._arguments = 0  # where they begin
+        self._whole = ValueScanner(0)
+        self._arguments: ValueScanner | None = None
         self._told = 0
 
     def is_open(self) -> bool:
@@ -118,11 +138,11 @@ class CallReader:
         """What the new text makes certain of the call."""
         self.seen += text
         found = [] if self.begun else self._begin()
-        end = value_end(self.seen, 0)
+        end = self._whole.end(self.seen)
         if end is not None and not self.failed:
             self.seen, self.rest = self.seen[:end], self.seen[end:]
-        if self.begun:
-            found += self._more_arguments()
+        if self._arguments is not None:
+            found += self._more_arguments(self._arguments)
         elif self.rest is not None:
             found += self._in_other_order()
         return found
@@ -134,14 +154,15 @@ class CallReader:
             self.failed = name not in self._functions
             if self.failed:
                 return []
-            self.begun, self._arguments, self._told = True, head.end(), head.end()
+            self.begun, self._told = True, head.end()
+            self._arguments = ValueScanner(head.end())
             return [Found("", self._number, new_call_id(), name)]
         start = self.seen.lstrip()
         self.failed = bool(start) and (start[0] != "{" or len(start) > HEAD_LENGTH)
         return []
 
-    def _more_arguments(self) -> list[Found]:
-        end = value_end(self.seen, self._arguments)
+    def _more_arguments(self, arguments: ValueScanner) -> list[Found]:
+        end = arguments.end(self.seen)
         fresh = self.seen[self._told : end]
         self._told = max(self._told, len(self.seen) if end is None else end)
         return [Found(fresh, self._number)] if fresh else []
