@@ -68,7 +68,8 @@ class ServerContainer:
 
 @cache
 def runtimes() -> dict[str, dict]:
-    return {each["metadata"]["name"]: each for each in rendered("runtimes")}
+    found = [*rendered("runtimes"), *rendered("multinode")]
+    return {e["metadata"]["name"]: e for e in found if e["kind"] == "ServingRuntime"}
 
 
 @cache

@@ -147,5 +147,5 @@ def test_cluster_runtimes_differ_in_kind_only():
     cluster = {each["metadata"]["name"]: each for each in rendered("runtimes/cluster")}
     assert {each["kind"] for each in cluster.values()} == {"ClusterServingRuntime"}
     assert {name: each["spec"] for name, each in cluster.items()} == {
-        name: each["spec"] for name, each in runtimes().items()
+        each["metadata"]["name"]: each["spec"] for each in rendered("runtimes")
     }
