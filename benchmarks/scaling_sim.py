@@ -241,11 +241,14 @@ def row(world: World) -> str:
     """The outcome as a row of the table."""
     outcome = Simulation(world).run()
     share = outcome.requests_per_second / world.capacity
-    p50, p95, p99 = np.percentile(outcome.latencies, (50, 95, 99))
+    latencies = " | ".join(["none ended"] * 3)
+    if outcome.latencies.size:
+        shares = np.percentile(outcome.latencies, (50, 95, 99))
+        latencies = " | ".join(f"{each:.1f} s" for each in shares)
     return (
         f"| {world.replicas} | {world.front_ends} | {world.routing} | {world.load:.0%} "
-        f"| {outcome.requests_per_second:.0f} | {share:.0%} | {p50:.1f} s | {p95:.1f} s "
-        f"| {p99:.1f} s | {outcome.front_end_share:.0%} | {outcome.losses} | {outcome.replayed} |"
+        f"| {outcome.requests_per_second:.0f} | {share:.0%} | {latencies} "
+        f"| {outcome.front_end_share:.0%} | {outcome.losses} | {outcome.replayed} |"
     )
 
 

@@ -21,8 +21,8 @@ from vdiff_kserve.config import ALL_SETTINGS, parse_args
 
 PAGES = (
     "api", "checkpoints", "deployment", "getting-started", "infilling", "kserve", "likelihood",
-    "migration-from-vllm", "openshift-ai", "operations", "prediction", "security", "structured",
-    "troubleshooting",
+    "migration-from-vllm", "openshift-ai", "operations", "prediction", "scaling", "security",
+    "structured", "troubleshooting",
 )  # fmt: skip
 NOT_RUN = {
     "cluster": r"need a cluster",
