@@ -196,7 +196,7 @@ TINY = tiny_decoder(attention_block=8)
 TINY_SPEC = replace(tiny_spec(TINY, shifted=True), sub_blocks=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     prompt=st.lists(st.integers(0, 36), min_size=1, max_size=20),
     max_tokens=st.integers(1, 30),

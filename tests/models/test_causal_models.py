@@ -27,6 +27,8 @@ from vdiff_kserve.sampler import DecodingParams
 
 NATIVE = {"llama", "qwen2", "qwen3"}
 UNCACHED = {"bloom", "mamba"}
+ALWAYS_TESTED = {"llama3", "qwen2", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "mamba"}
+"""A native layout, rotary scaling, windows, soft caps, sinks, latent attention, and no cache."""
 NEW_TOKENS = 20
 PROMPTS = [
     torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
@@ -62,7 +64,13 @@ def generate(
     return results
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ALWAYS_TESTED else pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def test_greedy_answers_equal_generate(name: str, tmp_path: Path) -> None:
     """More prompts than slots, so that rows of all ages share a pass."""
     reference = write_causal(name, tmp_path)

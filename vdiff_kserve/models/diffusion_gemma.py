@@ -208,6 +208,7 @@ def load_diffusion_gemma(
         model, report = DiffusionGemmaForBlockDiffusion.from_pretrained(
             folder,
             dtype=dtype,
+            device_map={"": device},
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -219,7 +220,7 @@ def load_diffusion_gemma(
         found = "; ".join(f"{name}: {sorted(map(str, keys))[:8]}" for name, keys in wrong.items())
         raise CheckpointError(f"{folder}: tensors do not fit config.json. {found}")
     model.model.encoder.vision_tower = None
-    model = model.to(device).requires_grad_(False).eval()
+    model = model.requires_grad_(False).eval()
     expected = _probe_stock(model)
     gemma = DiffusionGemma(model)
     difference = relative_difference(_probe(gemma), expected)

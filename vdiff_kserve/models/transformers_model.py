@@ -189,6 +189,7 @@ def load_transformers_model(
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
+            device_map={"": device},
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -200,7 +201,7 @@ def load_transformers_model(
     if wrong:
         found = "; ".join(f"{name}: {sorted(map(str, keys))[:8]}" for name, keys in wrong.items())
         raise CheckpointError(f"{folder}: tensors do not fit config.json. {found}")
-    model = model.to(device).requires_grad_(False).eval()
+    model = model.requires_grad_(False).eval()
     longest = _context(model.config.get_text_config())
     if longest is None:
         raise CheckpointError(f"{folder}/config.json does not tell the model's context length")
