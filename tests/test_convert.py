@@ -20,6 +20,8 @@ from tests.dcp import write
 from tests.golden import GOLDEN_DIR
 from tests.hack.hub import Hub
 from tests.models.folders import CONFIG, tensors_of, write_config, write_single
+from tests.server.checkpoint import make_checkpoint
+from tests.server.process import ServerProcess
 from vdiff_kserve.checkpoint import find_checkpoint
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.convert import Conversion, convert, main, verify_checksums
@@ -308,6 +310,19 @@ def test_the_server_converts_once_and_again_when_the_run_goes_on(
     second = find_checkpoint(config)
     assert second != first
     assert torch.equal(tensors_in(second)[NORM], TENSORS[NORM] * 2)
+
+
+@pytest.mark.slow
+def test_a_server_converts_at_its_first_start_and_not_at_its_second(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    make_checkpoint(base)
+    run = save(tmp_path / "run", load_file(base / "model.safetensors"))
+    options = ("--dcp_path", str(run), "--base_model", str(base), "--dtype", "float32")
+    for converting in (True, False):
+        with ServerProcess(*options, "--cache_dir", str(tmp_path / "cache")) as server:
+            server.wait_until_ready()
+            assert ("Converting to run-" in server.output) is converting
 
 
 def test_a_cache_that_cannot_be_written_is_named(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +111,17 @@ class CheckpointConfig:
     def number(self, field: str, default: float | None = None) -> float:
         """A positive number."""
         value = self._require(field, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
             raise self.error(field, f"must be a positive number, not {value!r}")
         return float(value)
+
+    def table(self, field: str) -> dict[str, Any]:
+        """An object, empty when the field is absent."""
+        value = self._fields.get(field)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(field, f"must be an object, not {value!r}")
+        return value or {}
 
     def boolean(self, field: str) -> bool:
         value = self._require(field, None)

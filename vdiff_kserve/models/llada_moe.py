@@ -143,7 +143,7 @@ def read_llada2_spec(config: CheckpointConfig) -> ModelSpec:
             groups_kept=config.integer("topk_group"),
             shared_size=expert_size * config.count("num_shared_experts"),
         ),
-        dense_layers=frozenset(range(config.count("first_k_dense_replace"))),
+        dense_layers=_first_layers(config, config.count("first_k_dense_replace")),
         dense_field="intermediate_size",
         attention_block=config.block_length(default=BLOCK_LENGTH),
     )
@@ -185,6 +185,10 @@ def _read_decoder(
         moe=moe,
         dense_layers=dense_layers,
     )
+
+
+def _first_layers(config: CheckpointConfig, count: int) -> frozenset[int]:
+    return frozenset(range(min(count, config.integer("num_hidden_layers"))))
 
 
 def _rotary_dim(config: CheckpointConfig, head_dim: int) -> int:

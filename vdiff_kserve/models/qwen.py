@@ -133,10 +133,10 @@ def read_qwen_decoder(
 
 def rope_theta(config: CheckpointConfig) -> float:
     """The rotary base: a field of its own, or in `rope_parameters` as transformers 5 writes it."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = config.table("rope_parameters") or config.table("rope_scaling")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise config.error("rope_scaling", f"{kind!r} is not supported, only 'default'")
     if config.get("rope_theta") is None and "rope_theta" in parameters:
-        return float(parameters["rope_theta"])
+        return CheckpointConfig(config.path, parameters).number("rope_theta")
     return config.number("rope_theta")
