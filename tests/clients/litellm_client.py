@@ -34,6 +34,12 @@ plain = litellm.text_completion(
 )
 assert plain.choices[0].text
 
+middle = litellm.text_completion(
+    model="text-completion-codestral/llada", prompt="The capital of France is", suffix=". It is a",
+    max_tokens=4, api_base=f"{os.environ['BASE_URL']}/fim/completions", api_key="none",
+)  # fmt: skip
+assert middle.choices[0].text == " Paris", middle
+
 response = litellm.responses(
     model="openai/llada", input="What is 17 + 25?", max_output_tokens=64, temperature=0, **ADDRESS
 )

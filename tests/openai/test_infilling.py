@@ -236,3 +236,11 @@ async def test_causal_models_know_the_chain_rule_only() -> None:
     with pytest.raises(RequestError, match="causal"):
         await service(ScriptedEngine(), traits=traits).respond(request)
     assert limits(traits=traits).traits.autoregressive
+
+
+@pytest.mark.parametrize("field", ["suffix", "prediction"])
+async def test_texts_that_cannot_fit_are_refused_before_they_are_tokenized(field: str) -> None:
+    text = "x" * 10_000
+    value = {"content": text} if field == "prediction" else text
+    with pytest.raises(RequestError, match="10000 characters"):
+        await service(ScriptedEngine()).respond(completion(**{field: value}))

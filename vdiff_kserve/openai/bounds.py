@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.limits import ServingLimits, stop_strings
-from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+from vdiff_kserve.openai.protocol import (
+    ChatCompletionRequest,
+    ChatMessageParam,
+    CompletionRequest,
+    Prediction,
+)
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
@@ -69,7 +76,14 @@ def _texts(request: ChatCompletionRequest | CompletionRequest) -> list[int]:
     """Characters of each text that would be tokenized."""
     if isinstance(request, CompletionRequest):
         prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
-        return [len(prompt) for prompt in prompts if isinstance(prompt, str)]
-    contents = [message.content for message in request.messages]
+        texts = [*prompts, request.suffix, *_contents([request.prediction])]
+        return [len(text) for text in texts if isinstance(text, str)]
+    messages = sum(map(len, _contents(request.messages)))
+    return [messages, *map(len, _contents([request.prediction]))]
+
+
+def _contents(of: Sequence[ChatMessageParam | Prediction | None]) -> list[str]:
+    """The texts of messages, or of a prediction."""
+    contents = [each.content for each in of if each is not None]
     parts = [part.text or "" for each in contents if isinstance(each, list) for part in each]
-    return [sum(map(len, parts)) + sum(len(each) for each in contents if isinstance(each, str))]
+    return parts + [each for each in contents if isinstance(each, str)]

@@ -375,10 +375,11 @@ def _writer(request: ChatCompletionRequest | CompletionRequest, job: Job) -> Wri
 
 def _report(decoding: DecodingParams, canvases: Canvases, limits: ServingLimits) -> dict[str, Any]:
     """How the answers are decoded, for the response."""
-    told = report(decoding, max(canvases.lengths), limits.traits)
-    if canvases.infillings:
-        told["infill_lengths"] = canvases.infillings[0].lengths
-    return told
+    if not canvases.infillings:
+        return report(decoding, max(canvases.lengths), limits.traits)
+    traits = replace(limits.traits, has_auxiliary=False)  # it would not see behind the hole
+    told = report(decoding, max(canvases.lengths), traits)
+    return told | {"infill_lengths": canvases.infillings[0].lengths}
 
 
 def _output(request: ChatCompletionRequest | CompletionRequest) -> Output:
