@@ -35,6 +35,7 @@ NOT_RUN = {
 }
 """What the word after `sh` says a block needs, and what its page must say then."""
 FOREIGN = {
+    "parts", "seconds",
     "base_model", "check", "dcp", "dry_run", "dtype", "gpu_memory", "prefix", "shard_size",
     "upgrade", "verify",
 }  # fmt: skip
