@@ -155,3 +155,27 @@ def test_the_kernel_is_for_gpus_and_their_number_types() -> None:
     assert not has_kernel(torch.device("cuda"), torch.float32, 64)
     assert not has_kernel(torch.device("cuda"), torch.bfloat16, 260)
     assert not has_kernel(torch.device("cuda"), torch.bfloat16, 20)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"is_causal", "return_aux"}, {"is_causal": True}),
+        ({"window_size", "seqused_k"}, {"window_size": (-1, 0)}),
+        ({"window_size", "enable_gqa"}, {"window_size": (-1, 0), "enable_gqa": True}),
+    ],
+    ids=["torch 2.10", "between", "torch 2.12"],
+)
+def test_each_torch_is_told_what_its_kernel_knows(
+    known: set[str], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "_parameters", lambda _: known)
+    assert packed_attention._options.__wrapped__(grouped=True, causal=True) == expected
+    assert packed_attention._options.__wrapped__(grouped=False, causal=False) == {}
+
+
+def test_this_torch_knows_the_keywords_that_it_is_given() -> None:
+    """Also the positional ones, by their names."""
+    known = packed_attention._parameters(packed_attention.varlen_attn)
+    positional = {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"}
+    assert positional | set(packed_attention._options(True, True)) <= known
