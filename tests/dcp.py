@@ -9,7 +9,6 @@ writes one directory per file and layout below FOLDER: `FILE-PARENT/whole` has t
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -22,14 +21,11 @@ from torch import Tensor
 
 def write(folder: Path, files: list[Path]) -> Path:
     """Run two ranks that write `files`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tests.dcp", str(folder), *map(str, files)]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     root = Path(__file__).parents[1]
     ranks = [
-        subprocess.Popen(command, cwd=root, env=common | {"RANK": str(rank)}) for rank in range(2)
+        subprocess.Popen(command, cwd=root, env=os.environ | {"RANK": str(rank)})
+        for rank in range(2)
     ]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     return folder
@@ -62,8 +58,9 @@ def _main() -> None:
     from safetensors.torch import load_file
 
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[1]).resolve()
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     for file in map(Path, sys.argv[2:]):
         tensors = load_file(file)
         for name, prefix, optimizer in (
