@@ -29,27 +29,28 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
 
 
 def test_it_streams_what_it_answers(client: OpenAI) -> None:
-    model = client.models.list().data[0].id
-    request = dict(model=model, messages=QUESTION, max_tokens=60, logprobs=True)
-    whole = client.chat.completions.create(**request)
-    chunks = list(client.chat.completions.create(**request, stream=True))
-    text = "".join(chunk.choices[0].delta.content for chunk in chunks)
-    assert text == whole.choices[0].message.content
-    assert whole.usage.completion_tokens == len(whole.choices[0].logprobs.content)
-    assert len(chunks) > 4
+    """Of a prompt too short for the prefix cache, whose copies may round differently."""
+    request = dict(
+        model="", prompt=[5, 80, 33, 7, 120], max_tokens=60, logprobs=0,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    whole = client.completions.create(**request)
+    chunks = list(client.completions.create(**request, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert whole.usage.completion_tokens == 60 == len(whole.choices[0].logprobs.tokens)
+    assert len(chunks) >= 4
     cost = whole.vdiff
     assert cost["decoding"]["block_length"] == 8
     assert cost["decoding"]["cache"] == "exact"
-    assert cost["passes"]["commit"] >= 60 // 16 - 1
-    assert cost["nfe"] == sum(cost["passes"].values()) <= 60 + 4
+    assert cost["passes"]["commit"] == 4
+    assert cost["nfe"] == sum(cost["passes"].values()) <= 60
 
 
 def test_a_prompt_that_was_seen_is_not_computed_again(client: OpenAI) -> None:
-    model = client.models.list().data[0].id
-    request = dict(model=model, messages=QUESTION, max_tokens=8)
+    request = dict(model="", messages=QUESTION, max_tokens=8)
     first, second = (client.chat.completions.create(**request) for _ in range(2))
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
     assert second.usage.prompt_tokens_details.cached_tokens >= 16
-    assert second.choices[0].message.content == first.choices[0].message.content
 
 
 @pytest.mark.parametrize(
