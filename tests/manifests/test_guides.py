@@ -35,9 +35,8 @@ NOT_RUN = {
 }
 """What the word after `sh` says a block needs, and what its page must say then."""
 FOREIGN = {
-    "parts", "seconds",
-    "base_model", "check", "dcp", "dry_run", "dtype", "gpu_memory", "prefix", "shard_size",
-    "upgrade", "verify",
+    "base_model", "check", "dcp", "dry_run", "dtype", "gpu_memory", "model_args", "parts",
+    "prefix", "seconds", "shard_size", "tasks", "upgrade", "verify",
 }  # fmt: skip
 """Options of other programs that the texts name."""
 

@@ -238,9 +238,10 @@ def test_stored_responses_do_not_exist(client: OpenAI) -> None:
         client.responses.cancel,
         client.responses.input_items.list,
     ):
-        with pytest.raises(NotFoundError, match="stores no responses") as caught:
-            ask("resp_1")
-        assert caught.value.param == "response_id"
+        for name in ("resp_1", "resp:1"):
+            with pytest.raises(NotFoundError, match="stores no responses") as caught:
+                ask(name)
+            assert caught.value.param == "response_id"
 
 
 def test_an_unknown_model_is_told_as_such(client: OpenAI) -> None:

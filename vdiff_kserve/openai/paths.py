@@ -18,6 +18,7 @@ OPEN = re.compile(
 PAGES = ("/docs", "/docs/oauth2-redirect", "/openapi.json")
 """The interactive page and what it loads; a browser opens them without a key."""
 PREDICT = re.compile(r"/v1/models/[^/]+:predict")
+KSERVE_V1 = re.compile(r"/v1/models/[^/]+:\w+")
 INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 
 
@@ -43,7 +44,7 @@ def is_open(path: str) -> bool:
 
 def speaks_openai(path: str) -> bool:
     """Whether errors on a path have OpenAI's shape; KServe's V1 and V2 have their own."""
-    return ":" not in path.rpartition("/")[2] and not path.startswith("/v2/")
+    return KSERVE_V1.fullmatch(path) is None and not path.startswith("/v2/")
 
 
 def is_openais(path: str) -> bool:
