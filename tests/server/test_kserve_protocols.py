@@ -90,7 +90,10 @@ def test_v1_reads_json_with_a_charset(http: httpx.Client) -> None:
             "temperature must be a number from 0 to 2",
         ),
         ({"instances": ["x"], "parameters": {"temperature": "warm"}}, "temperature"),
-        ({"instances": ["x"], "parameters": {"suffix": "x"}}, "`suffix` is not supported"),
+        (
+            {"instances": ["x"], "parameters": {"prompt_embeds": "x"}},
+            "`prompt_embeds` is not supported",
+        ),
         ({"instances": ["x" * 300]}, "maximum context length is 256"),
     ],
 )
