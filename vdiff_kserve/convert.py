@@ -15,19 +15,28 @@ import argparse
 import fcntl
 import hashlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from vdiff_kserve import hub
+from vdiff_kserve.converted_folder import (
+    Layout,
+    Source,
+    bytes_of,
+    checksums,
+    copy_description,
+    sha256,
+    split,
+    verify,
+    write_index,
+    write_shard,
+    write_text,
+)
 from vdiff_kserve.models import CheckpointError
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
 from vdiff_kserve.models.distributed_checkpoint import (
@@ -39,19 +48,14 @@ from vdiff_kserve.models.loader import INDEX_FILE, list_tensors
 from vdiff_kserve.models.pickled_weights import PickledWeights, pickle_files
 from vdiff_kserve.models.precision import DTYPES
 from vdiff_kserve.models.safetensors_file import DTYPES as STORED_DTYPES
-from vdiff_kserve.models.safetensors_file import TensorWriter, read_header
 from vdiff_kserve.setting import parse_size
 
 RECORD_FILE = "conversion.json"
 CHECKSUM_FILE = "SHA256SUMS"
 LOCK_FILE = ".conversion.lock"
-PART = ".part"
 SHARD_SIZE = "4GB"
 TIED_HEADS = ("lm_head.weight", "model.transformer.ff_out.weight")
 """Weights that a model with tied embeddings may store or leave out."""
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-Source = DistributedCheckpoint | PickledWeights
 
 
 @dataclass(frozen=True)
@@ -119,20 +123,20 @@ def convert(conversion: Conversion, output: Path) -> None:
         optional = _optional(base)
         prefix = _find_prefix(conversion, source, wanted.keys() - optional)
         layout = _layout(conversion, source, prefix, wanted, optional)
-        shards = _split(layout, conversion.shard_bytes)
-        total = sum(_bytes(layout, name) for name in layout)
+        shards = split(layout, conversion.shard_bytes)
+        total = sum(bytes_of(layout, name) for name in layout)
         bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"Converting to {output.name}")
         with bar as progress:
             for file, names in shards.items():
                 if file in done:
-                    progress.update(sum(_bytes(layout, name) for name in names))
+                    progress.update(sum(bytes_of(layout, name) for name in names))
                     continue
                 part = {name: layout[name] for name in names}
-                done[file] = _write_shard(output / file, part, source, prefix, progress)
-                _write_text(output / CHECKSUM_FILE, _checksums(done))
-        _copy_description(base, output)
-        _verify(output, layout, shards)
-        _write_index(output, layout, shards)
+                done[file] = write_shard(output / file, part, source, prefix, progress)
+                write_text(output / CHECKSUM_FILE, checksums(done))
+        copy_description(base, output)
+        verify(output, layout, shards)
+        write_index(output, layout, shards)
 
 
 def _open(conversion: Conversion) -> Source:
@@ -150,7 +154,7 @@ def verify_checksums(output: Path) -> list[str]:
     """Names of the folder's weight files that differ from their checksums."""
     lines = (output / CHECKSUM_FILE).read_text(encoding="utf-8").splitlines()
     pairs = [line.split("  ", 1) for line in lines]
-    return [name for digest, name in pairs if _sha256(output / name) != digest]
+    return [name for digest, name in pairs if sha256(output / name) != digest]
 
 
 @contextmanager
@@ -183,7 +187,7 @@ def _resume(conversion: Conversion, output: Path) -> dict[str, str]:
             "revision": conversion.revision,
             "dtype": conversion.dtype,
         }
-        _write_text(output / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+        write_text(output / RECORD_FILE, json.dumps(record, indent=2) + "\n")
         return {}
     if recorded != conversion.fingerprint:
         raise CheckpointError(
@@ -194,7 +198,7 @@ def _resume(conversion: Conversion, output: Path) -> dict[str, str]:
         return {}
     lines = (output / CHECKSUM_FILE).read_text(encoding="utf-8").splitlines()
     known = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    return {name: d for name, d in known.items() if _sha256(output / name) == d}
+    return {name: d for name, d in known.items() if sha256(output / name) == d}
 
 
 def _base_folder(conversion: Conversion) -> Path:
@@ -282,94 +286,6 @@ def _layout(
             + more
         )
     return layout
-
-
-def _split(layout: Layout, shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensors."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name in layout:
-        if groups[-1] and size + _bytes(layout, name) > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += _bytes(layout, name)
-    count = len(groups)
-    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, start=1)}
-
-
-def _bytes(layout: Layout, name: str) -> int:
-    dtype, shape = layout[name]
-    return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _write_shard(
-    file: Path,
-    layout: Layout,
-    source: Source,
-    prefix: str,
-    progress: tqdm,
-) -> str:
-    """Returns the file's SHA-256; until it is whole it has another name."""
-    part = file.with_name(file.name + PART)
-    with part.open("wb") as stream:
-        writer = TensorWriter(stream, layout)
-        for name, (dtype, _) in layout.items():
-            tensor = source.read(prefix + name)
-            _require_finite(tensor, prefix + name)
-            writer.add(name, tensor.to(dtype))
-            progress.update(_bytes(layout, name))
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.rename(file)
-    return writer.sha256.hexdigest()
-
-
-def _require_finite(tensor: Tensor, name: str) -> None:
-    if tensor.is_floating_point() and tensor.numel() and not tensor.isfinite().all():
-        raise CheckpointError(f"{name} has values that are not finite")
-
-
-def _copy_description(base: Path, output: Path) -> None:
-    """Configuration and tokenizer; no code, no weights."""
-    for pattern in hub.DESCRIPTION:
-        for file in base.glob(pattern):
-            if file.name != INDEX_FILE:
-                shutil.copyfile(file, output / file.name)
-
-
-def _verify(output: Path, layout: Layout, shards: Mapping[str, Sequence[str]]) -> None:
-    """Compare the headers of what was written with what was wanted."""
-    for file, names in shards.items():
-        stored = {name: (t.dtype, t.shape) for name, t in read_header(output / file).items()}
-        if stored != {name: layout[name] for name in names}:
-            raise CheckpointError(f"{output / file} does not hold what was written to it")
-
-
-def _write_index(output: Path, layout: Layout, shards: Mapping[str, Sequence[str]]) -> None:
-    index = {
-        "metadata": {"total_size": sum(_bytes(layout, name) for name in layout)},
-        "weight_map": {name: file for file, names in shards.items() for name in names},
-    }
-    _write_text(output / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-
-
-def _checksums(digests: Mapping[str, str]) -> str:
-    """As `sha256sum --check` reads them."""
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-
-
-def _write_text(file: Path, text: str) -> None:
-    part = file.with_name(file.name + PART)
-    part.write_text(text, encoding="utf-8")
-    part.rename(file)
-
-
-def _sha256(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
