@@ -49,6 +49,19 @@ def test_a_draft_that_is_wrong_everywhere_changes_nothing() -> None:
     assert same.nfe <= cost.nfe + 3  # a check for each block
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("policy", ["threshold", "low_confidence", "entropy", "credit"])
+def test_whatever_the_draft_and_the_model_s_doubts_the_answer_is_whole(
+    policy: str, seed: int
+) -> None:
+    draft = tuple(torch.randint(0, 30, (5 + 7 * seed,), generator=torch.manual_seed(seed)).tolist())
+    doubting = tiny_decoder(seed)
+    doubting.lm_head.weight.mul_(0.2)
+    with running(doubting) as engine:
+        tokens, stats = answer(engine, request_of(draft, policy=policy, threshold=0.9))
+    assert len(tokens) == stats.completion_tokens == 24
+
+
 def test_only_tokens_that_the_model_proposed_are_ever_written() -> None:
     draft = tuple(range(5, 29))
     with running(DECODER) as engine:

@@ -98,7 +98,8 @@ class DraftRow(Row):
         if asked.policy == "threshold" and asked.temperature == 0:
             in_block = decision.positions < self.block_end
             taken = agrees | (in_block & (confidence >= asked.threshold))
-            taken |= in_block & (confidence == confidence[in_block].max()) & ~taken.any()
+            if in_block.any() and not taken.any():
+                taken = in_block & (confidence == confidence[in_block].max())
         return replace(
             decision,
             positions=decision.positions[taken],
