@@ -118,6 +118,7 @@ async def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=50, help="edits of each kind")
+    parser.add_argument("--only", choices=POLICIES, nargs="+", default=list(POLICIES))
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
     model = load_model(ServerConfig())
@@ -129,7 +130,8 @@ def main() -> None:
         f"{'right':>6s} {'without':>8s} {'accepted':>9s}"
     )
     try:
-        for name, decoding in POLICIES.items():
+        for name in arguments.only:
+            decoding = POLICIES[name]
             plain = asyncio.run(measure(service, items, decoding, predicts=False))
             predicted = asyncio.run(measure(service, items, decoding, predicts=True))
             report[name] = {}
