@@ -100,16 +100,25 @@ class Server(ModelServer):  # type: ignore[misc]
         if self.enable_grpc:
             rpc = RpcServer(self, self._config)
             others.append(asyncio.create_task(rpc.start(self.max_threads)))
+        failures: list[BaseException] = []
+
+        def ended(task: asyncio.Task[None]) -> None:
+            error = None if task.cancelled() else task.exception()
+            # What fails once the server stops fails because it stops.
+            if error is not None and not rest.stopping:
+                failures.append(error)
+                rest.close()
+
         for task in others:
-            task.add_done_callback(lambda done: rest.close() if _failed(done) else None)
+            task.add_done_callback(ended)
         await rest.start()
         if rpc is not None:
             await rpc.stop()
         await asyncio.to_thread(self._model.stop)
         for task in others:
-            if _failed(task):
-                task.result()
             task.cancel()
+        if failures:
+            raise failures[0]
 
     def _restart_replicas(self) -> None:
         try:
@@ -120,10 +129,6 @@ class Server(ModelServer):  # type: ignore[misc]
     async def _become_ready(self, rest: HttpServer, on_ready: Callable[[str], None]) -> None:
         await self._model.start_engine()
         on_ready(await rest.url())
-
-
-def _failed(task: asyncio.Task[None]) -> bool:
-    return task.done() and not task.cancelled() and task.exception() is not None
 
 
 class HttpServer(RESTServer):  # type: ignore[misc]
@@ -157,6 +162,11 @@ class HttpServer(RESTServer):  # type: ignore[misc]
         if host in ("0.0.0.0", "::"):
             host = "127.0.0.1"
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server is told to stop."""
+        return self._server.should_exit or self._server.draining
 
     def close(self) -> None:
         """End the server."""
@@ -209,6 +219,11 @@ class DrainingServer(_RefreshingServer):  # type: ignore[misc]
         """Host and port that the server is bound to."""
         host, port, *_ = self.servers[0].sockets[0].getsockname()
         return host, port
+
+    @property
+    def draining(self) -> bool:
+        """Whether a signal came."""
+        return self._deadline is not None
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Bind the port."""

@@ -33,7 +33,6 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("stop_token_ids", [320], "[0, 319]"),
     ("stream_options", {"include_usage": True}, "stream is true"),
     ("top_k", -2, "at least 0"),
-    ("suffix", "x", "not supported"),
 ]
 WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("temperature", "warm", "valid number"),
