@@ -27,6 +27,7 @@ from vdiff_kserve.models.transformers_model import (
     TOLERANCE,
     ChunkedPass,
     cache_shape,
+    from_folder,
     relative_difference,
 )
 
@@ -204,23 +205,8 @@ def load_diffusion_gemma(
         raise CheckpointError(f"{folder}: {option} is not for models that transformers runs")
     config = CheckpointConfig.read(folder)
     list_tensors(folder)  # safetensors only, and whole
-    try:
-        model, report = DiffusionGemmaForBlockDiffusion.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
-    wrong = {name: report[name] for name in ("missing_keys", "mismatched_keys") if report[name]}
-    if wrong:
-        found = "; ".join(f"{name}: {sorted(map(str, keys))[:8]}" for name, keys in wrong.items())
-        raise CheckpointError(f"{folder}: tensors do not fit config.json. {found}")
+    model = from_folder(DiffusionGemmaForBlockDiffusion, folder, device, dtype)
     model.model.encoder.vision_tower = None
-    model = model.requires_grad_(False).eval()
     expected = _probe_stock(model)
     gemma = DiffusionGemma(model)
     difference = relative_difference(_probe(gemma), expected)

@@ -172,21 +172,18 @@ class ChunkedPass:
         return self._outputs
 
 
-def load_transformers_model(
-    folder: Path, device: torch.device | str, dtype: torch.dtype
-) -> tuple[TransformersModel, int]:
-    """Read a checkpoint with transformers' class for it.
+def from_folder(
+    model_class: Any, folder: Path, device: torch.device | str, dtype: torch.dtype
+) -> Any:
+    """What transformers' own `model_class` makes of a folder, in eval mode without gradients.
 
-    Returns:
-        the model, with a cache if that gives what transformers computes without one, and its
-        context length.
+    No code of the checkpoint is run.
 
     Raises:
-        CheckpointError: the folder is not sound, or transformers does not know the architecture.
+        CheckpointError: transformers cannot load it, or its tensors do not fit its config.
     """
-    list_tensors(folder)  # safetensors only, and whole
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = model_class.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
@@ -201,7 +198,23 @@ def load_transformers_model(
     if wrong:
         found = "; ".join(f"{name}: {sorted(map(str, keys))[:8]}" for name, keys in wrong.items())
         raise CheckpointError(f"{folder}: tensors do not fit config.json. {found}")
-    model = model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
+
+
+def load_transformers_model(
+    folder: Path, device: torch.device | str, dtype: torch.dtype
+) -> tuple[TransformersModel, int]:
+    """Read a checkpoint with transformers' class for it.
+
+    Returns:
+        the model, with a cache if that gives what transformers computes without one, and its
+        context length.
+
+    Raises:
+        CheckpointError: the folder is not sound, or transformers does not know the architecture.
+    """
+    list_tensors(folder)  # safetensors only, and whole
+    model = from_folder(AutoModelForCausalLM, folder, device, dtype)
     longest = _context(model.config.get_text_config())
     if longest is None:
         raise CheckpointError(f"{folder}/config.json does not tell the model's context length")
