@@ -27,8 +27,9 @@ MESSAGES = [{"role": "user", "content": "x"}]
 ASKING: dict[str, Any] = {
     "best_of": 2, "chat_template": "x", "documents": [{"a": "b"}],
     "function_call": {"name": "f"}, "functions": [{"name": "f"}], "prompt_embeds": "x",
+    "guided_choice": ["a"], "guided_grammar": "x", "guided_json": {}, "guided_regex": "a",
     "prompt_logprobs": 0, "repetition_detection": {},
-    "return_prompt_text": True, "thinking_token_budget": 3, "use_beam_search": True,
+    "thinking_token_budget": 3, "use_beam_search": True,
 }  # fmt: skip
 
 

@@ -160,6 +160,27 @@ async def test_a_prompt_is_cut_to_so_many_tokens(fields: dict[str, Any], kept: s
     assert engine.requests[0].prompt_ids == tuple(range(10))[kept]
 
 
+@pytest.mark.parametrize(
+    ("fields", "prompt_tokens", "most"),
+    [
+        ({"max_tokens": 60}, 40, 60),
+        ({"max_tokens": 5, "max_completion_tokens": 70}, 30, 70),
+        ({}, 60, 40),
+        ({"default": 80}, 50, 50),
+    ],
+)
+async def test_a_prompt_cut_by_itself_leaves_room_for_the_answer(
+    fields: dict[str, Any], prompt_tokens: int, most: int
+) -> None:
+    """For as much as is asked for; where nothing is, for no more than half of the context."""
+    engine = ScriptedEngine(["a"])
+    serving = service(engine, default_max_tokens=fields.pop("default", 40))
+    messages = [{"role": "user", "content": "x" * 200}]
+    await serving.respond(chat(messages=messages, truncate_prompt_tokens=-1, **fields))
+    (asked,) = engine.requests
+    assert (len(asked.prompt_ids), asked.max_tokens) == (prompt_tokens, most)
+
+
 @pytest.mark.parametrize("value", [0, 101])
 async def test_a_cut_that_makes_no_sense_is_refused(value: int) -> None:
     with pytest.raises(RequestError, match="truncate_prompt_tokens"):

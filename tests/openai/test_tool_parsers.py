@@ -112,6 +112,16 @@ def test_functions_that_were_not_offered_stay_text(name: ParserName) -> None:
     assert call in told
 
 
+@pytest.mark.parametrize("name", ["hermes", "json"])
+@pytest.mark.parametrize("given", [["weather"], {"a": 1}, None, 3])
+def test_a_name_that_is_no_text_is_no_call(name: ParserName, given: Any) -> None:
+    call = json.dumps({"arguments": {}, "name": given})
+    text = hermes(call) if name == "hermes" else call
+    told, calls = parse(name, list(text))
+    assert calls == []
+    assert call in told
+
+
 def test_name_and_arguments_are_told_as_soon_as_they_are_certain() -> None:
     parser = make_parser("hermes", FUNCTIONS)
     assert parser.add('<tool_call>\n{"name": "weather", "argu') == []

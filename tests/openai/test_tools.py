@@ -77,6 +77,15 @@ def test_a_named_function_is_the_only_one() -> None:
     assert not accepts(matcher, hermes(CALL_G))
 
 
+def test_a_function_that_tells_no_parameters_takes_none() -> None:
+    bare = {"type": "function", "function": {"name": "h"}}
+    anything = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    use = tool_use(request(tools=[bare, anything], tool_choice="required"), limits())
+    matcher = grammars().compile(forced_calls(use).grammar).matcher
+    assert accepts(matcher, hermes('{"name": "h", "arguments": {}}', CALL_F))
+    assert not accepts(matcher, hermes('{"name": "h", "arguments": {"x": 12}}'))
+
+
 def test_a_model_that_knows_no_tools_writes_the_arguments_of_a_named_one() -> None:
     assert accepts(forced("hermes", takes_tools=False, tool_choice=NAMED), '{"x": 12}')
 

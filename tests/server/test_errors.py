@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -93,6 +94,11 @@ def test_a_wrong_type_is_told_with_the_field(
             "messages.0.content",
         ),
         (CHAT, HI | {"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "content": [{"type": "refusal"}]}]},
+            "messages.0.content",
+        ),
         (CHAT, HI | {"continue_final_message": True}, "messages"),
         (CHAT, HI | {"max_completion_tokens": 0}, "max_completion_tokens"),
         (CHAT, HI | {"n": 2, "temperature": 0}, "n"),
@@ -169,6 +175,25 @@ def test_lone_surrogates_are_refused(http: httpx.Client) -> None:
     error_of(http.post(CHAT, content=body, headers=JSON), 400)
 
 
+@pytest.mark.parametrize(
+    ("body", "reason"), [(b'{"prompt": "\xff"}', "UTF-8"), (b"[" * 100_000, "nested too deep")]
+)
+def test_a_body_that_cannot_be_read_is_told_why(
+    http: httpx.Client, body: bytes, reason: str
+) -> None:
+    error = error_of(http.post(COMPLETIONS, content=body, headers=JSON), 400)
+    assert reason in error["message"]
+    assert error["param"] == "body"
+
+
+def test_a_compressed_body_is_refused_by_the_headers_name(http: httpx.Client) -> None:
+    body = gzip.compress(json.dumps(HI).encode())
+    response = http.post(CHAT, content=body, headers=JSON | {"Content-Encoding": "gzip"})
+    assert "Content-Encoding, got gzip" in error_of(response, 400)["message"]
+    headers = JSON | {"Content-Encoding": "identity"}
+    assert http.post(CHAT, content=json.dumps(HI), headers=headers).status_code == 200
+
+
 def test_another_content_type_is_refused(http: httpx.Client) -> None:
     error = error_of(http.post(CHAT, data={"a": "b"}), 400)
     assert "application/json" in error["message"]
@@ -189,8 +214,16 @@ def test_a_message_does_not_grow_with_what_was_sent(http: httpx.Client) -> None:
 
 
 def test_other_methods_and_paths(http: httpx.Client) -> None:
-    assert http.get(CHAT).status_code == 405
-    assert http.get("/v1/nope").status_code == 404
+    assert http.get(CHAT).headers["Allow"] == "POST"
+    error_of(http.get(CHAT), 405)
+    for path in ("/v1/nope", "/v1", "/nope"):
+        assert error_of(http.get(path), 404)["message"] == f"There is no route GET {path}."
+    assert http.get("/v2/nope").json() == {"error": "There is no route GET /v2/nope."}
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/responses"])
+def test_a_base_url_without_its_prefix_is_told(http: httpx.Client, path: str) -> None:
+    assert "below /v1" in error_of(http.post(path, json=HI), 404)["message"]
 
 
 def test_the_connection_goes_on_after_every_error(http: httpx.Client) -> None:

@@ -241,7 +241,7 @@ def schema_format(schema: Any) -> dict[str, Any]:
         ({"response_format": JSON_FORMAT, "structured_outputs": {"regex": "a"}},
          "structured_outputs", "one of them"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "one of"),
-        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "regex"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed group"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs", "empty"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs", "JSON"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs", "tag"),

@@ -123,7 +123,7 @@ class Grammars:
     def _compile(self, grammar: str) -> CompiledGrammar:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise GrammarError(_first_line(matcher.get_error()))
+            raise GrammarError(_reason(matcher.get_error()))
         shortest = self._search.find(matcher, self._longest, thorough=True)
         if shortest is None:
             raise GrammarError(
@@ -133,8 +133,12 @@ class Grammars:
         return CompiledGrammar(matcher, tuple(shortest), self._search)
 
 
-def _first_line(message: str) -> str:
-    return message.strip().partition("\n")[0]
+def _reason(message: str) -> str:
+    """What llguidance says without the excerpts that it draws: its first line, and the one that
+    says what is wrong with a regular expression."""
+    first, *others = message.strip().splitlines()
+    named = [line for line in others if line.startswith("error: ")]
+    return " ".join([first, *named[:1]])
 
 
 class GrammarCursor:

@@ -66,6 +66,7 @@ class Job:
         pinned: tokens of the answers that stand from the beginning, -1 for a mask.
         echoes: of each prompt, the text that goes before its answers; empty without echo.
         scorer: how the echoed prompts are scored; None when they are not.
+        prompt_text: what a chat's prompt was, for a request that wants to see it.
     """
 
     request_id: str
@@ -88,6 +89,7 @@ class Job:
     pinned: tuple[int, ...] = ()
     echoes: Sequence[str] = ()
     scorer: Scorer | None = None
+    prompt_text: str | None = None
 
     @property
     def num_answers(self) -> int:
@@ -96,6 +98,10 @@ class Job:
     @property
     def tells_logprobs(self) -> bool:
         return self.output.logprobs
+
+    @property
+    def tells_prompt(self) -> bool:
+        return self.output.return_token_ids or self.prompt_text is not None
 
     @property
     def prompt_tokens(self) -> int:

@@ -85,5 +85,5 @@ def _texts(request: ChatCompletionRequest | CompletionRequest) -> list[int]:
 def _contents(of: Sequence[ChatMessageParam | Prediction | None]) -> list[str]:
     """The texts of messages, or of a prediction."""
     contents = [each.content for each in of if each is not None]
-    parts = [part.text or "" for each in contents if isinstance(each, list) for part in each]
+    parts = [part.words or "" for each in contents if isinstance(each, list) for part in each]
     return parts + [each for each in contents if isinstance(each, str)]

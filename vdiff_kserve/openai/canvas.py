@@ -110,7 +110,7 @@ def _continued(request: ChatCompletionRequest) -> str:
         return ""
     if isinstance(last.content, str):
         return last.content
-    return "\n".join(part.text or "" for part in last.content)
+    return "\n".join(part.words or "" for part in last.content)
 
 
 def _echoes(

@@ -52,6 +52,7 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "request_id": "part of the response's id, and in the log",
     "response_format": "`json_object`, `json_schema` or `text`, see "
     "[structured output](structured.md)",
+    "return_prompt_text": "adds `prompt_text`, what the chat template made of the messages",
     "return_token_ids": "adds `token_ids`, the end token included, and `prompt_token_ids`",
     "return_tokens_as_token_ids": "`token_id:5` in place of a token's text in `logprobs`",
     "seed": "of the sampling noise; answer j has `seed + j`",
@@ -101,7 +102,6 @@ class Refused:
     neutral: tuple[Any, ...] = (None,)
 
 
-_NOT_BUILT = "this server does not have it"
 _NEWER_NAMES = "OpenAI replaced it by tools and tool_choice"
 
 REFUSED = {
@@ -110,6 +110,10 @@ REFUSED = {
     "documents": Refused("chat templates get messages only", (None, [])),
     "function_call": Refused(_NEWER_NAMES, (None, "none", "auto")),
     "functions": Refused(_NEWER_NAMES, (None, [])),
+    **{
+        f"guided_{kind}": Refused(f"vLLM replaced it by structured_outputs.{kind}")
+        for kind in ("choice", "grammar", "json", "regex")
+    },
     "prompt_embeds": Refused("prompts are text or token ids"),
     "prompt_logprobs": Refused(
         "a diffusion model does not predict its prompt token by token, so that there is no such "
@@ -118,7 +122,6 @@ REFUSED = {
     "repetition_detection": Refused(
         "an answer is not written from left to right; see repetition_penalty"
     ),
-    "return_prompt_text": Refused(_NOT_BUILT, (None, False)),
     "thinking_token_budget": Refused("the models have no separate reasoning"),
     "use_beam_search": Refused("diffusion models have no beams", (None, False)),
 }

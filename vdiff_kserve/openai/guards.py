@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.errors import RequestError, shorten
 from vdiff_kserve.openai.paths import is_open
 
 SHARED_V6_BITS = 64
@@ -105,7 +105,7 @@ def network_of(address: str | None) -> str:
 
 class Guard:
     """Stands before the routes: refuses requests without a key, too many of them, and bodies that
-    are too long, before anything is done for them.
+    are compressed or too long, before anything is done for them.
 
     The rest of a refused body is read and dropped by the HTTP server, so that its client gets the
     answer and can go on with the connection.
@@ -155,9 +155,15 @@ class Guard:
         """The body, whatever it was cut into; None when the client left.
 
         Raises:
-            RequestError: it is too long; nothing more of it is kept.
+            RequestError: it is compressed, or too long; nothing more of it is kept.
         """
-        length = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        if (coding := headers.get("content-encoding", "identity")).lower() != "identity":
+            raise RequestError(
+                f"The body must be sent without Content-Encoding, got {shorten(coding)}.",
+                param="body",
+            )
+        length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._max_body_bytes:
             raise self._too_long()
         parts: list[bytes] = []

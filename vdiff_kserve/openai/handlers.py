@@ -24,9 +24,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vdiff_kserve.observability.requests import count_refusal
 from vdiff_kserve.openai.cancellation import CancelOnDisconnect
-from vdiff_kserve.openai.errors import RequestError, internal_error, invalid_body, shorten
+from vdiff_kserve.openai.errors import (
+    RequestError,
+    internal_error,
+    invalid_body,
+    nested_too_deep,
+    shorten,
+)
 from vdiff_kserve.openai.guards import Access, Guard, Refuse
-from vdiff_kserve.openai.paths import endpoint_of, is_open, is_openais, speaks_openai
+from vdiff_kserve.openai.paths import endpoint_of, is_open, speaks_openai, without_prefix
 from vdiff_kserve.openai.request_ids import HEADER, RequestIds
 
 logger = logging.getLogger("kserve.vdiff.openai")
@@ -126,15 +132,26 @@ class Refusals:
         assert isinstance(error, HTTPException)
         status, path = error.status_code, request.url.path
         if status == HTTPStatus.BAD_REQUEST:
-            return self.response(request.scope, RequestError(str(error.detail), param="body"))
-        if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED) and is_openais(path):
+            return self.response(request.scope, unreadable(error))
+        if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             message = f"There is no route {request.method} {shorten(path)}."
+            if without_prefix(path):
+                message += " OpenAI's routes are below /v1, which belongs to a client's base URL."
             response = self.response(
                 request.scope, RequestError(message, status=HTTPStatus(status))
             )
             response.headers.update(error.headers or {})
             return response
         return await http_exception_handler(request, error)
+
+
+def unreadable(error: HTTPException) -> RequestError:
+    """A body that FastAPI could not read, with the reason that it keeps to itself."""
+    if isinstance(error.__cause__, RecursionError):
+        return nested_too_deep()
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return RequestError("The body is not UTF-8.", param="body")
+    return RequestError(str(error.detail), param="body")
 
 
 class ErrorBoundary:

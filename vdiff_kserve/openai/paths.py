@@ -47,6 +47,6 @@ def speaks_openai(path: str) -> bool:
     return KSERVE_V1.fullmatch(path) is None and not path.startswith("/v2/")
 
 
-def is_openais(path: str) -> bool:
-    """Whether a path is OpenAI's, also one that leads nowhere."""
-    return speaks_openai(path) and path.startswith(tuple(f"{prefix}/" for prefix in PREFIXES))
+def without_prefix(path: str) -> bool:
+    """Whether a path would be one of OpenAI's below their prefix: the base URL lacks it."""
+    return path in (CHAT, COMPLETIONS, FIM, RESPONSES) or path.startswith("/models")

@@ -8,10 +8,15 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from vdiff_kserve.openai.errors import RequestError, nested_too_deep, out_of_range
-from vdiff_kserve.openai.limits import ServingLimits, check_token_ids
+from vdiff_kserve.openai.errors import RequestError, nested_too_deep, out_of_range, shorten
+from vdiff_kserve.openai.limits import ServingLimits, check_token_ids, room_beside_answer
 from vdiff_kserve.openai.literals import Literals
-from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, CompletionRequest
+from vdiff_kserve.openai.protocol import (
+    ChatCompletionRequest,
+    ChatMessageParam,
+    CompletionRequest,
+    ContentPart,
+)
 from vdiff_kserve.openai.tools import (
     as_plain_text,
     read_arguments,
@@ -90,7 +95,7 @@ def truncated(
     if most is None:
         return prompt
     if most == -1:
-        most = max(1, limits.max_model_len - (request.max_tokens or 1))
+        most = room_beside_answer(request, limits)
     if not 1 <= most <= limits.max_model_len:
         allowed = f"-1 or in [1, {limits.max_model_len}], the model's context length"
         raise out_of_range("truncate_prompt_tokens", allowed, most)
@@ -103,18 +108,22 @@ def _message(message: ChatMessageParam, index: int) -> dict[str, Any]:
     if content is None and not (message.model_extra or {}).get("tool_calls"):
         raise RequestError(f"{where} must be text or a list of text parts.", param=where)
     if isinstance(content, list):
-        for part in content:
-            if part.type not in ("text", "input_text") or part.text is None:
-                raise RequestError(
-                    f"{where} has a part of type '{part.type}'; this model reads text only.",
-                    param=where,
-                )
-        content = "\n".join(part.text or "" for part in content)
+        content = "\n".join(_words(part, where) for part in content)
     try:
         fields = message.model_dump(exclude_unset=True)
     except ValueError as error:  # pydantic's limit; its fields are whatever a template may read
         raise nested_too_deep(f"messages.{index}") from error
     return fields | {"content": content or ""}
+
+
+def _words(part: ContentPart, where: str) -> str:
+    if part.words is None:
+        raise RequestError(
+            f"{where} has a part of type {shorten(part.type)} that holds no text; this model reads "
+            "text only.",
+            param=where,
+        )
+    return part.words
 
 
 def completion_prompts(

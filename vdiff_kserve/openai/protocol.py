@@ -62,10 +62,18 @@ class _OmitsAbsent(BaseModel):
 
 
 class ContentPart(_Request):
-    """One part of a message; only text parts can be answered."""
+    """One part of a message; only those that are text can be answered."""
 
     type: str = "text"
     text: str | None = None
+    refusal: str | None = None
+
+    @property
+    def words(self) -> str | None:
+        """The part's text, under the names that OpenAI's endpoints have for it."""
+        if self.type == "refusal":
+            return self.refusal
+        return self.text if self.type in ("text", "input_text", "output_text") else None
 
 
 class Prediction(_Request):
@@ -151,6 +159,10 @@ class GenerationFields(_Request):
     best_of: int | None = None
     cache_salt: str | None = None
     frequency_penalty: float | None = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
     include_stop_str_in_output: bool | None = False
     kv_transfer_params: dict[str, Any] | None = None
     length_penalty: float | None = None
@@ -359,7 +371,7 @@ class ChatChoice(_OmitsAbsent):
 class ChatCompletion(_OmitsAbsent, _Response):
     """The response of `POST chat/completions`."""
 
-    optional = frozenset({"prompt_token_ids"})
+    optional = frozenset({"prompt_token_ids", "prompt_text"})
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: Sequence[ChatChoice]
@@ -367,6 +379,7 @@ class ChatCompletion(_OmitsAbsent, _Response):
     usage: Usage
     vdiff: DiffusionInfo
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
 
 
 class ChatDelta(_OmitsAbsent):
@@ -395,13 +408,14 @@ class ChatChunkChoice(_OmitsAbsent):
 class ChatCompletionChunk(_OmitsAbsent, _Response):
     """One chunk of a streamed chat."""
 
-    optional = frozenset({"usage", "vdiff", "prompt_token_ids"})
+    optional = frozenset({"usage", "vdiff", "prompt_token_ids", "prompt_text"})
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: Sequence[ChatChunkChoice]
     usage: Usage | None = None
     vdiff: DiffusionInfo | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
 
 
 class CompletionChoice(_OmitsAbsent):

@@ -232,6 +232,7 @@ class ChatWriter:
             usage=usage(self._job, ends),
             vdiff=diffusion_info(self._job, ends),
             prompt_token_ids=_prompt_ids(self._job, 0),
+            prompt_text=self._job.prompt_text,
         )
 
     def _choice(self, index: int, answer: FinishedAnswer) -> ChatChoice:
@@ -253,11 +254,11 @@ class ChatWriter:
         """A chunk for each delta; the first of each answer carries the role beside its text."""
         if piece is None:
             return [self._chunk([], usage, info)]
-        prompt_ids = None if self._deltas else _prompt_ids(self._job, 0)
+        tells_prompt = not self._deltas and self._job.tells_prompt
         answer = self._deltas.setdefault(piece.index, AnswerDeltas(self._job.tools))
         is_last = piece.finish_reason is not None
         deltas = answer.of(piece.text, is_last=is_last)
-        if not deltas and (is_last or self._job.tells_logprobs or prompt_ids is not None):
+        if not deltas and (is_last or self._job.tells_logprobs or tells_prompt):
             deltas = [ChatDelta()]
         chunks = []
         for i, delta in enumerate(deltas, start=1):
@@ -273,7 +274,7 @@ class ChatWriter:
                 choice.stop_reason = piece.stop_reason
                 choice.token_ids = _token_ids(self._job, piece)
             told = (usage, info) if i == len(deltas) else (None, None)
-            chunks.append(self._chunk([choice], *told, prompt_ids if i == 1 else None))
+            chunks.append(self._chunk([choice], *told, tells_prompt=tells_prompt and i == 1))
         return chunks
 
     def _chunk(
@@ -281,7 +282,8 @@ class ChatWriter:
         choices: list[ChatChunkChoice],
         usage: Usage | None,
         info: DiffusionInfo | None,
-        prompt_ids: list[int] | None = None,
+        *,
+        tells_prompt: bool = False,
     ) -> ChatCompletionChunk:
         return ChatCompletionChunk(
             id=self._id,
@@ -291,7 +293,8 @@ class ChatWriter:
             choices=choices,
             usage=usage,
             vdiff=info,
-            prompt_token_ids=prompt_ids,
+            prompt_token_ids=_prompt_ids(self._job, 0) if tells_prompt else None,
+            prompt_text=self._job.prompt_text if tells_prompt else None,
         )
 
     def step(self, index: int, view: StepInfo) -> ChatStep:

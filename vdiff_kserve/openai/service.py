@@ -326,6 +326,17 @@ class GenerationService:
             pinned=pinned,
             echoes=canvases.echoes,
             scorer=scorer,
+            prompt_text=self._prompt_text(request, canvases),
+        )
+
+    def _prompt_text(
+        self, request: ChatCompletionRequest | CompletionRequest, canvases: Canvases
+    ) -> str | None:
+        """A chat's prompt as the model reads it, when the request wants to see it."""
+        if not isinstance(request, ChatCompletionRequest) or not request.return_prompt_text:
+            return None
+        return self._tokenizer.decode(
+            list(canvases.prompts[0]), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     def _format(self, request: ChatCompletionRequest | CompletionRequest) -> AnswerFormat | None:

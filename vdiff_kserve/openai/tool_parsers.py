@@ -173,13 +173,14 @@ class CallReader:
             call = json.loads(self.seen)
         except (ValueError, RecursionError):
             call = None
-        if not isinstance(call, dict) or call.get("name") not in self._functions:
+        name = call.get("name") if isinstance(call, dict) else None
+        if not isinstance(name, str) or name not in self._functions:
             self.failed = True
             return []
         self.begun = True
         arguments = call.get("arguments", call.get("parameters", {}))
         return [
-            Found("", self._number, new_call_id(), call["name"]),
+            Found("", self._number, new_call_id(), name),
             Found(json.dumps(arguments, ensure_ascii=False), self._number),
         ]
 

@@ -16,8 +16,9 @@ from vdiff_kserve.openai.structured import AS_DUMPED, AnswerFormat, check_size, 
 from vdiff_kserve.openai.tool_fields import NamedTool, Tool
 from vdiff_kserve.openai.tool_parsers import CLOSE_TAG, OPEN_TAG, ParserName
 
+NO_ARGUMENTS = {"type": "object", "additionalProperties": False}
+"""What a function takes that tells no parameters, as OpenAI has it."""
 ANY_ARGUMENTS = {"type": "object"}
-"""What a function without parameters takes."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def forced_calls(use: ToolUse) -> AnswerFormat:
 
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:
+    if tool.function.parameters is None:
+        return NO_ARGUMENTS
     return tool.function.parameters or ANY_ARGUMENTS
 
 
