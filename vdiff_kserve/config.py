@@ -293,6 +293,17 @@ class ServerConfig:
         default_text="none",
         help="Longest time that a request may take, also one that names a longer timeout itself.",
     )
+    round_timeout: float | None = _setting(
+        float,
+        None,
+        group="engine",
+        metavar="SECONDS",
+        low=0,
+        default_text="measured: ten times what rounds of its size take, 3 seconds at least, 60 "
+        "where the size is new",
+        help="Longest time that a round may take before the engine counts as stuck: its liveness "
+        "probe fails, or the replica is replaced. 0 waits for ever.",
+    )
     default_max_tokens: int = _setting(
         int,
         512,

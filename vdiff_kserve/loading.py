@@ -200,6 +200,7 @@ def _engine_config(
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.enable_prefix_caching,
         enforce_eager=config.enforce_eager or config.device_map in SPREADS,
+        round_timeout=config.round_timeout,
         observer=observer,
         lockstep=lockstep,
     )

@@ -71,8 +71,11 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
 
     @property
     def alive(self) -> bool:
-        """False once the engine's loop died."""
-        return self._engine is None or self._state is not State.READY or self._engine.alive
+        """False once the engine's loop died, and while it is stuck in a round."""
+        engine = self._engine
+        if engine is None or self._state is not State.READY:
+            return True
+        return engine.alive and not engine.stuck
 
     @property
     def loading(self) -> bool:
@@ -84,9 +87,11 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
         """Why requests are refused; None when they are answered."""
         if self._state is not State.READY:
             return self._state.value
-        if not self.alive:
+        if self._engine is None or not self._engine.alive:
             return "The model's engine has failed."
-        return None if self._engine and self._engine.ready else "No replica of the model is ready."
+        if self._engine.stuck:
+            return "The model's engine is stuck."
+        return None if self._engine.ready else "No replica of the model is ready."
 
     @property
     def max_model_len(self) -> int | None:

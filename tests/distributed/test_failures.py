@@ -22,6 +22,7 @@ from tests.distributed.replicas import (
     wait_until,
 )
 from tests.distributed.test_replicas import expected
+from tests.distributed.test_tensor_parallel import ranks_of
 from vdiff_kserve import LLM
 
 pytestmark = pytest.mark.slow
@@ -72,6 +73,23 @@ async def test_random_kills_lose_nothing(three: ReplicatedServer, one_engine: LL
         group.create_task(kill())
     assert answered > 0
     three.wait_for_replicas(3)
+
+
+async def test_a_replica_whose_engine_hangs_is_replaced_with_all_its_processes(
+    arguments: tuple[str, ...], one_engine: LLM
+) -> None:
+    """Its engine waits inside a round, as for a GPU that hangs; its actor's loop is well."""
+    bodies = long_requests(4)
+    own = ("--replicas", "1", "--tensor_parallel_size", "2")
+    with ReplicatedServer(*arguments, *own) as server:
+        server.wait_until_ready()
+        server.wait_for_replicas(1)
+        (pid,) = server.pids()
+        (rank,) = ranks_of(pid)
+        assert await stream(server.url, bodies, rank.suspend) == expected(one_engine, bodies)
+        assert "Replica 0 is lost: its engine is stuck in a round" in server.output
+        assert pid not in server.pids()
+        wait_until(lambda: not rank.is_running())
 
 
 @pytest.fixture

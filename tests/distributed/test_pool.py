@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed.local import Replicas, answers, replicas, tokens_of
 from tests.engine.tiny import GatedDecoder, generate, request_of, tiny_decoder, tiny_spec
-from vdiff_kserve.distributed import autoscale, ticket
+from vdiff_kserve.distributed import autoscale, replica, supervisor, ticket
 from vdiff_kserve.distributed.autoscale import Autoscaler, Bounds
 from vdiff_kserve.distributed.link import State
 from vdiff_kserve.engine import (
@@ -24,6 +24,7 @@ from vdiff_kserve.engine import (
     QueueTimeoutError,
     RequestTimeoutError,
     block_hashes,
+    watch,
 )
 
 POISON = (9, 9, 9)
@@ -103,6 +104,31 @@ async def test_a_replica_that_is_silent_is_replaced(monkeypatch) -> None:
         assert len(two.living) == 2
 
 
+async def test_an_engine_that_is_stuck_in_a_round_is_replaced(monkeypatch) -> None:
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "LEAST_SECONDS", 0.3)
+    monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.1)
+    requests = many(12)
+    gates = Gated()
+    async with replicas(monkeypatch, decoder=gates) as two:
+        streams = two.pool.submit(requests)
+        reading = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+        stuck, well = (actor._replica._engine._runner._decoder for actor in two.actors)
+        stuck.allow(5)
+        well.allow(100_000)
+        await two.until(lambda: len(gates.decoders) == 3)
+        assert two.actors[0].is_dead
+        assert not two.actors[1].is_dead
+        gates.open()
+        assert await asyncio.gather(*reading) == expected(requests)
+
+
+def test_silence_and_stalls_are_noticed_within_five_seconds() -> None:
+    silence = supervisor.SILENT_LOOKS * supervisor.LOOK_SECONDS + supervisor.LOOK_SECONDS
+    stall = watch.LEAST_SECONDS + 2 * watch.LOOK_SECONDS + replica.HEARTBEAT_SECONDS
+    assert max(silence, stall) <= 5
+
+
 async def test_an_engine_whose_loop_dies_is_replaced(monkeypatch) -> None:
     requests = many(8)
     async with replicas(monkeypatch) as two:
@@ -142,21 +168,20 @@ async def test_a_poison_request_is_refused_and_named_and_the_others_live(
 
 async def test_priorities_hold_across_replicas(monkeypatch) -> None:
     gates = Gated()
-    finished: list[int] = []
-    async with replicas(monkeypatch, decoder=gates, max_num_seqs=1) as two:
+    given: list[int] = []
+
+    class Recording(Engine):
+        def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationStream]:
+            given.extend(request.priority for request in requests)
+            return super().submit(requests)
+
+    async with replicas(monkeypatch, decoder=gates, max_num_seqs=1, engine_class=Recording) as two:
         late = [replace(request_of(max_tokens=8), priority=p) for p in (0, 0, 0, 0, 5, 3, 1)]
         streams = two.pool.submit(late)
-
-        async def read(number: int) -> None:
-            await tokens_of(streams[number])
-            finished.append(number)
-
-        reading = [asyncio.create_task(read(number)) for number in range(len(late))]
         assert [len(link.tickets) for link in two.pool.links] == [2, 2]
         gates.open()
-        await asyncio.gather(*reading)
-    assert set(finished[:4]) == {0, 1, 2, 3}
-    assert finished.index(6) < finished.index(4)
+        await asyncio.gather(*(tokens_of(stream) for stream in streams))
+    assert given == [0, 0, 0, 0, 1, 3, 5]
 
 
 async def test_requests_give_up_in_the_queue_and_on_the_replica(monkeypatch) -> None:

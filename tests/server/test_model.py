@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from contextlib import suppress
@@ -14,7 +15,7 @@ from vdiff_kserve import model as models
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.model import DiffusionModel
 from vdiff_kserve.models import CheckpointError
-from vdiff_kserve.observability import logs
+from vdiff_kserve.observability import logs, metrics
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
 
@@ -71,6 +72,30 @@ async def test_a_dead_engine_is_told(checkpoint: str, monkeypatch: pytest.Monkey
     assert not model.alive
     assert not await model.healthy()
     assert model.not_ready_reason == "The model's engine has failed."
+
+
+async def test_a_stuck_engine_is_told(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DiffusionModel(config(checkpoint, round_timeout=0.5))
+    await model.start_engine()
+    engine = model._engine
+    assert engine is not None
+    go_on = threading.Event()
+    engine._runner._decoder.register_forward_pre_hook(lambda *_: go_on.wait(60) and None)
+    answer = asyncio.create_task(model.create_chat_completion(CHAT))
+    while model.alive:  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0.05)
+    assert not await model.healthy()
+    assert model.not_ready_reason == "The model's engine is stuck."
+    assert b'vdiff_engine_stuck{model_name="tiny"} 1.0' in metrics.render()
+    with pytest.raises(RequestError) as caught:
+        await model.create_chat_completion(CHAT)
+    assert caught.value.status == 503
+    go_on.set()
+    await answer
+    while not model.alive:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    assert b'vdiff_engine_stuck{model_name="tiny"} 0.0' in metrics.render()
+    model.stop()
 
 
 async def test_a_failed_load_is_raised(tmp_path: Path) -> None:

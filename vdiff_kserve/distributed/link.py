@@ -186,8 +186,8 @@ class ReplicaLink:
         while True:
             batch: Batch = await self._actor.poll.remote()
             self.silence = 0
-            if not batch.alive:
-                self._owner.lost(self, "its engine failed")
+            if batch.trouble is not None:
+                self._owner.lost(self, batch.trouble)
                 return
             self._deliver(batch)
             self._owner.heard(batch)

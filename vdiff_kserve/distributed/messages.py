@@ -52,13 +52,13 @@ class Batch:
     Attributes:
         events: (key, event) in the order in which they happened.
         rounds: what the engine's rounds did.
-        alive: whether the engine's loop runs.
+        trouble: why the engine can answer no more; None while it can.
     """
 
     events: Sequence[tuple[int, GenerationEvent | EngineError]]
     rounds: Sequence[RoundReport]
     load: EngineLoad
-    alive: bool
+    trouble: str | None
 
 
 @dataclass(frozen=True)

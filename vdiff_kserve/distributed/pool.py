@@ -83,6 +83,11 @@ class ReplicaPool:
         return not self._closed
 
     @property
+    def stuck(self) -> bool:
+        """Never: replicas that are stuck are replaced."""
+        return False
+
+    @property
     def ready(self) -> bool:
         """Whether a replica answers, or is about to."""
         return not self._closed and (

@@ -136,7 +136,7 @@ class Replica:
         load = EngineLoad(
             engine.num_running, engine.num_waiting, engine.kv_tokens_used, engine.kv_tokens_total
         )
-        return Batch(events, rounds, load, engine.alive)
+        return Batch(events, rounds, load, _trouble(engine))
 
     def _submit(self, command: Submit) -> None:
         assert self._engine is not None
@@ -171,3 +171,9 @@ class Replica:
     def _note_round(self, report: RoundReport) -> None:
         self._rounds.append(report)
         self._news.set()
+
+
+def _trouble(engine: GenerationEngine) -> str | None:
+    if not engine.alive:
+        return "its engine failed"
+    return "its engine is stuck in a round" if engine.stuck else None

@@ -34,6 +34,7 @@ from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import FollowingScheduler, Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
+from vdiff_kserve.engine.watch import LOOK_SECONDS, RoundWatch
 from vdiff_kserve.models import DiffusionGemma, LanguageModel, ModelSpec, ReuseGraphs
 
 Inbox = SimpleQueue[GenerationEvent | EngineError]
@@ -60,6 +61,8 @@ class EngineConfig:
         enable_prefix_caching: whether a block-causal model keeps finished requests' keys and
             values for others that begin alike.
         enforce_eager: whether a GPU runs cached passes without CUDA graphs.
+        round_timeout: seconds after which a round counts as stuck; None compares it with earlier
+            ones, 0 waits for ever.
         observer: told of every round.
         lockstep: the ranks that run this engine together, each with a shard of the model; None when
             the model is whole. All else in the configuration must be the same on every rank.
@@ -73,6 +76,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    round_timeout: float | None = None
     observer: RoundObserver | None = None
     lockstep: Lockstep | None = None
 
@@ -116,6 +120,7 @@ class Engine:
         self._runner = self._make_runner(decoder, auxiliary)
         self._scheduler = self._make_scheduler(decoder.stages)
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
+        self._watch = RoundWatch(self._thread, config.round_timeout)
 
     def _make_runner(self, decoder: LanguageModel, auxiliary: LanguageModel | None) -> ModelRunner:
         if isinstance(decoder, DiffusionGemma):
@@ -133,9 +138,14 @@ class Engine:
         return self._thread.is_alive() and self.failure is None
 
     @property
+    def stuck(self) -> bool:
+        """Whether a round takes far longer than rounds do. It may still end."""
+        return self._watch.stuck
+
+    @property
     def ready(self) -> bool:
         """Whether requests are answered now."""
-        return self.alive
+        return self.alive and not self.stuck
 
     @property
     def num_running(self) -> int:
@@ -158,12 +168,16 @@ class Engine:
     def start(self) -> None:
         """Start the loop. An engine is started once."""
         self._thread.start()
+        self._watch.start()
 
     def stop(self) -> None:
-        """End the loop after the step in flight; unfinished requests get `EngineStoppedError`."""
+        """End the loop after the step in flight; unfinished requests get `EngineStoppedError`.
+
+        A step that is stuck is not waited for.
+        """
         self._close(EngineStoppedError("The engine was stopped."))
-        if self._thread.is_alive():
-            self._thread.join()
+        while self._thread.is_alive() and not self.stuck:
+            self._thread.join(LOOK_SECONDS)
 
     def fail(self, reason: str) -> None:
         """End the engine for a reason outside of it; unfinished requests are told."""
@@ -240,7 +254,7 @@ class Engine:
     def _queue(
         self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]
     ) -> list[Row]:
-        if not self.alive:
+        if not self.ready:
             raise EngineStoppedError("The engine is not running.")
         rows = [self.make_row(request, sink) for request, sink in zip(requests, sinks, strict=True)]
         for row in rows:
@@ -270,6 +284,9 @@ class Engine:
             logger.critical("The engine's loop died.", exc_info=error)
             self._close(EngineStoppedError("The engine failed."))
             raise
+        finally:
+            self._scheduler.forget()
+            self._watch.stop()
 
     def follow(self) -> None:
         """Take part, as a further rank, in the rounds of the first one until it stops.
@@ -282,9 +299,11 @@ class Engine:
     def _round(self) -> None:
         """Choose rows, take one denoising step of each, and let the finished ones go."""
         clock = RoundClock(self._runner.seconds)
+        self._watch.begin()
         plan = self._scheduler.next_round()
         for row, reason in plan.expired:
             row.sink(reason)
+        self._watch.planned(plan.tokens)
         clock.planned()
         if plan.sliced is not None:
             self._advance(plan.sliced, plan.layers)
@@ -292,6 +311,7 @@ class Engine:
         self._scheduler.release([row for row, _ in stepped if row.finish_reason is not None])
         if self.config.observer is not None and (stepped or plan.sliced is not None):
             self.config.observer(clock.report(stepped))
+        self._watch.end()
 
     def _advance(self, row: Row, layers: int) -> None:
         """Run some layers of a pass that is too long for one round."""

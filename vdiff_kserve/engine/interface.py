@@ -24,6 +24,11 @@ class GenerationEngine(Protocol):
         ...
 
     @property
+    def stuck(self) -> bool:
+        """Whether it does not get on, and only a new start is sure to help."""
+        ...
+
+    @property
     def ready(self) -> bool:
         """Whether it answers now."""
         ...

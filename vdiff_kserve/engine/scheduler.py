@@ -34,12 +34,14 @@ class Round:
             later rounds, and takes its step when all are done.
         layers: how many layers of it to run now.
         expired: rows that are out because their deadline passed, with what to tell them.
+        tokens: that its passes compute; those of a sliced row by its share of the layers.
     """
 
     rows: Sequence[Row]
     sliced: Row | None = None
     layers: int = 0
     expired: Sequence[tuple[Row, EngineError]] = ()
+    tokens: int = 0
 
 
 class Scheduler:
@@ -80,11 +82,11 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._running) if self._closed is None else 0
 
     @property
     def num_waiting(self) -> int:
-        return len(self._arrived) + len(self._waiting)
+        return len(self._arrived) + len(self._waiting) if self._closed is None else 0
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue rows, all or none of them. Places are counted beyond what free slots take at once.
@@ -116,19 +118,24 @@ class Scheduler:
             self._changed.notify()
 
     def close(self, reason: EngineError) -> list[Row]:
-        """Take no more rows; returns those that were waiting or running, now forgotten."""
+        """Take no more rows; returns those that are waiting or running, the first time."""
         with self._changed:
+            if self._closed is not None:
+                return []
             self._closed = reason
-            dropped = [
+            self._changed.notify()
+            return [
                 row
                 for row in (*self._running, *self._waiting, *self._arrived)
                 if not row.aborted and row.finish_reason is None
             ]
+
+    def forget(self) -> None:
+        """Let all rows go: there is no further round."""
+        with self._changed:
             self._leave(self._running)
             self._waiting.clear()
             self._arrived.clear()
-            self._changed.notify()
-        return dropped
 
     def wait_for_work(self) -> None:
         """Return when there is a row to run or to tell that its time is over.
@@ -150,10 +157,11 @@ class Scheduler:
         """
         with self._changed:
             news = self._news()
-            if self._lockstep is not None:
-                news = self._lockstep.share(news)
-            if news.stopped:
-                raise EngineStoppedError("The first rank stopped.")
+        if self._lockstep is not None:  # without the lock: a rank that hangs must not hold clients
+            news = self._lockstep.share(news)
+        if news.stopped:
+            raise EngineStoppedError("The first rank stopped.")
+        with self._changed:
             expired = self._take_out(news)
             self._admit()
             return self._plan(expired)
@@ -251,7 +259,10 @@ class Scheduler:
             rows.append(sliced)
             sliced, layers = None, 0
         rows.sort(key=len, reverse=True)
-        return Round(rows, sliced, layers, expired)
+        tokens = sum(row.pass_tokens for row in rows)
+        if sliced is not None:
+            tokens += sliced.pass_tokens * layers // self._num_layers
+        return Round(rows, sliced, layers, expired, tokens)
 
 
 class FollowingScheduler(Scheduler):

@@ -51,6 +51,11 @@ ANSWERS = Counter(
 )
 RUNNING = Gauge("vdiff_requests_running", "Answers in the batch.", MODEL)
 WAITING = Gauge("vdiff_requests_waiting", "Answers in the queue.", MODEL)
+STUCK = Gauge(
+    "vdiff_engine_stuck",
+    "1 while a round of the engine takes far longer than its rounds do, else 0.",
+    MODEL,
+)
 
 # Times of requests.
 LATENCY = Histogram(

@@ -22,6 +22,7 @@ def watch_engine(model_name: str, engine: GenerationEngine) -> None:
     metrics_of(model_name)
     families.RUNNING.labels(model_name).set_function(lambda: engine.num_running)
     families.WAITING.labels(model_name).set_function(lambda: engine.num_waiting)
+    families.STUCK.labels(model_name).set_function(lambda: engine.stuck)
     families.KV_USED.labels(model_name).set_function(lambda: engine.kv_tokens_used)
     families.KV_TOTAL.labels(model_name).set_function(lambda: engine.kv_tokens_total)
     vllm.block_lengths[model_name] = engine.spec.block_length
@@ -29,7 +30,13 @@ def watch_engine(model_name: str, engine: GenerationEngine) -> None:
 
 def forget_engine(model_name: str) -> None:
     """Read nothing more from a model's engine, so that its memory can be freed."""
-    for gauge in (families.RUNNING, families.WAITING, families.KV_USED, families.KV_TOTAL):
+    for gauge in (
+        families.RUNNING,
+        families.WAITING,
+        families.STUCK,
+        families.KV_USED,
+        families.KV_TOTAL,
+    ):
         gauge.labels(model_name).set_function(lambda: 0)
 
 
