@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vdiff_kserve.config import (
+    ALL_SETTINGS,
     DECODING_FLAGS,
     SETTINGS,
     ConfigError,
@@ -22,6 +24,7 @@ from vdiff_kserve.config import (
 from vdiff_kserve.decoding import DECODING_FIELDS
 from vdiff_kserve.models.precision import DTYPES
 from vdiff_kserve.setting import parse_size
+from vdiff_kserve.vllm_options import HINTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,7 +97,7 @@ def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
     special |= {"enforce_eager": "true"}
     special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
-    special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour"}
+    special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour", "allowed_origins": "http://a"}
     special |= {"quantization": "int8", "device_map": "auto"}
     special |= {"trust_remote_code": "true", "tool_call_parser": "json"}
     special |= {"replica_memory": "3GiB", "replicas": "1:4", "dcp_path": str(tmp_path)}
@@ -282,10 +285,44 @@ def test_a_wrong_value_from_the_environment_names_the_variable(capsys, variable,
         ("--grpc-prt 3", "unknown option --grpc-prt; did you mean --grpc_port?"),
         ("--xyzzy", "unknown option --xyzzy; see --help"),
         ("model", "unknown argument model; did you mean --model?"),
+        ("org/LLaDA-8B", "unknown argument org/LLaDA-8B; a model is named by --model"),
     ],
 )
 def test_an_unknown_flag_is_refused_with_a_suggestion(capsys, argv, message):
     assert refusal(capsys, *argv.split()) == message
+
+
+@pytest.mark.parametrize(
+    ("argv", "option", "todo"),
+    [
+        ("serve org/x", "serve", "name the model by --model"),
+        ("--swap-space 4", "--swap-space", "leave it out"),
+        ("--no-enable-chunked-prefill", "--no-enable-chunked-prefill", "--max_num_batched_tokens"),
+        ("--data-parallel-size=2", "--data-parallel-size", "use --replicas"),
+        ("-tp 2", "-tp", "use --tensor_parallel_size"),
+        ("-O3", "-O3", "--enforce_eager"),
+    ],
+)
+def test_an_option_of_vllm_is_refused_with_what_to_do(capsys, argv, option, todo):
+    message = refusal(capsys, *argv.split())
+    assert message.startswith(f"unknown {'option' if option[0] == '-' else 'argument'} {option}; ")
+    assert todo in message
+
+
+def test_what_is_said_about_options_of_vllm_is_true():
+    """They do not exist here, and those that are named instead do."""
+    kserve = {each for action in kserve_options(ALL_SETTINGS) for each in action.option_strings}
+    known = {f"--{name}" for name in ALL_SETTINGS} | kserve
+    for name, hint in HINTS.items():
+        assert f"--{name}" not in known
+        assert set(re.findall(r"--\w+", hint)) <= known, name
+
+
+@pytest.mark.parametrize("origin", ['["*"]', "chat.example.org", "https://a.example/path"])
+def test_an_origin_is_a_scheme_and_a_host(capsys, origin):
+    assert "--allowed_origins: must be origins such as" in refusal(
+        capsys, "--allowed_origins", origin
+    )
 
 
 @pytest.mark.parametrize("value", [0, True, 2.0, "3"])

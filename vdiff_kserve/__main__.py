@@ -23,10 +23,10 @@ def main() -> int:
     from vdiff_kserve.observability import logs
     from vdiff_kserve.server import Server, ServerError
 
-    logs.configure(config.log_level, config.kserve.log_config_file)
     model = DiffusionModel(config)
     code = 0
     try:
+        logs.configure(config.log_level, config.kserve.log_config_file)
         Server(config, model).run(lambda url: announce(config, url))
     except (CheckpointError, ConfigError, ServerError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -10,7 +10,7 @@ import copy
 import difflib
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from vdiff_kserve.setting import Setting, parse_bool
@@ -27,6 +27,7 @@ class CommandLine(argparse.ArgumentParser):
         settings: the settings by name.
         groups: heading of each group, in the order of the help page.
         exclusive: settings of which one on the command line overrules all in the environment.
+        hint_for: what to do about an unknown option that is another program's, if it is one.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class CommandLine(argparse.ArgumentParser):
         settings: Mapping[str, Setting],
         groups: Mapping[str, str],
         exclusive: Collection[str] = (),
+        hint_for: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         super().__init__(
             prog="python -m vdiff_kserve",
@@ -46,6 +48,7 @@ class CommandLine(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
         )
         self.exclusive = frozenset(exclusive)
+        self._hint_for = hint_for
         self._secrets = frozenset(name for name, setting in settings.items() if setting.secret)
         self._origin = ""
         headings = {key: self.add_argument_group(title) for key, title in groups.items()}
@@ -99,10 +102,16 @@ class CommandLine(argparse.ArgumentParser):
             name = unknown[0].partition("=")[0]
             if self._secrets & vars(given).keys() and not name.startswith("--"):
                 self.error("an argument is unknown; it may be a secret, so it is not shown")
-            close = difflib.get_close_matches(plain(name), flags, n=1)
-            hint = f"did you mean {flags[close[0]]}?" if close else "see --help"
-            self.error(f"unknown {'option' if name[0] == '-' else 'argument'} {name}; {hint}")
+            kind = "option" if name[0] == "-" else "argument"
+            self.error(f"unknown {kind} {name}; {self._hint(name, flags)}")
         return vars(given)
+
+    def _hint(self, name: str, flags: Mapping[str, str]) -> str:
+        if hint := self._hint_for(name):
+            return hint
+        if close := difflib.get_close_matches(plain(name), flags, n=1):
+            return f"did you mean {flags[close[0]]}?"
+        return "see --help" if name[0] == "-" else "a model is named by --model"
 
     def _read_environment(self, environ: Mapping[str, str], skip: set[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}

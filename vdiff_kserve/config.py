@@ -24,6 +24,7 @@ from vdiff_kserve.command_line import (
 )
 from vdiff_kserve.decoding import DECODING_FIELDS, PROFILES
 from vdiff_kserve.setting import SIZE, ConfigError, Kind, Setting
+from vdiff_kserve.vllm_options import hint_for
 
 DIFFUSION_FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe", "fast_dllm_v2")
 MODEL_SOURCES = ("model_dir", "model_id", "model", "dcp_path")
@@ -441,6 +442,10 @@ class ServerConfig:
         group="server",
         metavar="ORIGIN",
         many=True,
+        pattern=(
+            r"\*|[a-z][a-z0-9+.-]*://[^\s/,\"]+",
+            "origins such as https://chat.example.org, or *",
+        ),
         default_text="none",
         help="Web origins, such as https://chat.example.org, whose pages may call the server from "
         "a browser; * is all.",
@@ -671,7 +676,7 @@ def parse_args(
         argv: arguments without the program's name; None takes the process's own.
         environ: environment variables; None takes the process's own.
     """
-    command_line = CommandLine(ALL_SETTINGS, GROUPS, exclusive=MODEL_SOURCES)
+    command_line = CommandLine(ALL_SETTINGS, GROUPS, exclusive=MODEL_SOURCES, hint_for=hint_for)
     values = command_line.read(
         sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     )

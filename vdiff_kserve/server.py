@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from socket import socket
 from types import FrameType
 
@@ -46,11 +48,35 @@ class ServerError(Exception):
     """The server cannot start; the message says why."""
 
 
+def check_certificate(certificate: str | None, key: str | None) -> None:
+    """Refuse files that TLS could not begin with, before a model is loaded for nothing.
+
+    Raises:
+        ServerError: naming the option at fault.
+    """
+    if key and not certificate:
+        raise ServerError("--ssl_keyfile needs --ssl_certfile")
+    for option, path in (("ssl_certfile", certificate), ("ssl_keyfile", key)):
+        if path and not Path(path).is_file():
+            raise ServerError(f"--{option} must be a file that exists, got {path!r}")
+    if certificate:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(certificate, key)
+        except ssl.SSLError as error:
+            raise ServerError(
+                f"--ssl_certfile {certificate} and its key cannot be used: {error.reason or error}"
+            ) from error
+
+
 class Server(ModelServer):  # type: ignore[misc]
     """Serves one model until a signal ends it.
 
     KServe's parts, assembled with the configured address, this project's OpenAI routes, and a
     shutdown that drains before it closes the port.
+
+    Raises:
+        ServerError: the certificate or its key cannot be used.
     """
 
     def __init__(self, config: ServerConfig, model: DiffusionModel) -> None:
@@ -69,6 +95,7 @@ class Server(ModelServer):  # type: ignore[misc]
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
         )
+        check_certificate(self.ssl_certfile, self.ssl_keyfile)
         self.dataplane = EngineDataPlane(self.registered_models)
         repository = OpenRepository if config.enable_repository_control else FixedRepository
         self.model_repository_extension = repository(self.registered_models)

@@ -18,6 +18,8 @@ from vdiff_kserve.models import CheckpointError
 from vdiff_kserve.observability import logs, metrics
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
+from vdiff_kserve.server import ServerError, check_certificate
+from vdiff_kserve.setting import ConfigError
 
 CHAT = ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
 
@@ -148,3 +150,26 @@ def test_a_logging_configuration_of_the_user_is_used(
     logs.configure("info", str(tmp_path / "log.yaml"))
     assert used == [str(tmp_path / "log.yaml")]
     assert models.logger.name.startswith("kserve.")
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"version": 7}'])
+def test_a_logging_configuration_that_cannot_be_used_is_named(
+    tmp_path: Path, text: str | None
+) -> None:
+    file = tmp_path / "log.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=r"--log_config_file .*log\.json cannot be used"):
+        logs.configure("info", str(file))
+
+
+def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    check_certificate(None, None)
+    empty = tmp_path / "tls.crt"
+    empty.touch()
+    with pytest.raises(ServerError, match="--ssl_keyfile needs --ssl_certfile"):
+        check_certificate(None, str(empty))
+    with pytest.raises(ServerError, match="--ssl_keyfile must be a file that exists, got"):
+        check_certificate(str(empty), str(tmp_path / "tls.key"))
+    with pytest.raises(ServerError, match=r"--ssl_certfile .*tls\.crt and its key cannot be used"):
+        check_certificate(str(empty), str(empty))

@@ -10,6 +10,8 @@ import warnings
 
 from kserve.logging import KSERVE_LOG_CONFIG, configure_logging
 
+from vdiff_kserve.setting import ConfigError
+
 QUIET = re.compile(r"/(|health|ping|metrics|v2/health/\w+|v[12]/models/[^/]+(/ready)?)(\?.*)?$")
 """Paths of probes and scrapes: their successes come every few seconds and say nothing."""
 
@@ -33,9 +35,15 @@ def configure(level: str, config_file: str | None = None) -> None:
     Args:
         level: least severity that is logged.
         config_file: a logging configuration that takes the place of all this.
+
+    Raises:
+        ConfigError: that file cannot be used.
     """
     if config_file is not None:
-        configure_logging(config_file)
+        try:
+            configure_logging(config_file)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ConfigError(f"--log_config_file {config_file} cannot be used: {error}") from error
         return
     # KServe's choice of response class; there is nothing for an operator to do about it.
     warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
