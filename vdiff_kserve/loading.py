@@ -34,12 +34,8 @@ from vdiff_kserve.models import (
     check_same_vocabulary,
     choose_device,
     choose_dtype,
-    is_causal,
-    is_diffusion_gemma,
     load_causal_decoder,
-    load_causal_model,
-    load_decoder,
-    load_diffusion_gemma,
+    load_served_model,
     load_tokenizer,
     with_end_of_turn,
 )
@@ -125,15 +121,7 @@ def load_model(
     tokenizer = configured_tokenizer(config, folder)
     mesh = None if rank is None else rank.mesh
     hints = _hints(config, folder, tokenizer)
-    model: LanguageModel
-    if spread and hints.family is None and (is_diffusion_gemma(folder) or is_causal(folder)):
-        raise CheckpointError(f"--device_map {spread} is for models that the native decoder runs")
-    if hints.family is None and is_diffusion_gemma(folder):
-        model, spec = load_diffusion_gemma(folder, device, dtype, mesh, config.quantization)
-    elif hints.family is None and is_causal(folder):
-        model, spec = load_causal_model(folder, device, dtype, mesh, config.quantization)
-    else:
-        model, spec = load_decoder(folder, device, dtype, mesh, hints, config.quantization, spread)
+    model, spec = load_served_model(folder, device, dtype, mesh, hints, config.quantization, spread)
     spec = with_end_of_turn(spec, tokenizer)
     if spec.mask_token_id is None:
         _refuse_options_of_masks(config)

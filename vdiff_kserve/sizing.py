@@ -104,7 +104,7 @@ def size(
     config = CheckpointConfig.read(model_dir)
     if any(name in CAUSAL_FORMATS for name in config.architectures):
         decoders = [find_by_architecture(config, CAUSAL_FORMATS).read_decoder(config)]
-        longest = config.integer("max_position_embeddings")
+        longest = config.context("max_position_embeddings")
     else:
         spec = find_by_architecture(config, FAMILIES).read_spec(config)
         decoders, longest = [spec.decoder], spec.max_model_len

@@ -21,14 +21,13 @@ from vdiff_kserve.engine.renoising import RenoiseRow
 from vdiff_kserve.engine.request import EventSink
 from vdiff_kserve.engine.row import Row
 from vdiff_kserve.models import (
-    DiffusionGemma,
     ForwardBatch,
     KeyValueStore,
     ModelSpec,
     Renoising,
     RowSpan,
-    load_diffusion_gemma,
 )
+from vdiff_kserve.models.diffusion_gemma import DiffusionGemma, load_diffusion_gemma
 from vdiff_kserve.sampler import DecodingParams, random_tokens, seed_of_draw
 from vdiff_kserve.sampler.noise import gumbel
 

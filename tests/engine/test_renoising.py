@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,8 @@ from vdiff_kserve.engine import (
     RequestTimeoutError,
 )
 from vdiff_kserve.engine.renoising import CanvasDecision
-from vdiff_kserve.models import CheckpointError, DiffusionGemma, ModelSpec, load_diffusion_gemma
+from vdiff_kserve.models import CheckpointError, ModelSpec
+from vdiff_kserve.models.diffusion_gemma import DiffusionGemma, load_diffusion_gemma
 from vdiff_kserve.sampler import Constraints, DecodingParams
 
 CANVAS = 16
@@ -162,3 +165,29 @@ def test_rows_keep_the_embeddings_of_a_step_and_not_its_logits(engine: Engine) -
     (decision,) = engine._runner.step([row])
     assert isinstance(decision, CanvasDecision)
     assert decision.soft.shape == (CANVAS, loaded()[0].config.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "said"),
+    [
+        ("config.json", {"text_config": {"num_hidden_layers": 10**9}}, "says 1000000000 layers"),
+        ("config.json", {"text_config": {"sliding_window": 0}}, "cannot be run"),
+        ("config.json", {"text_config": {"max_position_embeddings": 1}}, "at least 2"),
+        ("config.json", {"canvas_length": 0}, "`canvas_length`"),
+        ("generation_config.json", {"max_denoising_steps": -5}, "`max_denoising_steps`"),
+        ("generation_config.json", {"eos_token_id": []}, "`eos_token_id`"),
+    ],
+)
+def test_fields_that_make_no_model_are_refused_by_name(
+    tmp_path: Path, file: str, fields: dict[str, Any], said: str
+) -> None:
+    golden = GOLDEN_DIR / "diffusion_gemma"
+    (tmp_path / "model.safetensors").symlink_to(golden / "model.safetensors")
+    config = json.loads((golden / "config.json").read_text(encoding="utf-8"))
+    if text := fields.get("text_config"):
+        fields = {"text_config": config["text_config"] | text}
+    changed = config | fields if file == "config.json" else fields
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / file).write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=said):
+        load_diffusion_gemma(tmp_path)

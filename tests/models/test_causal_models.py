@@ -19,9 +19,9 @@ from vdiff_kserve.models import (
     Decoder,
     ForwardBatch,
     causal_attention,
-    is_causal,
     load_causal_model,
 )
+from vdiff_kserve.models.causal import is_causal
 from vdiff_kserve.models.transformers_model import CachedTransformersModel, TransformersModel
 from vdiff_kserve.sampler import DecodingParams
 
@@ -218,6 +218,31 @@ def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        load_causal_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_hidden_layers", 10**9, "says 1000000000 layers, the files have 2 at most"),
+        ("num_hidden_layers", -1, "layers"),
+        ("num_hidden_layers", 1, r"unexpected_keys: \['model.layers.1"),
+        ("hidden_size", 10**6, "says 1000000, and no tensor has a side of that"),
+        ("intermediate_size", 10**6, "says 1000000, the longest side of a tensor is 320"),
+        ("intermediate_size", 90, r"mismatched_keys: .*mlp.down_proj"),
+        ("max_position_embeddings", 10**12, "no size of a model"),
+        ("num_attention_heads", 0, "mismatched_keys: .*q_proj"),
+        ("rms_norm_eps", 1e300, "logits are NaN or 0"),
+        ("hidden_act", "sine", "transformers cannot load it"),
+    ],
+)
+def test_a_field_that_the_files_contradict_is_refused_before_memory_is_taken(
+    tmp_path: Path, field: str, value: object, said: str
+) -> None:
+    write_causal("mistral", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(CheckpointError, match=said):
         load_causal_model(tmp_path)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.golden import GOLDEN_DIR
-from vdiff_kserve.models import CheckpointError
+from tests.models.folders import write_config
+from vdiff_kserve.models import CheckpointError, load_decoder
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
 from vdiff_kserve.models.registry import CAUSAL_FORMATS, find_by_architecture, find_family
 
 FAMILIES = ("llada", "dream", "sdar", "fast_dllm_v2", "llada_moe", "llada2")
 VALUES: tuple[Any, ...] = (
     None, "x", "", -1, 0, 0.5, True, [], [None], {}, {"rope_type": 5}, float("nan"), float("inf"),
+    10**9, 10**12, 2**63, 10**400, -(10**9), 1e300, 1e-300, "x" * 10**4,
 )  # fmt: skip
+MAX_MESSAGE = 300
 
 
 def read(family: str, changes: dict[str, Any]) -> None:
@@ -39,6 +43,37 @@ def test_no_value_of_any_field_of_a_golden_config_is_a_traceback(family: str) ->
                 told.append(str(error))
     assert len(told) > 50
     assert [message for message in told if "config.json: field `" not in message] == []
+    assert [message for message in told if len(message) > MAX_MESSAGE] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_size_that_the_files_contradict_is_built(family: str, tmp_path: Path) -> None:
+    """Neither a million layers nor experts: the message comes as fast as any other."""
+    golden = GOLDEN_DIR / family
+    (tmp_path / "model.safetensors").symlink_to(golden / "model.safetensors")
+    config = json.loads((golden / "config.json").read_text(encoding="utf-8"))
+    sizes = [field for field, value in config.items() if type(value) is int]
+    told = {}
+    for field in sizes:
+        write_config(tmp_path, config | {field: 60_000})
+        try:
+            load_decoder(tmp_path)
+        except CheckpointError as error:
+            told[field] = str(error)
+    layers = "n_layers" if family == "llada" else "num_hidden_layers"
+    assert f"It says 60000 layers, the files have {config[layers]}. " in told[layers]
+    assert "or more missing: " in told[layers]
+    if "num_experts" in config:
+        said = f"It says 60000 experts, the files have {config['num_experts']}. "
+        assert said in told["num_experts"]
+    assert [message for message in told.values() if "config.json" not in message] == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 10**5, '{"a": ' + "9" * 10**4 + "}", "\udcff"])
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=r"config\.json (is not valid JSON|must hold)"):
+        CheckpointConfig.read(tmp_path)
 
 
 @pytest.mark.parametrize("theta", ["x", None, -1, True, float("nan")])
@@ -49,4 +84,4 @@ def test_a_rotary_base_inside_rope_parameters_is_checked_too(theta: object) -> N
 
 
 def test_a_count_beyond_the_layers_is_all_of_them() -> None:
-    read("llada2", {"first_k_dense_replace": 10**18})
+    read("llada2", {"first_k_dense_replace": 10**6})

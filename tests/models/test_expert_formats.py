@@ -119,7 +119,8 @@ def test_routers_stay_float32_in_a_bfloat16_model() -> None:
     [
         ("llada_moe", "num_experts_per_tok", 9, "choose of 8 only"),
         ("llada_moe", "moe_layer_freq", 1, "list of integers"),
-        ("llada_moe", "partial_rotary_factor", 1.5, "24 of 16"),
+        ("llada_moe", "partial_rotary_factor", 1.5, "from 0 to 1"),
+        ("llada_moe", "partial_rotary_factor", 0.2, "rotates 3 of 16"),
         ("llada_moe", "clip_qkv", 8.0, "not supported"),
         ("llada_moe", "moe_router_enable_expert_bias", True, "only False"),
         ("llada_moe", "expert_intermediate_size", None, "missing"),

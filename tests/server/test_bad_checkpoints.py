@@ -55,6 +55,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut off": (cut, "damaged or cut off"),
     "pickled": (pickle, "python -m vdiff_kserve.convert --pickle_path"),
     "wrong field": (change_config(lambda c: c.update(n_heads="four")), "field `n_heads`"),
+    "no size": (change_config(lambda c: c.update(n_layers=10**9)), "must be at most 1048576"),
+    "too many layers": (
+        change_config(lambda c: c.update(n_layers=10**6)),
+        "It says 1000000 layers, the files have 3",
+    ),
     "missing field": (change_config(lambda c: c.pop("d_model")), "field `d_model`"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
 }

@@ -35,7 +35,7 @@ from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import FollowingScheduler, Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
 from vdiff_kserve.engine.watch import LOOK_SECONDS, RoundWatch
-from vdiff_kserve.models import DiffusionGemma, LanguageModel, ModelSpec, ReuseGraphs
+from vdiff_kserve.models import LanguageModel, ModelSpec, RenoisingModel, ReuseGraphs
 
 Inbox = SimpleQueue[GenerationEvent | EngineError]
 
@@ -123,7 +123,7 @@ class Engine:
         self._watch = RoundWatch(self._thread, config.round_timeout)
 
     def _make_runner(self, decoder: LanguageModel, auxiliary: LanguageModel | None) -> ModelRunner:
-        if isinstance(decoder, DiffusionGemma):
+        if isinstance(decoder, RenoisingModel):
             return RenoiseRunner(decoder, self.spec, self._cache)
         graphs, config = None, self.config
         if not config.enforce_eager and config.lockstep is None:

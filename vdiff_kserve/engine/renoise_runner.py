@@ -11,7 +11,7 @@ from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.renoising import CanvasDecision, RenoiseRow
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.runner import ModelRunner, of_rows
-from vdiff_kserve.models import DiffusionGemma, ForwardBatch, ModelSpec
+from vdiff_kserve.models import ForwardBatch, ModelSpec, RenoisingModel
 from vdiff_kserve.sampler import (
     Logprobs,
     Proposal,
@@ -32,7 +32,7 @@ class RenoiseRunner(ModelRunner):
     """One step of many canvases at once: the encoder where something is to be read, then the
     decoder."""
 
-    def __init__(self, model: DiffusionGemma, spec: ModelSpec, cache: KVCache) -> None:
+    def __init__(self, model: RenoisingModel, spec: ModelSpec, cache: KVCache) -> None:
         super().__init__(model, spec, cache)
         self._model = model
         self._positions_at_a_time = max(1, LOGITS_PER_CHUNK // self._vocab_size)

@@ -1,21 +1,17 @@
 """The architectures, written natively in PyTorch, and the checkpoint loader."""
 
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
-from vdiff_kserve.models.causal import is_causal, load_causal_model
+from vdiff_kserve.models.causal import load_causal_model
 from vdiff_kserve.models.checkpoint_config import CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig, LayerwisePass
-from vdiff_kserve.models.diffusion_gemma import (
-    DiffusionGemma,
-    is_diffusion_gemma,
-    load_diffusion_gemma,
-)
-from vdiff_kserve.models.language_model import ForwardPass, LanguageModel
+from vdiff_kserve.models.language_model import ForwardPass, LanguageModel, RenoisingModel
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.placement import SPREADS
 from vdiff_kserve.models.precision import choose_device, choose_dtype
 from vdiff_kserve.models.quantization import QUANTIZATIONS
 from vdiff_kserve.models.reuse_graphs import ReuseGraphs
+from vdiff_kserve.models.served import load_served_model
 from vdiff_kserve.models.sharding import VocabShard
 from vdiff_kserve.models.spec import ModelSpec, Renoising
 from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer, with_end_of_turn
@@ -27,7 +23,6 @@ __all__ = [
     "CheckpointError",
     "Decoder",
     "DecoderConfig",
-    "DiffusionGemma",
     "ForwardBatch",
     "ForwardPass",
     "Hints",
@@ -36,6 +31,7 @@ __all__ = [
     "LayerwisePass",
     "ModelSpec",
     "Renoising",
+    "RenoisingModel",
     "ReuseGraphs",
     "RowSpan",
     "VocabShard",
@@ -43,12 +39,10 @@ __all__ = [
     "check_same_vocabulary",
     "choose_device",
     "choose_dtype",
-    "is_causal",
-    "is_diffusion_gemma",
     "load_causal_decoder",
     "load_causal_model",
     "load_decoder",
-    "load_diffusion_gemma",
+    "load_served_model",
     "load_tokenizer",
     "pack_linear_layers",
     "to_device",

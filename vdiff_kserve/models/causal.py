@@ -22,11 +22,6 @@ from vdiff_kserve.models.language_model import LanguageModel
 from vdiff_kserve.models.loader import load_causal_decoder
 from vdiff_kserve.models.registry import CAUSAL_FORMATS, FAMILIES
 from vdiff_kserve.models.spec import ModelSpec
-from vdiff_kserve.models.transformers_model import (
-    CachedTransformersModel,
-    TransformersModel,
-    load_transformers_model,
-)
 
 PROFILE_NAMES = ("exact", "quality", "fast")
 """All alike here: there is one way to write a token after the other."""
@@ -65,15 +60,14 @@ def load_causal_model(
     model: LanguageModel
     if _native_layout(config) is not None:
         model = load_causal_decoder(folder, device, dtype, mesh, quantization)
-        longest = config.integer("max_position_embeddings")
+        longest, cacheable = config.context("max_position_embeddings"), True
     elif mesh is not None or quantization is not None:
         option = "--tensor_parallel_size" if quantization is None else "--quantization"
         raise CheckpointError(f"{folder}: {option} is not for models that transformers runs")
     else:
-        model, longest = load_transformers_model(folder, device, dtype)
-    cacheable = not isinstance(model, TransformersModel) or isinstance(
-        model, CachedTransformersModel
-    )
+        from vdiff_kserve.models.transformers_model import load_transformers_model  # seconds
+
+        model, longest, cacheable = load_transformers_model(folder, device, dtype)
     decoding = {"block_length": 1, "cache": "exact" if cacheable else "none"}
     ends = _end_token_ids(folder, config, model.config.vocab_size)
     return model, ModelSpec(

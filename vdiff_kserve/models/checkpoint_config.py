@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+MAX_SIZE = 1 << 20
+"""Beyond every size of a model (widths, vocabulary, layers, heads): a larger one is a mistake."""
+MAX_EXPERTS = 1 << 16
+MAX_CONTEXT = 1 << 30
+MAX_ROTARY_BASE = 1e15
+MAX_TOLD = 60
 
 
 class CheckpointError(Exception):
@@ -56,7 +62,9 @@ class CheckpointConfig:
             raise CheckpointError(f"{folder} has no config.json: it is not a model checkpoint")
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(fields, dict):
             raise CheckpointError(f"{path} must hold a JSON object")
@@ -85,18 +93,34 @@ class CheckpointConfig:
             raise self.error(field, "missing")
         return value
 
-    def integer(self, field: str, default: int | None = None) -> int:
+    def integer(self, field: str, default: int | None = None, most: int = MAX_SIZE) -> int:
         """A positive whole number."""
         value = self._require(field, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(field, f"must be a positive integer, not {value!r}")
-        return value
+            raise self.error(field, f"must be a positive integer, not {_told(value)}")
+        return self._at_most(field, value, most)
 
-    def count(self, field: str, default: int | None = None) -> int:
+    def count(self, field: str, default: int | None = None, most: int = MAX_SIZE) -> int:
         """A whole number that may be 0."""
         value = self._require(field, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.error(field, f"must be 0 or a positive integer, not {value!r}")
+            raise self.error(field, f"must be 0 or a positive integer, not {_told(value)}")
+        return self._at_most(field, value, most)
+
+    def _at_most(self, field: str, value: int, most: int) -> int:
+        if value > most:
+            raise self.error(field, f"must be at most {most}, not {_told(value)}")
+        return value
+
+    def experts(self, field: str) -> int:
+        """How many experts a layer has."""
+        return self.integer(field, most=MAX_EXPERTS)
+
+    def context(self, field: str) -> int:
+        """The most tokens of a text: a prompt of one and an answer of one, or more."""
+        value = self.integer(field, most=MAX_CONTEXT)
+        if value < 2:
+            raise self.error(field, f"must be at least 2, not {value}")
         return value
 
     def integers(self, field: str) -> list[int]:
@@ -105,36 +129,67 @@ class CheckpointConfig:
         if value is None:
             return []
         if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise self.error(field, f"must be a list of integers, not {value!r}")
+            raise self.error(field, f"must be a list of integers, not {_told(value)}")
         return value
 
-    def number(self, field: str, default: float | None = None) -> float:
-        """A positive number."""
+    def number(
+        self, field: str, default: float | None = None, *, least: float = 0, most: float
+    ) -> float:
+        """A positive number from `least` to `most`."""
         value = self._require(field, default)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf:
-            raise self.error(field, f"must be a positive number, not {value!r}")
+        if not is_number or not value > 0:
+            raise self.error(field, f"must be a positive number, not {_told(value)}")
+        if not least <= value <= most:
+            raise self.error(field, f"must be from {least:g} to {most:g}, not {_told(value)}")
         return float(value)
 
     def table(self, field: str) -> dict[str, Any]:
         """An object, empty when the field is absent."""
         value = self._fields.get(field)
         if value is not None and not isinstance(value, dict):
-            raise self.error(field, f"must be an object, not {value!r}")
+            raise self.error(field, f"must be an object, not {_told(value)}")
         return value or {}
 
-    def boolean(self, field: str) -> bool:
-        value = self._require(field, None)
+    def part(self, field: str) -> CheckpointConfig:
+        """The fields of an object inside of this one; none when it is absent."""
+        return CheckpointConfig(self.path, self.table(field), self.hints)
+
+    def integers_by_name(self) -> dict[str, int]:
+        """All fields that are whole numbers."""
+        return {field: value for field, value in self._fields.items() if type(value) is int}
+
+    def boolean(self, field: str, default: bool | None = None) -> bool:
+        value = self._require(field, default)
         if not isinstance(value, bool):
-            raise self.error(field, f"must be true or false, not {value!r}")
+            raise self.error(field, f"must be true or false, not {_told(value)}")
         return value
 
     def token_id(self, field: str, vocab_size: int, default: int | None = None) -> int:
         """A token id inside the vocabulary."""
         value = self._require(field, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-            raise self.error(field, f"must be a token id from 0 to {vocab_size - 1}, not {value!r}")
+            allowed = f"must be a token id from 0 to {vocab_size - 1}"
+            raise self.error(field, f"{allowed}, not {_told(value)}")
         return value
+
+    def rotary_base(self) -> float:
+        """The base of rotary positions."""
+        return self.number("rope_theta", least=1, most=MAX_ROTARY_BASE)
+
+    def norm_eps(self) -> float:
+        """What is added to the mean square before its root."""
+        return self.number("rms_norm_eps", most=1)
+
+    def head_dim(self, hidden_size: int, heads_field: str) -> int:
+        """The dimensions of a head: as stated, else the heads share the width of the model."""
+        heads = self.integer(heads_field)
+        if self.get("head_dim") is None and hidden_size % heads:
+            raise self.error(heads_field, f"{heads} does not divide the width, {hidden_size}")
+        size = self.integer("head_dim", default=hidden_size // heads)
+        if size % 2:
+            raise self.error("head_dim", f"must be even to be rotated, not {size}")
+        return size
 
     def divisor(self, field: str, of: int) -> int:
         """A positive whole number that divides `of`, which it is when the field is absent."""
@@ -156,17 +211,26 @@ class CheckpointConfig:
         fallback = default if of_tokenizer is None else of_tokenizer
         return self.token_id("mask_token_id", vocab_size, default=fallback)
 
-    def block_length(self, default: int) -> int:
+    def block_length(self, default: int, most: int) -> int:
         """How many positions see each other: as the operator says, else this file, else the name
-        of the checkpoint, else `default`."""
+        of the checkpoint, else `default`; a text of the model has `most`."""
         if self.hints.block_length is not None:
             return self.hints.block_length
-        named = re.search(r"-b(\d+)$", self.hints.name)
-        return self.integer("block_size", default=int(named[1]) if named else default)
+        named = re.search(r"-b(\d{1,9})$", self.hints.name)
+        return self.integer("block_size", int(named[1]) if named else default, most)
 
     def expect(self, field: str, allowed: tuple[Any, ...]) -> None:
         """Refuse a checkpoint whose `field` is present with a value that is not implemented."""
         value = self._fields.get(field)
         if value is not None and value not in allowed:
             names = " or ".join(repr(choice) for choice in allowed)
-            raise self.error(field, f"{value!r} is not supported, only {names}")
+            raise self.error(field, f"{_told(value)} is not supported, only {names}")
+
+
+def _told(value: object) -> str:
+    """A value for a message, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_TOLD else f"{text[:MAX_TOLD]}..."

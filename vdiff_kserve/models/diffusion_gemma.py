@@ -20,7 +20,6 @@ from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.causal_attention import NAME, AttentionCalls, attending
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
 from vdiff_kserve.models.decoder import DecoderConfig
-from vdiff_kserve.models.loader import list_tensors
 from vdiff_kserve.models.spec import ModelSpec, Renoising
 from vdiff_kserve.models.transformers_model import (
     CHUNKS,
@@ -31,8 +30,10 @@ from vdiff_kserve.models.transformers_model import (
     relative_difference,
 )
 
-ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
 END_OF_TURN = "<turn|>"
+GENERATION = "generation_config.json"
+MAX_TEMPERATURE = 100
+MAX_ENTROPY = 100
 ENTROPY_BOUND, FAST_ENTROPY_BOUND = 0.1, 0.5
 NO_MASKS = {"full_attention": None, "sliding_attention": None}
 
@@ -174,15 +175,6 @@ class DiffusionGemma:
         return embedded, zeros if self._soft is None else self._soft[None]
 
 
-def is_diffusion_gemma(folder: Path | str) -> bool:
-    """Whether a checkpoint is a DiffusionGemma.
-
-    Raises:
-        CheckpointError: its `config.json` does not say what it is.
-    """
-    return ARCHITECTURE in CheckpointConfig.read(Path(folder)).architectures
-
-
 def load_diffusion_gemma(
     folder: Path | str,
     device: torch.device | str = "cpu",
@@ -204,12 +196,14 @@ def load_diffusion_gemma(
         option = "--tensor_parallel_size" if quantization is None else "--quantization"
         raise CheckpointError(f"{folder}: {option} is not for models that transformers runs")
     config = CheckpointConfig.read(folder)
-    list_tensors(folder)  # safetensors only, and whole
     model = from_folder(DiffusionGemmaForBlockDiffusion, folder, device, dtype)
     model.model.encoder.vision_tower = None
-    expected = _probe_stock(model)
-    gemma = DiffusionGemma(model)
-    difference = relative_difference(_probe(gemma), expected)
+    try:
+        expected = _probe_stock(model)
+        gemma = DiffusionGemma(model)
+        difference = relative_difference(_probe(gemma), expected)
+    except Exception as error:
+        raise CheckpointError(f"{folder}: the model cannot be run: {error!r}") from error
     if not difference <= TOLERANCE[dtype]:
         raise CheckpointError(
             f"{folder}: this version of transformers computes other logits than are served "
@@ -223,22 +217,11 @@ def _read_spec(
 ) -> ModelSpec:
     """What `config.json` and `generation_config.json` say, and the published defaults."""
     text, asked = model.config.text_config, model.generation_config
-    given = {
-        ours: getattr(asked, theirs)
-        for ours, theirs in (
-            ("max_steps", "max_denoising_steps"),
-            ("t_min", "t_min"),
-            ("t_max", "t_max"),
-            ("stability_threshold", "stability_threshold"),
-            ("confidence_threshold", "confidence_threshold"),
-        )
-        if getattr(asked, theirs, None) is not None
-    }
     sampler = getattr(asked, "sampler_config", None)
     bound = ENTROPY_BOUND if sampler is None else sampler.entropy_bound
     ends = text.eos_token_id if getattr(asked, "eos_token_id", None) is None else asked.eos_token_id
     ends = tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
-    if not all(isinstance(end, int) and 0 <= end < sizes.vocab_size for end in ends):
+    if not ends or not all(isinstance(end, int) and 0 <= end < sizes.vocab_size for end in ends):
         raise config.error("eos_token_id", f"must be a token id or several, not {ends!r}")
     decoding = {"policy": "entropy_bound", "temperature": 1.0, "cache": "exact"}
     bounds = {"exact": bound, "quality": bound, "fast": max(bound, FAST_ENTROPY_BOUND)}
@@ -248,12 +231,26 @@ def _read_spec(
         mask_token_id=None,
         eos_token_id=ends[0],
         eot_token_id=None,
-        max_model_len=text.max_position_embeddings,
-        block_length=model.config.canvas_length,
+        max_model_len=config.part("text_config").context("max_position_embeddings"),
+        block_length=config.integer("canvas_length", default=model.config.canvas_length),
         profiles={name: decoding | {"entropy_bound": value} for name, value in bounds.items()},
-        renoising=Renoising(**given),
+        renoising=_renoising(CheckpointConfig(config.path.parent / GENERATION, vars(asked))),
         more_end_token_ids=ends[1:],
         eot_token=END_OF_TURN,
+    )
+
+
+def _renoising(asked: CheckpointConfig) -> Renoising:
+    """What `generation_config.json` says, and the published defaults."""
+    usual = Renoising()
+    return Renoising(
+        max_steps=asked.integer("max_denoising_steps", usual.max_steps),
+        t_min=asked.number("t_min", usual.t_min, most=MAX_TEMPERATURE),
+        t_max=asked.number("t_max", usual.t_max, most=MAX_TEMPERATURE),
+        stability_threshold=asked.integer("stability_threshold", usual.stability_threshold),
+        confidence_threshold=asked.number(
+            "confidence_threshold", usual.confidence_threshold, most=MAX_ENTROPY
+        ),
     )
 
 

@@ -33,7 +33,8 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
     Attention is block-causal, the logits at position i predict token i + 1 within a block, and the
     first token of a block is predicted from the block before.
     """
-    block = config.integer("bd_size", default=BLOCK_LENGTH)
+    context = config.context("max_position_embeddings")
+    block = config.integer("bd_size", default=BLOCK_LENGTH, most=context)
     if block % SUB_BLOCK_LENGTH:
         raise config.error("bd_size", f"must be a multiple of {SUB_BLOCK_LENGTH}, not {block}")
     decoder = read_qwen_decoder(config, qkv_bias=True, qk_norm=False, attention_block=block)
@@ -44,7 +45,7 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
         mask_token_id=config.mask_token_id(vocab_size, default=MASK_TOKEN_ID),
         eos_token_id=config.token_id("eos_token_id", vocab_size),
         eot_token_id=END_OF_TEXT_TOKEN_ID if vocab_size > END_OF_TEXT_TOKEN_ID else None,
-        max_model_len=config.integer("max_position_embeddings"),
+        max_model_len=context,
         block_length=block,
         profiles=PROFILES,
         eot_token="<|endoftext|>",

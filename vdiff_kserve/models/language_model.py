@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,3 +61,20 @@ class LanguageModel(Protocol):
 
     def own_logits(self, hidden: Tensor) -> Tensor:
         """Those of the tokens that this rank's head is for."""
+
+
+@runtime_checkable
+class RenoisingModel(LanguageModel, Protocol):
+    """A model that is denoised from random tokens: calling it reads texts into the store."""
+
+    def denoise(self, batch: ForwardBatch, soft: Tensor | None) -> Tensor:
+        """Hidden states of the rows' canvases, [tokens, hidden_size].
+
+        Args:
+            batch: the canvases are the spans' query tokens; the store has what lies before them.
+            soft: what `soften` gave for the rows' steps before, [tokens, hidden_size]; zeros for a
+                canvas's first. None is zeros for all.
+        """
+
+    def soften(self, logits: Tensor) -> Tensor:
+        """What the next step is conditioned on: [positions, vocab] -> [positions, hidden_size]."""

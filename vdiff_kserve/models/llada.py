@@ -62,11 +62,8 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
         config.expect(field, allowed)
     hidden_size = config.integer("d_model")
     num_heads = config.integer("n_heads")
-    if hidden_size % num_heads:
-        raise config.error("d_model", f"{hidden_size} is not a multiple of n_heads = {num_heads}")
-    num_kv_heads = config.integer("n_kv_heads", default=num_heads)
-    if num_heads % num_kv_heads:
-        raise config.error("n_kv_heads", f"{num_kv_heads} does not divide n_heads = {num_heads}")
+    if hidden_size % (2 * num_heads):
+        raise config.error("d_model", f"{hidden_size} is no even multiple of n_heads = {num_heads}")
     embedding_size = config.integer("embedding_size", default=config.integer("vocab_size"))
     is_illada = "iLLaDA" in config.hints.name
     decoder = DecoderConfig(
@@ -75,10 +72,10 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
         intermediate_size=config.integer("mlp_hidden_size"),
         num_layers=config.integer("n_layers"),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=config.divisor("n_kv_heads", of=num_heads),
         head_dim=hidden_size // num_heads,
-        rms_norm_eps=config.number("rms_norm_eps"),
-        rope_theta=config.number("rope_theta"),
+        rms_norm_eps=config.norm_eps(),
+        rope_theta=config.rotary_base(),
         rope_in_float32=config.boolean("rope_full_precision"),
         tie_embeddings=config.boolean("weight_tying"),
     )
@@ -90,7 +87,7 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
         ),
         eos_token_id=config.token_id("eos_token_id", embedding_size),
         eot_token_id=None if is_illada or embedding_size <= EOT_TOKEN_ID else EOT_TOKEN_ID,
-        max_model_len=config.integer("max_sequence_length"),
+        max_model_len=config.context("max_sequence_length"),
         block_length=BLOCK_LENGTH,
         profiles=PROFILES,
         eot_token="<|eot_id|>",

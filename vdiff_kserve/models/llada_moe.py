@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.checkpoint_config import MAX_EXPERTS, CheckpointConfig
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.llada import PROFILES as LLADA_PROFILES
 from vdiff_kserve.models.moe import MoEConfig
@@ -21,6 +21,7 @@ MASK_TOKEN_ID = 156895
 EOS_TOKEN_ID = 156892
 END_OF_TURN = "<|role_end|>"
 BLOCK_LENGTH = 32
+MAX_SCALING = 1e4
 
 _AS_PUBLISHED = {"cache": "exact", "filtered_confidence": True}
 LLADA2_PROFILES: Mapping[str, Mapping[str, Any]] = {
@@ -112,7 +113,7 @@ def read_llada_moe_spec(config: CheckpointConfig) -> ModelSpec:
     decoder = _read_decoder(
         config,
         moe=MoEConfig(
-            num_experts=config.integer("num_experts"),
+            num_experts=config.experts("num_experts"),
             experts_per_token=config.integer("num_experts_per_tok"),
             expert_size=config.integer("expert_intermediate_size"),
             shared_size=config.count("shared_expert_intermediate_size", default=0),
@@ -129,23 +130,26 @@ def read_llada2_spec(config: CheckpointConfig) -> ModelSpec:
     for field, allowed in LLADA2_FIXED.items():
         config.expect(field, allowed)
     expert_size = config.integer("moe_intermediate_size")
+    num_experts = config.experts("num_experts")
     decoder = _read_decoder(
         config,
         moe=MoEConfig(
-            num_experts=config.integer("num_experts"),
+            num_experts=num_experts,
             experts_per_token=config.integer("num_experts_per_tok"),
             expert_size=expert_size,
             scoring="sigmoid",
             renormalize=True,
-            scaling=config.number("routed_scaling_factor"),
+            scaling=config.number("routed_scaling_factor", most=MAX_SCALING),
             choice_bias=True,
-            num_groups=config.divisor("n_group", of=config.integer("num_experts")),
+            num_groups=config.divisor("n_group", of=num_experts),
             groups_kept=config.integer("topk_group"),
-            shared_size=expert_size * config.count("num_shared_experts"),
+            shared_size=expert_size * config.count("num_shared_experts", most=MAX_EXPERTS),
         ),
         dense_layers=_first_layers(config, config.count("first_k_dense_replace")),
         dense_field="intermediate_size",
-        attention_block=config.block_length(default=BLOCK_LENGTH),
+        attention_block=config.block_length(
+            default=BLOCK_LENGTH, most=config.context("max_position_embeddings")
+        ),
     )
     edits = "LLaDA2.1" in config.hints.name
     return _spec(config, decoder, "llada2", EDITING_PROFILES if edits else LLADA2_PROFILES)
@@ -165,7 +169,7 @@ def _read_decoder(
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
     num_layers = config.integer("num_hidden_layers")
-    head_dim = config.integer("head_dim", default=hidden_size // num_heads)
+    head_dim = config.head_dim(hidden_size, "num_attention_heads")
     has_dense = any(layer < num_layers for layer in dense_layers)
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
@@ -175,10 +179,10 @@ def _read_decoder(
         num_heads=num_heads,
         num_kv_heads=config.divisor("num_key_value_heads", of=num_heads),
         head_dim=head_dim,
-        rms_norm_eps=config.number("rms_norm_eps"),
+        rms_norm_eps=config.norm_eps(),
         rope_theta=rope_theta(config),
         rope_in_float32=False,
-        tie_embeddings=bool(config.get("tie_word_embeddings")),
+        tie_embeddings=config.boolean("tie_word_embeddings", default=False),
         qk_norm=True,
         attention_block=attention_block,
         rotary_dim=_rotary_dim(config, head_dim),
@@ -192,9 +196,9 @@ def _first_layers(config: CheckpointConfig, count: int) -> frozenset[int]:
 
 
 def _rotary_dim(config: CheckpointConfig, head_dim: int) -> int:
-    stated = config.integer("rotary_dim", default=head_dim) / head_dim
-    rotary_dim = int(head_dim * config.number("partial_rotary_factor", default=stated))
-    if rotary_dim > head_dim or rotary_dim % 2:
+    stated = config.integer("rotary_dim", default=head_dim, most=head_dim) / head_dim
+    rotary_dim = int(head_dim * config.number("partial_rotary_factor", default=stated, most=1))
+    if rotary_dim == 0 or rotary_dim % 2:
         raise config.error(
             "partial_rotary_factor", f"rotates {rotary_dim} of {head_dim} dimensions of a head"
         )
@@ -217,7 +221,7 @@ def _spec(
             "eos_token_id", vocab_size, default=EOS_TOKEN_ID if end is None else end
         ),
         eot_token_id=None,
-        max_model_len=config.integer("max_position_embeddings"),
+        max_model_len=config.context("max_position_embeddings"),
         block_length=decoder.attention_block or BLOCK_LENGTH,
         profiles=profiles,
         eot_token=END_OF_TURN,

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
+from vdiff_kserve.models.matching import match, some
 from vdiff_kserve.models.moe import Experts, Router
 from vdiff_kserve.models.packed_linear import PackedLinear, can_pack, pack_linear_layer
 from vdiff_kserve.models.pickled_weights import pickle_files
@@ -41,11 +41,10 @@ from vdiff_kserve.models.safetensors_file import (
 )
 from vdiff_kserve.models.sharding import Slice, shard
 from vdiff_kserve.models.spec import ModelSpec
-from vdiff_kserve.models.tensor_names import Place, TensorNames, tensor_shape
+from vdiff_kserve.models.tensor_names import Place, TensorNames
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_NAMES_IN_ERROR = 8
 
 
 def load_decoder(
@@ -116,10 +115,8 @@ def _load(
     weights are read into the same memory one after the other, and packed or quantized from there. A
     layer's experts are packed as soon as the last of them is there.
     """
-    with init_empty_weights(include_buffers=False):
-        decoder = Decoder(config)
     stored = list_tensors(folder)
-    places = _match(decoder, tensor_names, stored, folder)
+    decoder, places = match(config, tensor_names, stored, folder)
     slices = {} if mesh is None else shard(decoder, mesh)
     device = torch.device(device)
     devices: dict[str, torch.device] = {}
@@ -275,43 +272,7 @@ def _indexed_files(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
     if outside := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{index} names files outside its folder: {_some(outside)}")
+        raise CheckpointError(f"{index} names files outside its folder: {some(outside)}")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise CheckpointError(f"{index} names shards that are not there: {_some(missing)}")
+        raise CheckpointError(f"{index} names shards that are not there: {some(missing)}")
     return [index.parent / name for name in names]
-
-
-def _match(
-    decoder: Decoder, names: TensorNames, stored: dict[str, StoredTensor], folder: Path
-) -> dict[str, list[Place]]:
-    """Where the rows of every tensor go, or one error that names all mismatches."""
-    parameters = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
-    ignored = set()
-    if decoder.config.tie_embeddings:
-        parameters.pop("lm_head.weight", None)
-        ignored.add(names.published_name("lm_head.weight"))
-    places = names.places(parameters)
-    missing = list(places.keys() - stored.keys())
-    unexpected = list(stored.keys() - places.keys() - ignored)
-    misshaped = []
-    for name in places.keys() & stored.keys():
-        shape, expected = stored[name].shape, tensor_shape(places[name])
-        if shape != expected:
-            misshaped.append(f"{name} is {list(shape)}, config.json says {list(expected)}")
-    problems = [
-        f"{len(found)} {kind}: {_some(found)}"
-        for kind, found in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of the wrong shape", misshaped),
-        )
-        if found
-    ]
-    if problems:
-        raise CheckpointError(f"{folder}: tensors do not fit config.json. " + ". ".join(problems))
-    return places
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(sorted(names)[:MAX_NAMES_IN_ERROR])
-    return shown if len(names) <= MAX_NAMES_IN_ERROR else f"{shown}, ..."

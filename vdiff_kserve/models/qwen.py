@@ -70,7 +70,7 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
         mask_token_id=config.mask_token_id(vocab_size, default=DREAM_MASK_TOKEN_ID),
         eos_token_id=end,
         eot_token_id=DREAM_EOT_TOKEN_ID if vocab_size > DREAM_EOT_TOKEN_ID else None,
-        max_model_len=config.integer("max_position_embeddings"),
+        max_model_len=config.context("max_position_embeddings"),
         block_length=DREAM_BLOCK_LENGTH,
         profiles=DREAM_PROFILES,
         eot_token="<|im_end|>",
@@ -110,7 +110,6 @@ def read_qwen_decoder(
     config.expect("use_sliding_window", (False,))
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
-    head_dim = config.integer("head_dim", default=hidden_size // num_heads)
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
@@ -118,11 +117,11 @@ def read_qwen_decoder(
         num_layers=config.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=config.divisor("num_key_value_heads", of=num_heads),
-        head_dim=head_dim,
-        rms_norm_eps=config.number("rms_norm_eps"),
+        head_dim=config.head_dim(hidden_size, "num_attention_heads"),
+        rms_norm_eps=config.norm_eps(),
         rope_theta=rope_theta(config),
         rope_in_float32=False,
-        tie_embeddings=bool(config.get("tie_word_embeddings")),
+        tie_embeddings=config.boolean("tie_word_embeddings", default=False),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         attention_block=attention_block,
@@ -138,5 +137,5 @@ def rope_theta(config: CheckpointConfig) -> float:
     if kind != "default":
         raise config.error("rope_scaling", f"{kind!r} is not supported, only 'default'")
     if config.get("rope_theta") is None and "rope_theta" in parameters:
-        return CheckpointConfig(config.path, parameters).number("rope_theta")
-    return config.number("rope_theta")
+        return CheckpointConfig(config.path, parameters).rotary_base()
+    return config.rotary_base()

@@ -34,7 +34,7 @@ def read_moe_spec(config: CheckpointConfig) -> ModelSpec:
     """Translate the `config.json` of SDAR-MoE, in Qwen3-MoE's layout."""
     config.expect("decoder_sparse_step", (1,))
     moe = MoEConfig(
-        num_experts=config.integer("num_experts"),
+        num_experts=config.experts("num_experts"),
         experts_per_token=config.integer("num_experts_per_tok"),
         expert_size=config.integer("moe_intermediate_size"),
         renormalize=config.boolean("norm_topk_prob"),
@@ -51,7 +51,8 @@ def _read(
     dense_layers: frozenset[int] = frozenset(),
 ) -> ModelSpec:
     config.expect("attention_bias", (False,))
-    block = config.block_length(default=BLOCK_LENGTH)
+    context = config.context("max_position_embeddings")
+    block = config.block_length(default=BLOCK_LENGTH, most=context)
     decoder = read_qwen_decoder(
         config,
         qkv_bias=False,
@@ -67,7 +68,7 @@ def _read(
         mask_token_id=config.mask_token_id(vocab_size, default=MASK_TOKEN_ID),
         eos_token_id=config.token_id("eos_token_id", vocab_size),
         eot_token_id=END_OF_TURN_TOKEN_ID if vocab_size > END_OF_TURN_TOKEN_ID else None,
-        max_model_len=config.integer("max_position_embeddings"),
+        max_model_len=context,
         block_length=block,
         profiles=PROFILES,
         eot_token="<|im_end|>",

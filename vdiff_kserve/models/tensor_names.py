@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 Shape = tuple[int, ...]
+NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,29 @@ class TensorNames:
     stacked: Mapping[str, Sequence[str]] = field(default_factory=dict)
     fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def places(self, parameters: Mapping[str, Shape]) -> dict[str, list[Place]]:
+    def count(self, tensors: Iterable[str]) -> tuple[int, int]:
+        """How many layers the names of tensors speak of, and how many experts."""
+        known = {*self.by_published, *self.fused}.union(*self.stacked.values())
+        layers, experts = set(), set()
+        for name in tensors:
+            if NUMBER.sub("{}", name) in known:
+                layer, *expert = NUMBER.findall(name) or [None]
+                layers.add(layer)
+                experts.update(expert)
+        return len(layers - {None}), len(experts)
+
+    def places(
+        self, parameters: Mapping[str, Shape], most_experts: int | None = None
+    ) -> dict[str, list[Place]]:
         """Every tensor that a checkpoint of `parameters` must hold, and where it goes.
 
         Args:
             parameters: shapes by name in `Decoder`.
+            most_experts: how many experts of a layer are listed; None is all.
         """
         places: dict[str, list[Place]] = {}
         for name, shape in parameters.items():
-            for tensor, place in self._sources(name, shape, parameters):
+            for tensor, place in self._sources(name, shape, parameters, most_experts):
                 places.setdefault(tensor, []).append(place)
         return places
 
@@ -77,13 +93,13 @@ class TensorNames:
         return by_parameter[pattern].format(layer)
 
     def _sources(
-        self, name: str, shape: Shape, parameters: Mapping[str, Shape]
+        self, name: str, shape: Shape, parameters: Mapping[str, Shape], most_experts: int | None
     ) -> Iterator[tuple[str, Place]]:
         pattern, layer = _pattern(name)
         if pattern in self.stacked:
             tensors = self.stacked[pattern]
             rows = shape[1] // len(tensors)
-            for expert in range(shape[0]):
+            for expert in range(shape[0])[:most_experts]:
                 for i, tensor in enumerate(tensors):
                     part = slice(i * rows, (i + 1) * rows)
                     place = Place(name, (expert, part), (rows, *shape[2:]))

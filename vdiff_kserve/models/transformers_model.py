@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.causal_attention import NAME, AttentionCalls, attending
-from vdiff_kserve.models.checkpoint_config import CheckpointError
+from vdiff_kserve.models.checkpoint_config import MAX_CONTEXT, CheckpointConfig, CheckpointError
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.language_model import ForwardPass
 from vdiff_kserve.models.loader import list_tensors
+from vdiff_kserve.models.safetensors_file import StoredTensor
+from vdiff_kserve.models.tensor_names import NUMBER
 
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
+LAYER_FIELDS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
+WIDTH_FIELDS = {"hidden_size", "n_embd", "d_model", "vocab_size"}
+SIZE_ENDINGS = ("intermediate_size", "head_dim", "num_attention_heads", "n_head", "experts")
 PROBE_LENGTHS = (13, 9)
 PROBE_CONTINUES = 5
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -180,8 +185,10 @@ def from_folder(
     No code of the checkpoint is run.
 
     Raises:
-        CheckpointError: transformers cannot load it, or its tensors do not fit its config.
+        CheckpointError: the folder is not sound, transformers cannot load it, or its tensors do not
+            fit its config.
     """
+    _check_sizes(CheckpointConfig.read(folder), list_tensors(folder))
     try:
         model, report = model_class.from_pretrained(
             folder,
@@ -191,36 +198,58 @@ def from_folder(
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below
         )
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
-    wrong = {name: report[name] for name in ("missing_keys", "mismatched_keys") if report[name]}
+    except Exception as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {error!r}") from error
+    kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    wrong = {name: report[name] for name in kinds if report[name]}
     if wrong:
         found = "; ".join(f"{name}: {sorted(map(str, keys))[:8]}" for name, keys in wrong.items())
         raise CheckpointError(f"{folder}: tensors do not fit config.json. {found}")
     return model.requires_grad_(False).eval()
 
 
+def _check_sizes(config: CheckpointConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse what transformers would take memory for, to find then that it does not fit.
+
+    Raises:
+        CheckpointError: a size that the files contradict.
+    """
+    layers = max((int(i) for name in stored for i in NUMBER.findall(name)), default=0) + 1
+    sides = {side for tensor in stored.values() for side in tensor.shape}
+    longest = max(sides, default=0)
+    for part in (config, config.part("text_config")):
+        for field, value in part.integers_by_name().items():
+            if field in LAYER_FIELDS and not 0 < value <= layers:
+                raise part.error(field, f"says {value} layers, the files have {layers} at most")
+            if field in WIDTH_FIELDS and value not in sides:
+                raise part.error(field, f"says {value}, and no tensor has a side of that")
+            if field.endswith(SIZE_ENDINGS) and value > longest:
+                raise part.error(field, f"says {value}, the longest side of a tensor is {longest}")
+            if abs(value) > MAX_CONTEXT:
+                raise part.error(field, f"{value} is no size of a model")
+
+
 def load_transformers_model(
     folder: Path, device: torch.device | str, dtype: torch.dtype
-) -> tuple[TransformersModel, int]:
+) -> tuple[TransformersModel, int, bool]:
     """Read a checkpoint with transformers' class for it.
 
     Returns:
-        the model, with a cache if that gives what transformers computes without one, and its
-        context length.
+        the model, its context length, and whether it has a cache: if that gives what transformers
+        computes without one.
 
     Raises:
         CheckpointError: the folder is not sound, or transformers does not know the architecture.
     """
-    list_tensors(folder)  # safetensors only, and whole
     model = from_folder(AutoModelForCausalLM, folder, device, dtype)
     longest = _context(model.config.get_text_config())
     if longest is None:
         raise CheckpointError(f"{folder}/config.json does not tell the model's context length")
     own_attention = model.config._attn_implementation
     try:
-        return CachedTransformersModel(model, _probe(model)), longest
+        return CachedTransformersModel(model, _probe(model)), longest, True
     except NotCacheableError as reason:
         logger.warning(
             "%s is served without a cache, each token for a pass over all before it: %s.",
@@ -228,7 +257,7 @@ def load_transformers_model(
         )  # fmt: skip
         if model.config._attn_implementation == NAME:
             model.set_attn_implementation(own_attention)
-        return TransformersModel(model, _sizes(model)), longest
+        return TransformersModel(model, _sizes(model)), longest, False
 
 
 @torch.inference_mode()
@@ -266,7 +295,7 @@ def _probe(model: PreTrainedModel) -> DecoderConfig:
         torch.randint(text.vocab_size, (length,), generator=generator).to(model.device)
         for length in PROBE_LENGTHS
     ]
-    alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+    alone = _alone(model, rows)
     try:
         model.set_attn_implementation(NAME)
         _, calls = _run(model, ForwardBatch.pack(rows, device=model.device))
@@ -314,6 +343,17 @@ def _sizes(
         tie_embeddings=bool(model.config.tie_word_embeddings),
         attention_block=1,
     )
+
+
+def _alone(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
+    """The logits of each row as transformers computes them."""
+    try:
+        logits = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot run the model: {error!r}") from error
+    if any(bool(each.isnan().any()) or not each.any() for each in logits):
+        raise CheckpointError("the model's logits are NaN or 0: is its config.json damaged?")
+    return logits
 
 
 def _context(text: Any) -> int | None:
