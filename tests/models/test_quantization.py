@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from tests.golden import GOLDEN_DIR
-from tests.models.folders import CONFIG, tensors_of, write_single
+from tests.models.folders import CONFIG, random_tensors, tensors_of, write_single
 from vdiff_kserve.checkpoint import EMBEDDED
-from vdiff_kserve.models import CheckpointError, Decoder, ForwardBatch, load_decoder, quantization
+from vdiff_kserve.models import (
+    CheckpointError,
+    Decoder,
+    ForwardBatch,
+    load_decoder,
+    moe,
+    quantization,
+)
+from vdiff_kserve.models.moe import Experts, MoEConfig, SparseMLP
 
 KINDS = quantization.QUANTIZATIONS
 SIZES = {"d_model": 64, "mlp_hidden_size": 128, "n_kv_heads": 4}
@@ -79,9 +88,76 @@ def refusal(folder: Path, kind: str, **options: torch.dtype) -> str:
     return str(caught.value)
 
 
-def test_experts_are_refused() -> None:
-    message = refusal(GOLDEN_DIR / "llada_moe", "int8")
-    assert message.startswith("--quantization int8 is for dense models")
+def with_experts(tmp_path: Path, family: str) -> Path:
+    """A random checkpoint of `family`, most of whose weights are experts'."""
+    config = json.loads((GOLDEN_DIR / family / "config.json").read_text(encoding="utf-8"))
+    size = "expert_intermediate_size" if family == "llada_moe" else "moe_intermediate_size"
+    config |= {size: 96, "num_experts": 16}
+    return write_single(tmp_path, config, random_tensors(config))
+
+
+def bytes_of(weight: Tensor) -> int:
+    """Memory of a weight, quantized or not."""
+    parts = getattr(weight, "tensor_data_names", None)
+    return weight.nbytes if parts is None else sum(getattr(weight, name).nbytes for name in parts)
+
+
+@pytest.mark.parametrize("family", ["llada_moe", "llada2"])
+@pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.03), ("fp8", 0.1), ("int4", 0.4)])
+def test_experts_are_quantized_too(
+    tmp_path: Path, family: str, kind: str, tolerance: float
+) -> None:
+    """Nearly the same logits, in about a byte for each of the experts' weights."""
+    folder = with_experts(tmp_path, family)
+    exact, _ = load_decoder(folder)
+    rounded, _ = load_decoder(folder, quantization=kind)
+    difference = (logits_of(rounded) - logits_of(exact)).norm() / logits_of(exact).norm()
+    assert 0 < difference < tolerance
+    layers = [layer.mlp for layer in rounded.layers if isinstance(layer.mlp, SparseMLP)]
+    assert len(layers) >= 2
+    for layer in layers:
+        assert not dict(layer.experts.named_parameters()), "the plain weights are freed"
+        weights = [weight for pair in layer.experts._packed for weight in pair]
+        elements = sum(weight.numel() for weight in weights)
+        assert elements == 16 * 3 * 96 * 64
+        assert sum(bytes_of(weight) for weight in weights) < 1.2 * elements
+        assert layer.router.weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("widened", [1, 3 * 96 * 64 * 2, 1 << 30])
+@torch.inference_mode()
+def test_experts_that_are_computed_together_are_those_computed_one_by_one(
+    kind: str, widened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, here on the CPU: all of them at once, or a few at a time."""
+    monkeypatch.setattr(moe, "WIDENED_BYTES", widened)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 64, generator=generator).bfloat16()
+    chosen = torch.rand(20, 6, generator=generator).topk(3).indices + 1  # some have no tokens
+    shares = torch.rand(20, 3, generator=generator)
+    answers = []
+    for stacked in (False, True):
+        experts = Experts(64, MoEConfig(num_experts=8, experts_per_token=3, expert_size=96))
+        for i, parameter in enumerate(experts.parameters()):
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+            parameter.data = values.bfloat16() * 0.1
+        quantization.quantize_experts(experts, kind, stacked=stacked)
+        if stacked:
+            experts._one_by_one = experts._grouped  # type: ignore[method-assign]
+        answers.append(experts(x, chosen, shares).float())
+    assert (answers[1] - answers[0]).norm() < 0.01 * answers[0].norm()
+
+
+def test_experts_in_four_bits_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, _ = load_decoder(GOLDEN_DIR / "llada_moe")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "This GPU")
+    unpacked = Decoder(decoder.config)
+    options = torch.device("cuda"), torch.bfloat16
+    with pytest.raises(CheckpointError, match=r"int4 is for dense models on a GPU: .* int8 or fp8"):
+        quantization.check_quantization("int4", unpacked, *options)
+    quantization.check_quantization("int8", unpacked, *options)
 
 
 def test_rows_that_do_not_divide_are_refused(tmp_path: Path) -> None:

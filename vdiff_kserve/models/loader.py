@@ -25,6 +25,7 @@ from vdiff_kserve.models.pickled_weights import pickle_files
 from vdiff_kserve.models.placement import compute_on, free_memory, place_modules
 from vdiff_kserve.models.quantization import (
     check_quantization,
+    quantize_experts,
     quantize_linear_layer,
     quantized_weights,
 )
@@ -157,8 +158,8 @@ def _load(
                 reader.fill(weight[place.index], part)
                 _require_finite(weight[place.index], place, part)
             unread[place.parameter] -= 1
-            if packs and not unread[place.parameter]:
-                _pack_experts(decoder, place.parameter, unread)
+            if (packs or quantization is not None) and not unread[place.parameter]:
+                _finish_experts(decoder, place.parameter, unread, quantization)
             progress.update(place.size * dtype.itemsize)
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
@@ -233,14 +234,19 @@ def _require_finite(weight: torch.Tensor, place: Place, part: StoredTensor) -> N
         )
 
 
-def _pack_experts(decoder: Decoder, parameter: str, unread: Counter[str]) -> None:
-    """Pack the experts that `parameter` belongs to, if all of them are read."""
+def _finish_experts(
+    decoder: Decoder, parameter: str, unread: Counter[str], quantization: str | None
+) -> None:
+    """Pack or quantize the experts that `parameter` belongs to, once all of them are read."""
     path = parameter.rpartition(".")[0]
     module = decoder.get_submodule(path)
     if isinstance(module, Experts) and not any(
         unread[f"{path}.{name}"] for name, _ in module.named_parameters()
     ):
-        module.pack()
+        if quantization is None:
+            module.pack()
+        else:
+            quantize_experts(module, quantization)
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:

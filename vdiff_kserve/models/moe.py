@@ -6,8 +6,9 @@ tokens times chosen experts, not with the number of experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ EXPERTS_PER_GROUP_SCORE = 2
 """A group of experts is as good as its best two together."""
 GROUPED_DTYPES = (torch.bfloat16,)
 """What `torch.nn.functional.grouped_mm` multiplies on every GPU that it runs on."""
+WIDENED_BYTES = 256 << 20
+"""Weights in fewer bits are made whole again in pieces of at most this, so that a pass of many
+experts takes no more memory than others."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,43 @@ def _best_groups(preference: Tensor, groups: int, kept: int) -> Tensor:
     return grouped.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
 
 
+@dataclass(frozen=True)
+class RoundedStack:
+    """Stacked weights in fewer bits, with a scale for each row.
+
+    Attributes:
+        data: [experts, rows, columns], int8 or float8.
+        scales: [experts, rows].
+    """
+
+    data: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, weights: list[Any], dtype: torch.dtype) -> RoundedStack:
+        """Every expert's weight as torchao has rounded it, for activations of `dtype`."""
+        data = torch.stack([weight.qdata for weight in weights])
+        return cls(data, torch.stack([weight.scale[:, 0] for weight in weights]).to(dtype))
+
+    def multiply(self, x: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
+        """Each token times the weight of its expert: [tokens, columns] -> [tokens, rows].
+
+        Args:
+            chosen: the tokens' experts, ascending, [tokens].
+            ends: where each expert's tokens end, int32 [experts].
+        """
+        step = max(1, WIDENED_BYTES // (self.data[0].numel() * x.element_size()))
+        product: Tensor | None = None
+        for first in range(0, len(self.data), step):
+            some = slice(first, first + step)
+            whole = self.data[some].to(x.dtype).transpose(1, 2)
+            part = F.grouped_mm(x, whole, offs=ends[some])  # of use for these experts' tokens only
+            own = chosen[:, None] >= first
+            product = part if product is None else torch.where(own, part, product)
+        assert product is not None
+        return product * self.scales[chosen]
+
+
 class Experts(nn.Module):
     """All experts of a layer, their weights stacked.
 
@@ -121,9 +162,12 @@ class Experts(nn.Module):
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
         experts, size = config.num_experts, config.expert_size
+        self._num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, size))
         self._packed: list[tuple[Tensor, Tensor]] = []
+        self._linear: Callable[[Tensor, Tensor], Tensor] = linear_packed
+        self._rounded: tuple[RoundedStack, RoundedStack] | None = None
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of what each token's experts make of it.
@@ -149,10 +193,30 @@ class Experts(nn.Module):
             self._packed.append((pack_weight(gate_up), pack_weight(down)))
         del self.gate_up_proj, self.down_proj
 
+    def round(self, quantize: Callable[[Tensor], Tensor], *, stacked: bool) -> None:
+        """Keep the weights in fewer bits; the plain ones are freed.
+
+        Args:
+            quantize: what makes torchao's tensor of an expert's weight.
+            stacked: whether experts are computed together, as on a GPU; else one by one.
+        """
+        gate_up = [quantize(weight) for weight in self.gate_up_proj]
+        down = [quantize(weight) for weight in self.down_proj]
+        if stacked:
+            dtype = self.gate_up_proj.dtype
+            self._rounded = RoundedStack.of(gate_up, dtype), RoundedStack.of(down, dtype)
+        else:
+            self._packed = list(zip(gate_up, down, strict=True))
+            self._linear = F.linear
+        del self.gate_up_proj, self.down_proj
+
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """All experts in two kernels, without waiting for the GPU."""
-        numbers = torch.arange(len(self.gate_up_proj), device=x.device)
+        """All experts in a few kernels, without waiting for the GPU."""
+        numbers = torch.arange(self._num_experts, device=x.device)
         ends = torch.searchsorted(chosen, numbers, right=True).to(torch.int32)
+        if self._rounded is not None:
+            first, second = self._rounded
+            return second.multiply(_activate(first.multiply(x, chosen, ends)), chosen, ends)
         gate_up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
         return F.grouped_mm(_activate(gate_up), self.down_proj.transpose(1, 2), offs=ends)
 
@@ -168,7 +232,7 @@ class Experts(nn.Module):
             hidden = _activate(F.linear(x, self.gate_up_proj[expert]))
             return F.linear(hidden, self.down_proj[expert])
         gate_up, down = self._packed[expert]
-        return linear_packed(_activate(linear_packed(x, gate_up)), down)
+        return self._linear(_activate(self._linear(x, gate_up)), down)
 
 
 def _activate(gate_up: Tensor) -> Tensor:

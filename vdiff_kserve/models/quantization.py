@@ -1,6 +1,7 @@
-"""Weights of linear layers in fewer bits, through torchao; activations keep their number type.
+"""Weights of linear layers and experts in fewer bits, through torchao; activations keep their
+number type.
 
-The token embedding, the norms and the language-model head stay as they are.
+The token embedding, the norms, the routers and the language-model head stay as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 from vdiff_kserve.models.decoder import Decoder
+from vdiff_kserve.models.moe import GROUPED_DTYPES, Experts
 
 QUANTIZATIONS = ("int8", "fp8", "int4")
 INT4_GROUPS = (128, 64, 32)
@@ -47,10 +49,10 @@ def check_quantization(
 def _missing(kind: str, decoder: Decoder, device: torch.device, dtype: torch.dtype) -> str:
     if find_spec("torchao") is None:
         return "needs the package torchao: pip install 'vdiff-kserve[quantization]'"
-    if decoder.config.moe is not None:
-        return "is for dense models: the experts of this one are no linear layers"
+    moe = decoder.config.moe
     if kind == "int4":
         rows = {decoder.get_parameter(name).shape[1] for name in quantized_weights(decoder)}
+        rows |= set() if moe is None else {decoder.config.hidden_size, moe.expert_size}
         if odd := [row for row in rows if _group(row) is None]:
             return (
                 f"needs rows of a multiple of {INT4_GROUPS[-1]} weights, the model has {min(odd)}"
@@ -63,6 +65,8 @@ def _missing(kind: str, decoder: Decoder, device: torch.device, dtype: torch.dty
         return f"needs a GPU of compute capability 8.9, such as an L4 or H100; {name} has less"
     if kind == "int4" and capability < INT4_CAPABILITY:
         return f"needs a GPU of compute capability 8.0, such as an A100; {name} has less"
+    if kind == "int4" and moe is not None:
+        return "is for dense models on a GPU: experts are rounded to int8 or fp8"
     if kind == "int4" and dtype is not torch.bfloat16:
         return "needs --dtype bfloat16 on a GPU"
     return ""
@@ -70,9 +74,32 @@ def _missing(kind: str, decoder: Decoder, device: torch.device, dtype: torch.dty
 
 def quantize_linear_layer(decoder: Decoder, parameter: str, weight: Tensor, kind: str) -> None:
     """Give the layer whose weight is called `parameter` the value `weight`, quantized."""
+    layer = decoder.get_submodule(parameter.rpartition(".")[0])
+    assert isinstance(layer, nn.Linear), f"{parameter} is of no linear layer"
+    _quantize(layer, weight, kind)
+
+
+def quantize_experts(experts: Experts, kind: str, *, stacked: bool | None = None) -> None:
+    """Round the weights of a layer's experts, one after the other.
+
+    Args:
+        stacked: whether they are computed together; None does so where the hardware can.
+    """
+
+    def rounded(weight: Tensor) -> Tensor:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        _quantize(layer, weight, kind)
+        return layer.weight.data
+
+    if stacked is None:
+        weight = experts.down_proj
+        stacked = weight.is_cuda and weight.dtype in GROUPED_DTYPES
+    experts.round(rounded, stacked=stacked)
+
+
+def _quantize(layer: nn.Linear, weight: Tensor, kind: str) -> None:
     from torchao.quantization import quantize_
 
-    layer = decoder.get_submodule(parameter.rpartition(".")[0])
     layer.weight = nn.Parameter(weight, requires_grad=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchao about its own deprecations

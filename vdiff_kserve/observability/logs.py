@@ -15,6 +15,9 @@ from vdiff_kserve.setting import ConfigError
 QUIET = re.compile(r"/(|health|ping|metrics|v2/health/\w+|v[12]/models/[^/]+(/ready)?)(\?.*)?$")
 """Paths of probes and scrapes: their successes come every few seconds and say nothing."""
 
+TALKATIVE = ("torchao", "torch.utils._pytree")
+"""What warns while torchao is imported, of kernels that this server does not use."""
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -57,4 +60,6 @@ def configure(level: str, config_file: str | None = None) -> None:
     loggers["uvicorn.access"]["level"] = level.upper()
     loggers["uvicorn"]["level"] = "DEBUG" if level == "debug" else "WARNING"
     loggers["uvicorn.error"]["level"] = loggers["uvicorn"]["level"]
+    for name in TALKATIVE:
+        loggers[name] = {"level": "ERROR"}
     logging.config.dictConfig(settings)
