@@ -49,6 +49,26 @@ def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
     assert second.prompt_token_ids == [5, 6]
 
 
+def test_holes_are_filled(llm: LLM) -> None:
+    text = "Cats are small<|mask:1|> with soft fur and sharp<|mask:1|>. They see well in the dark."
+    prompts = [
+        {"prompt": "Monday, Tuesday,", "suffix": ", Thursday, Friday", "infill_lengths": [1, 3]},
+        {"prompt": text, "infill": True},
+    ]
+    between, whole = llm.generate(prompts, SamplingParams(max_tokens=12), use_tqdm=False)
+    assert between.prompt == "Monday, Tuesday,"
+    assert between.outputs[0].text == " Wednesday"
+    assert between.outputs[0].holes is None
+    assert whole.outputs[0].holes == [" hunters", " claws"]
+    assert whole.outputs[0].text.startswith("Cats are small hunters with soft fur and sharp claws.")
+    ids = llm._model.tokenizer.encode("Monday, Tuesday,", add_special_tokens=False)
+    tokens = {"prompt_token_ids": ids, "suffix": ", Thursday, Friday", "infill_lengths": [1]}
+    (given,) = llm.generate(tokens, SamplingParams(max_tokens=12), use_tqdm=False)
+    assert given.outputs[0].text == " Wednesday"
+    with pytest.raises(RequestError, match="infill_lengths needs a suffix"):
+        llm.generate({"prompt": "a", "infill_lengths": [1]}, use_tqdm=False)
+
+
 def test_log_probabilities_have_an_entry_per_token_and_for_the_end(llm: LLM) -> None:
     (chat,) = llm.chat(CAPITAL, SamplingParams(max_tokens=32, logprobs=2), use_tqdm=False)
     answer = chat.outputs[0]
@@ -78,8 +98,14 @@ def test_wrong_fields_and_values_are_named(llm: LLM) -> None:
         llm.generate("a", SamplingParams(temperature=-1))
     with pytest.raises(ValueError, match="2 prompts need as many"):
         llm.generate(["a", "b"], [SamplingParams()])
-    with pytest.raises(TypeError, match="prompt_token_ids"):
-        llm.generate({"text": "a"})
+    for prompt in ({"text": "a"}, {"prompt": "a", "prompt_token_ids": [5]}, {"suffix": "a"},
+                   {"prompt_token_ids": ["a"]}):  # fmt: skip
+        with pytest.raises(TypeError, match="prompt_token_ids"):
+            llm.generate(prompt)
+    with pytest.raises(RequestError, match=r"prompt"):
+        llm.generate({"prompt_token_ids": [-1]})
+    with pytest.raises(RequestError, match=r"messages\.0\.role"):
+        llm.chat([{"content": "hi"}])
     assert llm.generate("a", SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
 
 

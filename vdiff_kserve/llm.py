@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from vdiff_kserve.config import ALL_SETTINGS, DECODING_FLAGS, SETTINGS, ServerConfig
@@ -31,9 +31,13 @@ from vdiff_kserve.openai.service import GenerationService
 from vdiff_kserve.openai.work import Work
 
 Prompt = str | Mapping[str, Any]
-"""A text, or `{"prompt_token_ids": [...]}`."""
+"""A text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`; in a mapping also what completions
+have for holes: `suffix`, `infill` and `infill_lengths`."""
 Message = Mapping[str, Any]
 Result = TypeVar("Result")
+Body = TypeVar("Body", bound=BaseModel)
+
+HOLE_FIELDS = frozenset(("suffix", "infill", "infill_lengths"))
 
 SERVER_ONLY = frozenset(
     name for name, each in SETTINGS.items() if each.group in ("server", "replicas")
@@ -85,6 +89,7 @@ class CompletionOutput:
             one that completed it.
         logprobs: of each token, and of the end token behind them: the token itself, then the
             likeliest in its place, by token id. None when not asked for.
+        holes: what was written into each hole of a prompt with `infill`; else None.
         nfe: forward passes of the diffusion model that the answer took part in.
     """
 
@@ -95,6 +100,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     nfe: int = 0
     logprobs: list[dict[int, Logprob]] | None = None
+    holes: list[str] | None = None
 
 
 @dataclass
@@ -152,9 +158,9 @@ class AsyncLLM:
         Raises:
             RequestError: the request cannot be answered.
         """
-        given = {"prompt": prompt} if isinstance(prompt, str) else _tokens(prompt)
-        request = CompletionRequest.model_validate(given | self._fields(sampling_params))
-        text = prompt if isinstance(prompt, str) else None
+        given = _prompt_fields(prompt)
+        request = _checked(CompletionRequest, given | self._fields(sampling_params))
+        text = given["prompt"] if isinstance(given["prompt"], str) else None
         async for output in self._outputs(request, "completion", text):
             yield output
 
@@ -165,7 +171,7 @@ class AsyncLLM:
         given = {"messages": list(messages)} | self._fields(sampling_params)
         if (count := given.pop("logprobs", None)) is not None:
             given |= {"logprobs": True, "top_logprobs": count}
-        request = ChatCompletionRequest.model_validate(given)
+        request = _checked(ChatCompletionRequest, given)
         async for output in self._outputs(request, "chat", None):
             yield output
 
@@ -198,6 +204,7 @@ class AsyncLLM:
                     answer.finish_reason = piece.finish_reason
                     answer.stop_reason = piece.stop_reason
                     answer.nfe = piece.stats.nfe
+                    answer.holes = None if piece.holes is None else list(piece.holes)
                     output.num_cached_tokens = piece.stats.cached_tokens
                     output.finished = work.num_unfinished == 0
                     if piece.text or piece.finish_reason is not None:
@@ -316,10 +323,33 @@ def _config(model: str | None, options: Mapping[str, Any]) -> ServerConfig:
     return ServerConfig(model=model, decoding=decoding, **own)
 
 
-def _tokens(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    if prompt.keys() != {"prompt_token_ids"}:
-        raise TypeError('a prompt is a text or {"prompt_token_ids": [...]}')
-    return {"prompt": list(prompt["prompt_token_ids"])}
+def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as the fields of a completion."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    given = dict(prompt)
+    holes = {name: given.pop(name) for name in HOLE_FIELDS & given.keys()}
+    ids = given.get("prompt_token_ids")
+    if given.keys() == {"prompt_token_ids"} and all(isinstance(each, int) for each in ids or ()):
+        return holes | {"prompt": list(ids or ())}
+    if given.keys() != {"prompt"} or not isinstance(given["prompt"], str):
+        raise TypeError(
+            'a prompt is a text, {"prompt": text} or {"prompt_token_ids": [...]}, with '
+            f"{', '.join(sorted(HOLE_FIELDS))} where it has holes"
+        )
+    return holes | given
+
+
+def _checked(kind: type[Body], fields: Mapping[str, Any]) -> Body:
+    """A request, when its fields have the right types.
+
+    Raises:
+        RequestError: naming one that has not.
+    """
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise invalid_body(error.errors()) from None
 
 
 def _one_each(

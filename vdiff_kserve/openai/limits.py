@@ -143,12 +143,10 @@ def answer_length(
             f"{prompt_length} tokens and the answer needs at least one. Shorten the prompt.",
             param="input_tokens",
         )
-    return min(_wanted_length(request, limits), most - prompt_length)
+    return min(wanted_length(request, limits), most - prompt_length)
 
 
-def _wanted_length(
-    request: CompletionRequest | ChatCompletionRequest, limits: ServingLimits
-) -> int:
+def wanted_length(request: CompletionRequest | ChatCompletionRequest, limits: ServingLimits) -> int:
     """How long the answers may be if there is room."""
     wanted: int | None = getattr(request, length_field(request))
     if wanted is not None:
@@ -162,7 +160,7 @@ def room_beside_answer(
 ) -> int:
     """Tokens that a prompt may have which leaves room for the answer: for as much as the request
     asks for, or for half of the context where it asks for nothing and the default is longer."""
-    wanted = _wanted_length(request, limits)
+    wanted = wanted_length(request, limits)
     if getattr(request, length_field(request)) is None:
         wanted = min(wanted, limits.max_model_len // 2)
     return max(1, limits.max_model_len - max(1, wanted))

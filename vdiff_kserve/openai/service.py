@@ -42,6 +42,7 @@ from vdiff_kserve.openai.limits import (
     length_field,
     stop_strings,
     time_allowed,
+    wanted_length,
     wanted_logprobs,
 )
 from vdiff_kserve.openai.logprobs import TokenTexts
@@ -165,7 +166,8 @@ class GenerationService:
         with self._refusals(endpoint, len(requests)):
             for request in requests:
                 if (wanted := self._format(request)) is not None:
-                    await self._formats.compile(wanted, _most_tokens(request, self.limits))
+                    room = min(wanted_length(request, self.limits), self.limits.max_model_len)
+                    await self._formats.compile(wanted, room)
 
     def submit(
         self, requests: Sequence[ChatCompletionRequest | CompletionRequest], endpoint: str
@@ -352,12 +354,6 @@ def _tools(
 ) -> ToolUse | None:
     """How the request's answers may call functions."""
     return tool_use(request, limits) if isinstance(request, ChatCompletionRequest) else None
-
-
-def _most_tokens(request: ChatCompletionRequest | CompletionRequest, limits: ServingLimits) -> int:
-    """Tokens that an answer may have if the prompt leaves room for them."""
-    wanted = getattr(request, length_field(request))
-    return min(limits.default_max_tokens if wanted is None else wanted, limits.max_model_len)
 
 
 def _check_it_is_free(
