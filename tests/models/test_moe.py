@@ -66,6 +66,45 @@ def test_experts_compute_what_their_tokens_need(
     torch.testing.assert_close(computed.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("how", [as_loaded, in_two_kernels, Experts.pack])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+@torch.inference_mode()
+def test_experts_that_are_spread_over_ranks_add_up(
+    how: Callable[[Experts], None], num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no token chose an expert of a rank."""
+    config = MoEConfig(num_experts=8, experts_per_token=3, expert_size=16)
+    whole = Experts(HIDDEN, config)
+    randomize(whole)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((20, HIDDEN), generator=generator)
+    chosen = torch.rand((20, 6), generator=generator).topk(3).indices + 1
+    weights = torch.rand((20, 3), generator=generator)
+    expected = whole(x, chosen, weights)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped_mm_of_a_gpu)
+    total = torch.zeros_like(x)
+    for rank in range(num_ranks):
+        held = 8 // num_ranks
+        experts = Experts(HIDDEN, config)
+        experts.first = rank * held
+        for name, parameter in whole.named_parameters():
+            own = parameter[experts.first : experts.first + held].clone()
+            experts.register_parameter(name, torch.nn.Parameter(own, requires_grad=False))
+        how(experts)
+        total += experts(x, chosen, weights)
+    torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
+
+
+def grouped_mm_of_a_gpu(x: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
+    """Leaves rows that belong to no group as the memory was."""
+    rows = x.new_full((len(x), weights.shape[-1]), torch.nan)
+    start = 0
+    for weight, end in zip(weights, offs.tolist(), strict=True):
+        rows[start:end] = x[start:end] @ weight
+        start = end
+    return rows
+
+
 @torch.inference_mode()
 def test_a_token_is_computed_as_if_it_were_alone() -> None:
     layer = SparseMLP(HIDDEN, MoEConfig(8, 2, 16, shared_size=24))

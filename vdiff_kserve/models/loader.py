@@ -40,7 +40,7 @@ from vdiff_kserve.models.safetensors_file import (
     read_header,
     returnable,
 )
-from vdiff_kserve.models.sharding import Slice, shard
+from vdiff_kserve.models.sharding import Part, WholeExperts, shard
 from vdiff_kserve.models.spec import ModelSpec
 from vdiff_kserve.models.tensor_names import Place, TensorNames
 
@@ -188,15 +188,20 @@ def _packed_weights(decoder: Decoder) -> set[str]:
 def _reading_order(
     stored: dict[str, StoredTensor],
     places: dict[str, list[Place]],
-    slices: Mapping[str, Slice],
+    slices: Mapping[str, Part],
     packed: set[str],
 ) -> list[tuple[Place, StoredTensor]]:
-    """Weights to pack or quantize come last, after their layers' biases; files in order."""
+    """What is read, and where it goes: weights to pack or quantize last, after their layers'
+    biases; files in order."""
     parts = []
     for name, own in places.items():
         for place in own:
             part = stored[name].rows(place.first_row, place.shape)
-            if kept := slices.get(place.parameter):
+            kept = slices.get(place.parameter)
+            if isinstance(kept, WholeExperts):
+                if (moved := place.among_experts(kept.first, kept.count)) is not None:
+                    parts.append((moved, part))
+            elif kept is not None:
                 part = part.part(kept.dim, kept.start, kept.length)
                 parts.append((place.part(kept.dim, kept.length), part))
             else:

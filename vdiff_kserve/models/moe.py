@@ -152,11 +152,12 @@ class RoundedStack:
 
 
 class Experts(nn.Module):
-    """All experts of a layer, their weights stacked.
+    """Experts of a layer, their weights stacked: all, or those that a rank of a shared model holds.
 
     Attributes:
-        gate_up_proj: [experts, 2 * expert_size, hidden_size], gate rows first.
-        down_proj: [experts, hidden_size, expert_size].
+        first: the first expert that is held.
+        gate_up_proj: [experts held, 2 * expert_size, hidden_size], gate rows first.
+        down_proj: [experts held, hidden_size, expert_size].
     """
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
@@ -165,18 +166,27 @@ class Experts(nn.Module):
         self._num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, size))
+        self.first = 0
+        self._num_experts = experts
         self._packed: list[tuple[Tensor, Tensor]] = []
         self._linear: Callable[[Tensor, Tensor], Tensor] = linear_packed
         self._rounded: tuple[RoundedStack, RoundedStack] | None = None
 
+    @property
+    def num_held(self) -> int:
+        """Experts that are held."""
+        return len(self._packed) or len(self.gate_up_proj)
+
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum of what each token's experts make of it.
+        """The weighted sum of what each token's experts, as far as they are held, make of it.
 
         Args:
             x: [tokens, hidden_size].
             experts: int64 [tokens, experts_per_token]; as `weights`, float32.
         """
-        chosen, order = experts.flatten().sort(stable=True)
+        # Numbered from the first held one on, so that those held elsewhere come last.
+        held = (experts - self.first) % self._num_experts
+        chosen, order = held.flatten().sort(stable=True)
         sorted_x = x[order // experts.shape[1]]
         if x.is_cuda and x.dtype in GROUPED_DTYPES:
             computed = self._grouped(sorted_x, chosen)
@@ -218,7 +228,11 @@ class Experts(nn.Module):
             first, second = self._rounded
             return second.multiply(_activate(first.multiply(x, chosen, ends)), chosen, ends)
         gate_up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
-        return F.grouped_mm(_activate(gate_up), self.down_proj.transpose(1, 2), offs=ends)
+        computed = F.grouped_mm(_activate(gate_up), self.down_proj.transpose(1, 2), offs=ends)
+        if self.num_held == self._num_experts:
+            return computed
+        # Rows behind the last group are left as the memory was.
+        return computed.masked_fill_((chosen >= self.num_held)[:, None], 0)
 
     def _one_by_one(self, x: Tensor, chosen: Tensor) -> Tensor:
         """One expert after the other, of those that have tokens."""
@@ -228,6 +242,8 @@ class Experts(nn.Module):
         return torch.cat(computed)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
+        if expert >= self.num_held:
+            return torch.zeros_like(x)
         if not self._packed:
             hidden = _activate(F.linear(x, self.gate_up_proj[expert]))
             return F.linear(hidden, self.down_proj[expert])

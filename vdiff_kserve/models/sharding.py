@@ -2,8 +2,11 @@
 
 Tensor parallelism as in Megatron-LM (arXiv 1909.08053): the projections that widen (queries, keys,
 values, gate, up) are split by output, those that narrow again (attention output, down) by input, so
-that a layer needs one sum over the ranks after its attention and one after its MLP. Every expert of
-a layer is split as an MLP is. Embedding and head are split by vocabulary. The plan is applied by
+that a layer needs one sum over the ranks after its attention and one after its MLP. The experts of
+a layer are spread: each rank holds as many whole ones and sends all tokens through those of their
+experts that it holds; the sum after the MLP adds the others'. Where the ranks cannot share the
+experts equally, each expert is split as an MLP is; one that every token passes through always is.
+Embedding and head are split by vocabulary. The plan is applied by
 `torch.distributed.tensor.parallel`.
 """
 
@@ -23,6 +26,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
+from vdiff_kserve.models.layers import GatedMLP
 from vdiff_kserve.models.moe import Experts
 
 
@@ -38,6 +42,17 @@ class Slice:
     def index(self) -> tuple[slice, ...]:
         """What takes that part out of a whole tensor."""
         return (slice(None),) * self.dim + (slice(self.start, self.start + self.length),)
+
+
+@dataclass(frozen=True)
+class WholeExperts:
+    """A rank's part of a layer's stacked experts: `count` from `first` on."""
+
+    first: int
+    count: int
+
+
+Part = Slice | WholeExperts
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class VocabShard:
         return self.gather(logits).transpose(0, 1).flatten(1)
 
 
-def shard(decoder: Decoder, mesh: DeviceMesh) -> Mapping[str, Slice]:
+def shard(decoder: Decoder, mesh: DeviceMesh) -> Mapping[str, Part]:
     """Leave `decoder` with this rank's part of the model; its config then describes that part.
 
     Args:
@@ -77,7 +92,7 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> Mapping[str, Slice]:
         CheckpointError: a size of the model is not a multiple of the number of ranks.
     """
     _check_divisible(decoder.config, mesh.size())
-    parts: dict[nn.Module, dict[str, Slice]] = {}
+    parts: Parts = {}
     by_output, by_input = _Split(0, parts), _Split(1, parts)
     plan: dict[str, ParallelStyle] = {
         "embed_tokens": _SplitEmbedding(0, parts),
@@ -88,13 +103,13 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> Mapping[str, Slice]:
         "layers.*.mlp": _Sum(),
     }
     config, size = decoder.config, mesh.size()
-    mlps = ["mlp"] if config.has_dense_layers else []
-    if config.moe is not None:
-        plan["layers.*.mlp.experts"] = _SplitExperts(0, parts)
-        mlps += ["mlp.shared"] if config.moe.shared_size else []
-    for mlp in mlps:
-        plan[f"layers.*.{mlp}.gate_proj"] = plan[f"layers.*.{mlp}.up_proj"] = by_output
-        plan[f"layers.*.{mlp}.down_proj"] = by_input
+    for path, module in decoder.named_modules():
+        if isinstance(module, GatedMLP):
+            plan[f"{path}.gate_proj"] = plan[f"{path}.up_proj"] = by_output
+            plan[f"{path}.down_proj"] = by_input
+        elif isinstance(module, Experts):
+            spread = module.num_held % size == 0
+            plan[path] = _SpreadExperts(parts) if spread else _SplitExperts(parts)
     parallelize_module(decoder, mesh, plan)
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
@@ -112,17 +127,24 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> Mapping[str, Slice]:
 
 
 def _check_divisible(config: DecoderConfig, size: int) -> None:
-    sizes = {
-        name: getattr(config, name)
-        for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
-    }
+    sizes = {name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "vocab_size")}
+    if config.has_dense_layers:
+        sizes["intermediate_size"] = config.intermediate_size
     if config.moe is not None:
-        sizes |= {"expert_size": config.moe.expert_size, "shared_size": config.moe.shared_size}
+        sizes["shared_size"] = config.moe.shared_size
+        if config.moe.num_experts % size and config.moe.expert_size % size:
+            raise CheckpointError(
+                f"--tensor_parallel_size {size} divides neither the model's num_experts = "
+                f"{config.moe.num_experts} nor their expert_size = {config.moe.expert_size}"
+            )
     for name, value in sizes.items():
         if value % size:
             raise CheckpointError(
                 f"--tensor_parallel_size {size} does not divide the model's {name} = {value}"
             )
+
+
+Parts = dict[nn.Module, dict[str, Part]]
 
 
 class _Split(ParallelStyle):
@@ -133,7 +155,7 @@ class _Split(ParallelStyle):
         parts: told which part of which parameter was kept.
     """
 
-    def __init__(self, dim: int, parts: dict[nn.Module, dict[str, Slice]]) -> None:
+    def __init__(self, dim: int, parts: Parts) -> None:
         self._dim = dim
         self._parts = parts
 
@@ -142,15 +164,36 @@ class _Split(ParallelStyle):
         own = self._parts.setdefault(module, {})
         for name, parameter in list(module.named_parameters(recurse=False)):
             length = parameter.shape[self._dim] // size
-            own[name] = Slice(self._dim, rank * length, length)
-            kept = parameter.detach()[own[name].index]
+            part = own[name] = Slice(self._dim, rank * length, length)
+            kept = parameter.detach()[part.index]
             module.register_parameter(name, nn.Parameter(kept, requires_grad=False))
         return module
 
 
-class _SplitExperts(_Split):
-    """Every rank has a part of every expert, as of a plain MLP: gate and up by output, down by
-    input. The parts are those of an expert's own tensors."""
+class _SpreadExperts(ParallelStyle):
+    """Keeps some experts, whole."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Experts)
+        count = module.num_held // device_mesh.size()
+        module.first = device_mesh.get_local_rank() * count
+        own = self._parts.setdefault(module, {})
+        for name, parameter in list(module.named_parameters()):
+            own[name] = WholeExperts(module.first, count)
+            kept = parameter.detach()[module.first : module.first + count]
+            module.register_parameter(name, nn.Parameter(kept, requires_grad=False))
+        return module
+
+
+class _SplitExperts(ParallelStyle):
+    """Keeps a part of every expert, as of a plain MLP: gate and up by output, down by input. The
+    parts are those of an expert's own tensors."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Experts)
@@ -177,6 +220,7 @@ class _SplitEmbedding(_Split):
         super()._apply(module, device_mesh)
         assert isinstance(module, nn.Embedding)
         part = self._parts[module]["weight"]
+        assert isinstance(part, Slice)
         embed = partial(_embed, module, part, device_mesh.get_group())
         module.forward = embed  # type: ignore[method-assign]
         return module

@@ -44,6 +44,15 @@ class Place:
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
         return replace(self, index=index, shape=shape)
 
+    def among_experts(self, first: int, count: int) -> Place | None:
+        """Where the part goes in a parameter that stacks `count` experts from `first` on only; None
+        when it is another expert's."""
+        expert, rows = self.index
+        assert isinstance(expert, int)
+        if not first <= expert < first + count:
+            return None
+        return replace(self, index=(expert - first, rows))
+
 
 @dataclass(frozen=True)
 class TensorNames:
