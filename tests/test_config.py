@@ -92,7 +92,7 @@ def test_the_environment_sets_what_the_command_line_does_not():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
-    values = {int: "3", float: "0.5", str: "text"}
+    values = {int: "3", float: "0.25", str: "text"}
     special = {"model_dir": str(tmp_path), "dtype": "float16", "device": "cuda:1"}
     special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
     special |= {"enforce_eager": "true"}

@@ -259,14 +259,25 @@ class ServerConfig:
         help="Share of the GPU's memory that the server may use; what weights and scratch leave "
         "is for keys and values.",
     )
+    cpu_memory_utilization: float = _setting(
+        float,
+        0.5,
+        group="engine",
+        metavar="SHARE",
+        low=0,
+        high=1,
+        low_open=True,
+        help="On a CPU, share of the memory that is free after loading which keys and values may "
+        "take; ranks, and the replicas that a machine has room for, share it equally.",
+    )
     kv_cache_memory: str | None = _setting(
         str,
         None,
         group="engine",
         metavar="SIZE",
         pattern=SIZE,
-        default_text="what is free: on a CPU, half of it",
-        help="Memory for keys and values.",
+        default_text="what the two shares above leave",
+        help="Memory for keys and values, of each rank and each replica.",
     )
     enforce_eager: bool = _setting(
         bool,

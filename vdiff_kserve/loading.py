@@ -186,6 +186,7 @@ def _engine_config(
         max_num_batched_tokens=budget,
         kv_cache_memory=parse_size(config.kv_cache_memory) if config.kv_cache_memory else None,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        cpu_memory_utilization=config.cpu_memory_utilization / config.tensor_parallel_size,
         enable_prefix_caching=config.enable_prefix_caching,
         enforce_eager=config.enforce_eager or config.device_map in SPREADS,
         round_timeout=config.round_timeout,

@@ -7,13 +7,16 @@ import secrets
 import signal
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
 
 from vdiff_kserve.config import ServerConfig
-from vdiff_kserve.distributed.replica import Loader, Replica
+from vdiff_kserve.distributed.autoscale import Bounds
+from vdiff_kserve.distributed.replica import Loader, Replica, ReplicaModel
+from vdiff_kserve.engine import RoundObserver
 from vdiff_kserve.setting import ConfigError, parse_size
 
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -89,4 +92,31 @@ class ReplicaResources:
             max_restarts=0,
             max_concurrency=CONCURRENT_CALLS,
         )
-        return actor.remote(config, loader)
+        return actor.remote(config, partial(load_beside_others, loader))
+
+
+def load_beside_others(
+    loader: Loader, config: ServerConfig, observer: RoundObserver
+) -> ReplicaModel:
+    """Load a replica's model, with its part only of the host memory that is for caches.
+
+    It runs in the replica's process.
+    """
+    context = ray.get_runtime_context()
+    machine = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    most = Bounds.parse(config.replicas or "1").high
+    number = replicas_beside(context.get_assigned_resources(), machine["Resources"], most)
+    share = config.cpu_memory_utilization / number
+    return loader(replace(config, cpu_memory_utilization=share), observer)
+
+
+def replicas_beside(own: Mapping[str, float], machine: Mapping[str, float], most: int) -> int:
+    """Replicas that a machine may have to hold, one included.
+
+    Args:
+        own: Ray's resources of one replica.
+        machine: those of the machine.
+        most: replicas that there are at all.
+    """
+    fitting = (int(machine.get(name, 0) / amount) for name, amount in own.items() if amount)
+    return max(1, min([most, *fitting]))

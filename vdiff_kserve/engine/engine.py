@@ -58,6 +58,7 @@ class EngineConfig:
             `max_num_seqs` canvases of the model's full length, as far as memory allows.
         kv_cache_memory: the same in bytes, for the models together; None is what is free.
         gpu_memory_utilization: share of a GPU's memory that the process may use in all.
+        cpu_memory_utilization: share of the host memory free now that the caches may take.
         enable_prefix_caching: whether a block-causal model keeps finished requests' keys and
             values for others that begin alike.
         enforce_eager: whether a GPU runs cached passes without CUDA graphs.
@@ -74,6 +75,7 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
+    cpu_memory_utilization: float = 0.5
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     round_timeout: float | None = None
@@ -246,8 +248,12 @@ class Engine:
             return config.kv_cache_tokens
         memory = config.kv_cache_memory
         if memory is None:
-            device, utilization = decoders[0].device, config.gpu_memory_utilization
-            memory = memory_for_cache(device, utilization, SCRATCH_BYTES)
+            memory = memory_for_cache(
+                decoders[0].device,
+                config.gpu_memory_utilization,
+                config.cpu_memory_utilization,
+                SCRATCH_BYTES,
+            )
         affordable = memory // sum(bytes_per_token(each.config, each.dtype) for each in decoders)
         return min(config.max_num_seqs * self.spec.max_model_len, affordable)
 

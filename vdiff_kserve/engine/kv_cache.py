@@ -9,9 +9,6 @@ import torch
 
 from vdiff_kserve.models import DecoderConfig, KeyValueStore
 
-CPU_SHARE = 0.5
-"""What a cache may take of the host memory that is free when the engine is built."""
-
 
 def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
     """Memory of one canvas token's keys and values in all layers."""
@@ -20,16 +17,20 @@ def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
 
 
 def memory_for_cache(
-    device: torch.device, gpu_memory_utilization: float, scratch_bytes: int
+    device: torch.device,
+    gpu_memory_utilization: float,
+    cpu_memory_utilization: float,
+    scratch_bytes: int,
 ) -> int:
     """Bytes that a cache may take once the weights are loaded.
 
     Args:
         gpu_memory_utilization: share of a GPU's memory that the process may use in all.
+        cpu_memory_utilization: share of the free host memory that the cache may take.
         scratch_bytes: what a forward pass and the sampler need beside it.
     """
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available * CPU_SHARE)
+        return int(psutil.virtual_memory().available * cpu_memory_utilization)
     free, total = torch.cuda.mem_get_info(device)
     used = total - free
     return max(0, int(total * gpu_memory_utilization) - used - scratch_bytes)
