@@ -1,5 +1,6 @@
 """Layers with experts: every way of computing them equals one token at a time."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from vdiff_kserve.models import can_pack
 from vdiff_kserve.models.moe import Experts, MoEConfig, Router, SparseMLP
+from vdiff_kserve.models.quantization import quantize_experts
 
 HIDDEN = 32
 CPU = torch.device("cpu")
@@ -66,7 +68,12 @@ def test_experts_compute_what_their_tokens_need(
     torch.testing.assert_close(computed.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("how", [as_loaded, in_two_kernels, Experts.pack])
+def in_eight_bits(experts: Experts) -> None:
+    quantize_experts(experts, "int8", stacked=True)
+    in_two_kernels(experts)
+
+
+@pytest.mark.parametrize("how", [as_loaded, in_two_kernels, Experts.pack, in_eight_bits])
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 @torch.inference_mode()
 def test_experts_that_are_spread_over_ranks_add_up(
@@ -80,16 +87,15 @@ def test_experts_that_are_spread_over_ranks_add_up(
     x = torch.randn((20, HIDDEN), generator=generator)
     chosen = torch.rand((20, 6), generator=generator).topk(3).indices + 1
     weights = torch.rand((20, 3), generator=generator)
-    expected = whole(x, chosen, weights)
+    alone = copy.deepcopy(whole)
+    how(alone)
+    expected = alone(x, chosen, weights)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped_mm_of_a_gpu)
     total = torch.zeros_like(x)
     for rank in range(num_ranks):
         held = 8 // num_ranks
-        experts = Experts(HIDDEN, config)
-        experts.first = rank * held
-        for name, parameter in whole.named_parameters():
-            own = parameter[experts.first : experts.first + held].clone()
-            experts.register_parameter(name, torch.nn.Parameter(own, requires_grad=False))
+        experts = copy.deepcopy(whole)
+        experts.hold(rank * held, held)
         how(experts)
         total += experts(x, chosen, weights)
     torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)

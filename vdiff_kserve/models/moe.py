@@ -136,7 +136,8 @@ class RoundedStack:
         """Each token times the weight of its expert: [tokens, columns] -> [tokens, rows].
 
         Args:
-            chosen: the tokens' experts, ascending, [tokens].
+            chosen: the tokens' experts, ascending, [tokens]; those of experts behind the last one
+                come out as anything.
             ends: where each expert's tokens end, int32 [experts].
         """
         step = max(1, WIDENED_BYTES // (self.data[0].numel() * x.element_size()))
@@ -148,7 +149,7 @@ class RoundedStack:
             own = chosen[:, None] >= first
             product = part if product is None else torch.where(own, part, product)
         assert product is not None
-        return product * self.scales[chosen]
+        return product * self.scales[chosen.clamp(max=len(self.scales) - 1)]
 
 
 class Experts(nn.Module):
@@ -156,6 +157,7 @@ class Experts(nn.Module):
 
     Attributes:
         first: the first expert that is held.
+        num_held: how many are.
         gate_up_proj: [experts held, 2 * expert_size, hidden_size], gate rows first.
         down_proj: [experts held, hidden_size, expert_size].
     """
@@ -163,19 +165,13 @@ class Experts(nn.Module):
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
         experts, size = config.num_experts, config.expert_size
-        self._num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, size))
-        self.first = 0
         self._num_experts = experts
+        self.first, self.num_held = 0, experts
         self._packed: list[tuple[Tensor, Tensor]] = []
         self._linear: Callable[[Tensor, Tensor], Tensor] = linear_packed
         self._rounded: tuple[RoundedStack, RoundedStack] | None = None
-
-    @property
-    def num_held(self) -> int:
-        """Experts that are held."""
-        return len(self._packed) or len(self.gate_up_proj)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of what each token's experts, as far as they are held, make of it.
@@ -196,6 +192,13 @@ class Experts(nn.Module):
         by_token[order] = computed
         by_token = by_token.unflatten(0, experts.shape).float()
         return torch.bmm(weights[:, None], by_token).squeeze(1).to(x.dtype)
+
+    def hold(self, first: int, count: int) -> None:
+        """Keep `count` experts from `first` on; for others `forward` adds nothing."""
+        self.first, self.num_held = first, count
+        for name, parameter in list(self.named_parameters()):
+            kept = parameter.detach()[first : first + count]
+            self.register_parameter(name, nn.Parameter(kept, requires_grad=False))
 
     def pack(self) -> None:
         """Lay the weights out as CPUs multiply them fastest; the stacked ones are freed."""
@@ -222,13 +225,14 @@ class Experts(nn.Module):
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
         """All experts in a few kernels, without waiting for the GPU."""
-        numbers = torch.arange(self._num_experts, device=x.device)
+        numbers = torch.arange(self.num_held, device=x.device)
         ends = torch.searchsorted(chosen, numbers, right=True).to(torch.int32)
         if self._rounded is not None:
             first, second = self._rounded
-            return second.multiply(_activate(first.multiply(x, chosen, ends)), chosen, ends)
-        gate_up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
-        computed = F.grouped_mm(_activate(gate_up), self.down_proj.transpose(1, 2), offs=ends)
+            computed = second.multiply(_activate(first.multiply(x, chosen, ends)), chosen, ends)
+        else:
+            gate_up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
+            computed = F.grouped_mm(_activate(gate_up), self.down_proj.transpose(1, 2), offs=ends)
         if self.num_held == self._num_experts:
             return computed
         # Rows behind the last group are left as the memory was.

@@ -179,12 +179,9 @@ class _SpreadExperts(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Experts)
         count = module.num_held // device_mesh.size()
-        module.first = device_mesh.get_local_rank() * count
-        own = self._parts.setdefault(module, {})
-        for name, parameter in list(module.named_parameters()):
-            own[name] = WholeExperts(module.first, count)
-            kept = parameter.detach()[module.first : module.first + count]
-            module.register_parameter(name, nn.Parameter(kept, requires_grad=False))
+        module.hold(device_mesh.get_local_rank() * count, count)
+        part = WholeExperts(module.first, count)
+        self._parts[module] = {name: part for name, _ in module.named_parameters()}
         return module
 
 
