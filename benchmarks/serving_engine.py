@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -85,9 +86,15 @@ class BareEngine:
         Raises:
             CheckpointError: the folder cannot be served.
         """
-        decoder, spec = load_decoder(folder, device, dtype)
-        budget = token_budget or measured_token_budget(decoder, spec.max_model_len)
-        return cls(decoder, spec, decoding, budget)
+
+        def load() -> BareEngine:
+            decoder, spec = load_decoder(folder, device, dtype)
+            budget = token_budget or measured_token_budget(decoder, spec.max_model_len)
+            return cls(decoder, spec, decoding, budget)
+
+        # As the server does: OpenMP's threads of a thread that stays would slow the engine's down.
+        with ThreadPoolExecutor(max_workers=1) as loader:
+            return loader.submit(load).result()
 
     def start(self, rows: int, queue: int, kind: type[E]) -> E:
         """An engine for `rows` at once."""

@@ -20,10 +20,6 @@ from vdiff_kserve.engine.request import (
 )
 from vdiff_kserve.engine.row import Row
 
-REFRESH_SHARE = 0.25
-"""Share of a round's token budget that refreshes get, however many rows only reuse."""
-
-
 @dataclass(frozen=True)
 class Round:
     """What the next round does.
@@ -239,9 +235,8 @@ class Scheduler:
         rows = [row for row in self._running if not row.refreshes_next]
         refreshes = [row for row in self._running if row.refreshes_next]
         refreshes.sort(key=lambda row: (row.last_round, row.place))
-        budget = self._budget - sum(row.pass_tokens for row in rows)
         # Counted in tokens times layers: a pass may stop between layers.
-        left = max(budget, int(self._budget * REFRESH_SHARE)) * self._num_layers
+        left = self._budget * self._num_layers
         sliced, layers = None, 0
         for row in refreshes:
             tokens, layers_left = row.pass_tokens, row.layers_left(self._num_layers)
