@@ -258,6 +258,7 @@ def compare(
                 "tokens_per_second": level["tokens_per_second"],
                 "engine_tokens_per_second": run.tokens_per_second,
                 "engine_forward_passes": run.passes,
+                "engine_bookkeeping": run.bookkeeping,
                 "forward_passes": level["forward_passes"],
                 "to_one_after_the_other": level["tokens_per_second"] / rate_alone,
                 "to_bare_engine": level["tokens_per_second"] / run.tokens_per_second,

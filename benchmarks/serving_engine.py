@@ -24,6 +24,8 @@ from vdiff_kserve.engine import (
     EngineError,
     GenerationEvent,
     GenerationRequest,
+    RoundObserver,
+    RoundReport,
     measured_token_budget,
 )
 from vdiff_kserve.models import Decoder, ModelSpec, load_decoder
@@ -47,12 +49,17 @@ def decoding_of(report: Mapping[str, Any]) -> DecodingParams:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What the bare engine did with a list of requests."""
+    """What the bare engine did with a list of requests.
+
+    Attributes:
+        bookkeeping: share of its rounds' time that was neither model nor sampling.
+    """
 
     rows: int
     seconds: float
     tokens: int
     passes: int
+    bookkeeping: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,10 +103,15 @@ class BareEngine:
         with ThreadPoolExecutor(max_workers=1) as loader:
             return loader.submit(load).result()
 
-    def start(self, rows: int, queue: int, kind: type[E]) -> E:
+    def start(
+        self, rows: int, queue: int, kind: type[E], observer: RoundObserver | None = None
+    ) -> E:
         """An engine for `rows` at once."""
         config = EngineConfig(
-            max_num_seqs=rows, max_queue=queue, max_num_batched_tokens=self.token_budget
+            max_num_seqs=rows,
+            max_queue=queue,
+            max_num_batched_tokens=self.token_budget,
+            observer=observer,
         )
         engine = kind(self.decoder, self.spec, config)
         engine.start()
@@ -111,8 +123,10 @@ class BareEngine:
 
     def run(self, prompts: Sequence[Prompt], rows: int, warm_up: Sequence[Prompt]) -> EngineRun:
         """Answer `prompts`, at most `rows` at once."""
-        engine = self.start(rows, len(prompts), Engine)
+        reports: list[RoundReport] = []
+        engine = self.start(rows, len(prompts), Engine, reports.append)
         engine.generate([self.request(prompt) for prompt in warm_up])
+        reports.clear()
         began = time.perf_counter()
         results = engine.generate([self.request(prompt) for prompt in prompts])
         seconds = time.perf_counter() - began
@@ -122,7 +136,14 @@ class BareEngine:
             seconds,
             sum(result.stats.completion_tokens for result in results),
             sum(result.stats.nfe for result in results),
+            _bookkeeping(reports),
         )
+
+
+def _bookkeeping(reports: Sequence[RoundReport]) -> float:
+    own = sum(report.plan_seconds + report.apply_seconds for report in reports)
+    model = sum(report.forward_seconds + report.sample_seconds for report in reports)
+    return own / (own + model)
 
 
 class WatchedEngine(Engine):

@@ -92,14 +92,14 @@ def _compared(compared: Mapping[str, Any]) -> None:
     )
     print(
         f"{'in flight':>9} {'tokens/s':>9} {'to that':>8} {'bare engine':>11} {'to it':>7} "
-        f"{'passes':>8} {'its passes':>10}"
+        f"{'passes':>8} {'its passes':>10} {'its plan+apply':>14}"
     )
     for level in compared["levels"]:
         print(
             f"{level['concurrency']:9d} {level['tokens_per_second']:9.1f} "
             f"{level['to_one_after_the_other']:7.2f}x {level['engine_tokens_per_second']:11.1f} "
             f"{level['to_bare_engine']:7.1%} {level['forward_passes']:8d} "
-            f"{level['engine_forward_passes']:10d}"
+            f"{level['engine_forward_passes']:10d} {level['engine_bookkeeping']:14.1%}"
         )
 
 
