@@ -20,6 +20,7 @@ from vdiff_kserve.engine.request import (
 )
 from vdiff_kserve.engine.row import Row
 
+
 @dataclass(frozen=True)
 class Round:
     """What the next round does.
