@@ -12,12 +12,12 @@ from typing import Any
 from vdiff_kserve.setting import Kind, Setting
 
 SCHEDULED = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "sequential")
-STEPPED = frozenset({*SCHEDULED, "dynamic"})
+STEPPED = frozenset({*SCHEDULED, "dynamic", "p2"})
 """Policies that `steps` means something to."""
 POLICIES = (
     *SCHEDULED,
     *("dynamic", "threshold", "factor", "entropy_bound", "entropy_sum"),
-    *("local", "credit", "edit", "apd"),
+    *("local", "credit", "edit", "p2", "apd"),
 )
 CACHES = ("none", "prefix", "dual", "exact")
 APPROXIMATE_CACHES = frozenset({"prefix", "dual"})

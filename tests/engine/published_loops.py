@@ -1,4 +1,5 @@
-"""The published loops of block-causal families, written anew: one prompt, no cache, plain Python.
+"""The published loops of block-causal families, and Open-dLLM's `p2`, written anew: one prompt, no
+cache, plain Python.
 
 Each takes `forward`, which gives the logits [length, vocab] of a sequence under the model's own
 mask, and draws its random numbers with `noise`, as the engine does: the same law, the same outcome.
@@ -135,6 +136,39 @@ def llada21_generate(
         if eos in ids[len(prompt) : end]:
             break
     return _cut(ids, len(prompt), length, eos), edits
+
+
+def p2_generate(
+    forward: Forward,
+    prompt: list[int],
+    length: int,
+    block: int,
+    steps: int,
+    sampling: Sampling,
+    eos: int,
+) -> tuple[list[int], int]:
+    """Open-dLLM's `p2`, block by block; the answer and how often a written token was taken back."""
+    ids, masked = _canvas(prompt, length, 1, sampling.mask)
+    taken_back = 0
+    for start in range(len(prompt), len(ids), block):
+        own = range(start, min(start + block, len(ids)))
+        rounds = round(steps * len(own) / length)
+        for step in range(rounds):
+            logits = forward(torch.tensor(ids))
+            drawn = {i: sampling.draw(logits[i], i, filtered=True) for i in own}
+            left = torch.tensor(float(len(own))) * (1 - (step + 1) / rounds)
+            unsure = sorted(own, key=lambda i: (drawn[i][1], -i))  # of equals, the left one stays
+            for rank, i in enumerate(unsure):
+                if rank < left.floor():
+                    taken_back += not masked[i]
+                    ids[i], masked[i] = sampling.mask, True
+                elif masked[i]:
+                    ids[i], masked[i] = drawn[i][0], False
+            if not any(masked[i] for i in own):
+                break
+        if eos in ids[len(prompt) : own.stop]:
+            break
+    return _cut(ids, len(prompt), length, eos), taken_back
 
 
 def sdar_generate(

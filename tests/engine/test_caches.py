@@ -152,7 +152,7 @@ def test_apd_window_makes_passes_shorter() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from([policy for policy in POLICIES if policy != "p2"]),
     prompt=st.lists(st.integers(0, 36), min_size=1, max_size=18),
     max_tokens=st.integers(1, 30),
     temperature=st.sampled_from([0.0, 1.0]),

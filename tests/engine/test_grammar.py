@@ -158,6 +158,11 @@ def test_every_policy_follows_random_schemas(
     assert_schemas_are_followed(random_model, range(3), **decoding)
 
 
+def test_a_policy_that_takes_tokens_back_is_refused(random_model: Engine) -> None:
+    with pytest.raises(GrammarError, match="policy p2 takes back what it wrote"):
+        random_model.generate([request_of(json_grammar(random_schema(0)), policy="p2")])
+
+
 @pytest.mark.parametrize("decoding", POLICIES, ids=str)
 @pytest.mark.parametrize("cache", ["none", "exact"])
 def test_block_causal_models_follow_random_schemas(

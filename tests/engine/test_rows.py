@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,7 +80,7 @@ def requests(draw: st.DrawFn, policy: Policy) -> GenerationRequest:
     )
 
 
-def check_steps(watched: Watched, edits: bool) -> None:
+def check_steps(watched: Watched, policy: Policy) -> None:
     """What holds for every step of every policy."""
     row = watched.row
     for step in watched.steps:
@@ -90,10 +91,16 @@ def check_steps(watched: Watched, edits: bool) -> None:
         assert span.start <= span.output_start, "wants the state of a token that is not computed"
         assert span.output_start + span.outputs <= span.start + span.queries <= span.keys
         assert all(step.block[0] <= p < step.block[1] for p in positions.tolist()), "outside block"
+        was_open = step.masked_before[positions]
+        if policy == "p2":
+            taken_back = step.masked_after[positions]
+            assert torch.equal(was_open, ~taken_back), "a position that did not change"
+            assert (step.after[positions][taken_back] == MASK).all()
+            assert MASK not in step.after[positions][~taken_back].tolist(), "a mask was written"
+            continue
         assert MASK not in step.after[positions].tolist(), "a mask was written"
         assert not (step.masked_after & ~step.masked_before).any(), "un-committed"
-        was_open = step.masked_before[positions]
-        if not edits:
+        if policy != "edit":
             assert was_open.all(), "a written position was written again"
             assert len(positions) > 0, "a step committed nothing"
         elif step.masked_before[slice(*step.block)].any():
@@ -129,7 +136,7 @@ def test_steps_keep_their_promises(policy: Policy, auxiliary: Decoder | None) ->
         with running(DECODER, auxiliary=auxiliary, shifted=shifted) as engine:
             (result,) = engine.generate([request])
         (watched,) = engine.watched
-        check_steps(watched, edits=policy == "edit")
+        check_steps(watched, policy)
         check_result(watched, result)
 
     check()

@@ -182,6 +182,7 @@ def test_a_model_with_smaller_blocks_decodes_in_any_that_fit_its_own() -> None:
     assert "divide 32" in str(refusal(default, SUB_BLOCKS, block_length=12))
     assert "none, exact, dual" in str(refusal(default, SUB_BLOCKS, cache="prefix"))
     assert refusal(default, SUB_BLOCKS, policy="edit").response.error.param == "policy"
+    assert refusal(default, SUB_BLOCKS, policy="p2").response.error.param == "policy"
 
 
 @pytest.mark.parametrize(

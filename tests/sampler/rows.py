@@ -122,7 +122,7 @@ def open_rows(draw: st.DrawFn, policies: tuple[Policy, ...] = POLICIES) -> OpenR
     scale = draw(st.sampled_from([0.1, 1.0, 3.0, 10.0]))
     logits = torch.randn(len(positions), VOCAB, generator=generator) * scale
     written = [-1] * len(positions)
-    if policy == "edit":
+    if policy in ("edit", "p2"):
         written = [draw(st.sampled_from([-1, 0, 1, 2])) for _ in positions]
     quota = draw(st.integers(1, len(positions)))
     if policy not in SCHEDULED_POLICIES:

@@ -43,6 +43,10 @@ def test_step_keeps_its_promises(policy: Policy) -> None:
         if row.params.logits_eos_inf:
             assert SPECIAL.eos not in outcome.tokens
         on_masks = sum(yes for yes, mask in zip(outcome.accept, row.masks, strict=True) if mask)
+        if policy == "p2":
+            written = [yes == mask for yes, mask in zip(outcome.accept, row.masks, strict=True)]
+            assert sum(written) == min(row.quota, len(written)), "as many as the schedule has stay"
+            return
         if policy != "edit":
             assert on_masks == sum(outcome.accept)
         if any(row.masks):
@@ -72,6 +76,9 @@ def test_permutation_of_rows_permutes_the_results(rows: list[OpenRow], data: st.
 def accepted_by_loop(row: OpenRow, confidence: list[float], score: list[float]) -> list[bool]:
     """The policies that go by confidence, written down position by position."""
     p = row.params
+    if p.policy == "p2":
+        stay = sorted(range(len(score)), key=lambda i: (-score[i], i))[: row.quota]
+        return [(i in stay) == mask for i, mask in enumerate(row.masks)]
     masks = [i for i, mask in enumerate(row.masks) if mask]
     ranked = sorted(masks, key=lambda i: (-score[i], i))
     sure = {i for i in masks if confidence[i] >= p.threshold}

@@ -179,3 +179,26 @@ def test_a_prediction_of_something_else_is_refused(client: OpenAI) -> None:
         client.chat.completions.create(
             model="tiny", messages=MESSAGES, prediction={"type": "other", "content": "x"}
         )
+
+
+def test_a_stream_tells_what_p2_takes_back(client: OpenAI) -> None:
+    body = {"policy": "p2", "steps": 12, "block_length": 32, "stream_canvas": True}
+    chunks = list(
+        client.completions.create(
+            model="tiny", prompt="the tale", max_tokens=32, stream=True, extra_body=body
+        )
+    )
+    views = [c.vdiff for c in chunks if "step" in (c.vdiff or {})]
+    written: set[int] = set()
+    for view in views:
+        assert written >= set(view["masked_again"])
+        written = (written - set(view["masked_again"])) | set(view["positions"])
+        assert len(written) == 32 - view["masks"]
+    assert len(views) <= 12
+    assert any(view["masked_again"] for view in views), "nothing was taken back: says nothing"
+
+
+def test_p2_and_a_grammar_contradict(client: OpenAI) -> None:
+    body = {"policy": "p2", "structured_outputs": {"choice": ["yes", "no"]}}
+    with pytest.raises(BadRequestError, match="policy p2 takes back what it wrote"):
+        client.completions.create(model="tiny", prompt="Well?", max_tokens=8, extra_body=body)

@@ -30,7 +30,7 @@ def denoising_work(request: GenerationRequest, spec: ModelSpec) -> int:
         return (end - first) * prompt
     canvas, block = prompt + answer, min(params.block_length, answer)
     blocks = ceil(answer / block)
-    if params.policy in SCHEDULED_POLICIES:
+    if params.policy in SCHEDULED_POLICIES or params.policy == "p2":
         steps = params.steps or answer
     else:
         steps = ceil(answer / TOKENS_PER_STEP)

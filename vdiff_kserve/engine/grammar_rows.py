@@ -220,6 +220,10 @@ def make_grammar_row(
     which edits has nothing to edit."""
     if spec.renoising is not None:
         raise GrammarError("this model writes whole canvases, which cannot follow a grammar")
+    if request.decoding.policy == "p2":
+        raise GrammarError(
+            "policy p2 takes back what it wrote, which cannot follow a grammar; name another policy"
+        )
     if request.decoding.policy == "apd" and has_auxiliary:
         return ApdGrammarRow(request, sink, spec, cursor)
     if spec.autoregressive:

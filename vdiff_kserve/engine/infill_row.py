@@ -13,7 +13,7 @@ from vdiff_kserve.engine.request import (
     GenerationStats,
 )
 from vdiff_kserve.engine.row import Decision, Row
-from vdiff_kserve.engine.row_kinds import EditRow
+from vdiff_kserve.engine.row_kinds import EditRow, RemaskRow
 from vdiff_kserve.models import ModelSpec, RowSpan
 from vdiff_kserve.sampler import DecodingParams
 
@@ -196,6 +196,16 @@ class InfillEditRow(EditRow, InfillRow):
 
     def open_positions(self) -> Tensor:
         return InfillRow.open_positions(self) if self._judging else super().open_positions()
+
+
+class InfillRemaskRow(RemaskRow, InfillRow):
+    """The same with decoding that takes back what it wrote while a block is open."""
+
+    def open_positions(self) -> Tensor:
+        return InfillRow.open_positions(self) if self._judging else super().open_positions()
+
+    def num_committed(self, decision: Decision) -> int:
+        return InfillRow.num_committed(self, decision)
 
 
 def runs(positions: Tensor) -> list[tuple[int, int]]:

@@ -194,6 +194,7 @@ class StepView:
         token_ids: what stands there now.
         confidence: probability of each token when it was written.
         masks: positions of the answer that are still masked.
+        masked_again: places whose tokens were taken back.
     """
 
     step: int
@@ -201,6 +202,7 @@ class StepView:
     token_ids: tuple[int, ...]
     confidence: tuple[float, ...]
     masks: int
+    masked_again: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,8 @@ class Row:
         self._block_passes += 1
         self.evidence = decision.evidence
         if self.request.watched:
-            self._show(decision.positions)
+            view = self._view(decision.positions)
+            self.sink(GenerationEvent((), self.stats, view=view))
         self._advance_frontier()
         self.finished_block_steps = self._block_passes if self._block_done else None
         if self.finish_reason is not None:
@@ -334,18 +335,17 @@ class Row:
         while self.quota == 0 and self._block_step < self._block_steps:
             self._block_step += 1
 
-    def _show(self, written: Tensor) -> None:
-        """Tell a watcher what a step wrote."""
+    def _view(self, written: Tensor) -> StepView:
+        """What a watcher is told of a step."""
         inside = written[written < self.answer_end]
         answer = self.masked[self.prompt_length : self.answer_end]
-        view = StepView(
+        return StepView(
             step=self._refreshes + self._reuses + self._commits,
             positions=tuple((inside - self.prompt_length).tolist()),
             token_ids=tuple(self.canvas[inside].tolist()),
             confidence=tuple(math.exp(self._logprobs[p].logprob) for p in inside.tolist()),
             masks=int(answer.sum()),
         )
-        self.sink(GenerationEvent((), self.stats, view=view))
 
     def _note_logprobs(self, decision: Decision, told: Logprobs) -> None:
         count = self.params.top_logprobs or 0

@@ -1,11 +1,14 @@
-"""The kinds of rows: decoding that edits, block-causal models, and adaptive parallel decoding."""
+"""The kinds of rows: decoding that edits or takes back, block-causal models, and adaptive parallel
+decoding."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vdiff_kserve.engine.request import EventSink, GenerationRequest
+from vdiff_kserve.engine.request import EventSink, GenerationRequest, StepView
 from vdiff_kserve.engine.row import Decision, PassKind, Row
 from vdiff_kserve.models import ModelSpec, RowSpan
 from vdiff_kserve.sampler import block_steps
@@ -43,6 +46,51 @@ class EditRow(Row):
     def _advance_frontier(self) -> None:
         if self._closed:
             super()._advance_frontier()
+
+
+class RemaskRow(Row):
+    """Decoding whose every step chooses anew what stays written in the open block (policy `p2`).
+
+    Of a decision's positions the masked ones are written and the written ones become masks again.
+    Nothing of a block is final, and so nothing is sent, before it has no mask.
+    """
+
+    def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
+        self._mask = spec.mask_token_id or 0
+        self._taken_back = torch.empty(0, dtype=torch.long)
+        super().__init__(request, sink, spec)
+
+    def open_positions(self) -> Tensor:
+        start, end = self.block_start, self.block_end
+        return (~self.fixed[start:end]).nonzero().squeeze(-1) + start
+
+    def apply(self, decision: Decision) -> None:
+        fills = self.masked[decision.positions]
+        self._taken_back = decision.positions[~fills]
+        self.masked[self._taken_back] = True
+        self.canvas[self._taken_back] = self._mask
+        for position in self._taken_back.tolist():
+            self._logprobs.pop(position, None)
+        told = decision.logprobs
+        super().apply(
+            replace(
+                decision,
+                positions=decision.positions[fills],
+                tokens=decision.tokens[fills],
+                logprobs=None if told is None else told.part(fills),
+            )
+        )
+
+    def num_committed(self, decision: Decision) -> int:
+        return len(decision.positions) - len(self._taken_back)
+
+    def _advance_frontier(self) -> None:
+        if self._block_done:
+            super()._advance_frontier()
+
+    def _view(self, written: Tensor) -> StepView:
+        again = self._taken_back[self._taken_back < self.answer_end] - self.prompt_length
+        return replace(super()._view(written), masked_again=tuple(again.tolist()))
 
 
 class BlockCausalRow(Row):

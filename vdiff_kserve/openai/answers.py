@@ -304,6 +304,7 @@ class Answer:
             text=[self._texts.text(token) for token in view.token_ids],
             confidence=list(view.confidence),
             masks=view.masks,
+            masked_again=list(view.masked_again),
         )
 
     def _piece(self, event: GenerationEvent) -> Piece:

@@ -122,6 +122,11 @@ def resolve(
             "policy edit is not for models whose blocks begin with an autoregressive token.",
             param="policy",
         )
+    if policy == "p2" and traits.block_causal:
+        raise RequestError(
+            "policy p2 is for bidirectional models, whose canvas is planned as a whole.",
+            param="policy",
+        )
     if policy == "apd" and not traits.allows_apd:
         raise RequestError(
             "policy apd is switched off on this server (--disable_apd).", param="policy"

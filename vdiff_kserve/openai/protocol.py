@@ -295,13 +295,14 @@ class DiffusionInfo(_OmitsAbsent, ChoiceCost):
 
 class StepInfo(BaseModel):
     """What one denoising step wrote: places in the answer, the tokens' texts, and how likely each
-    was."""
+    was; and the places whose tokens it took back."""
 
     step: int
     positions: list[int]
     text: list[str]
     confidence: list[float]
     masks: int
+    masked_again: list[int]
 
 
 def _now() -> int:

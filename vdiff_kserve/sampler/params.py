@@ -20,6 +20,7 @@ Policy = Literal[
     "local",
     "credit",
     "edit",
+    "p2",
     "apd",
 ]
 CacheMode = Literal["none", "prefix", "dual", "exact"]
@@ -32,6 +33,9 @@ APD_CONFIDENCE = 0.9
 
 SCHEDULED_POLICIES: frozenset[Policy] = DREAM_POLICIES | {"low_confidence", "random", "sequential"}
 """Policies that commit a fixed number of tokens per step."""
+
+FILTERED_POLICIES: frozenset[Policy] = DREAM_POLICIES | {"p2"}
+"""Policies whose confidence is the probability after temperature and filters."""
 
 STRICT_POLICIES: frozenset[Policy] = frozenset({"dynamic", "edit"})
 """Policies whose tokens must exceed the threshold, as in the published loops."""
@@ -88,6 +92,9 @@ class DecodingParams:
             2505.22618), `entropy_bound` (EB-Sampler, arXiv 2505.24857), `entropy_sum` (the same in
             SDAR's form), `local` (LocalLeap, arXiv 2510.07081), `credit` (CreditDecoding, arXiv
             2510.06133), `edit` (LLaDA2.1: also replaces written tokens).
+            By schedule, but every step chooses anew, so that a written token may become a mask
+            again: `p2` (Path Planning, arXiv 2502.03540, as Open-dLLM's `diffusion_generate` has
+            it).
             Left to right, checked by an auxiliary causal model: `apd` (arXiv 2506.00413); without
             one, by confidence: every position of the block that reaches `apd_threshold`, at most
             `apd_max_parallel`.
@@ -104,7 +111,7 @@ class DecodingParams:
         strict_threshold: whether a committed token's confidence must exceed `threshold`, as it
             always must for `dynamic` and `edit`.
         filtered_confidence: whether a sampled token's confidence is its probability after
-            temperature and filters, as it always is for Dream's policies.
+            temperature and filters, as it always is for Dream's policies and `p2`.
         factor: a step commits the most confident n positions while (n + 1) * (1 - confidence of the
             n-th) < factor.
         entropy_bound: most entropy, in nats, of the positions committed together, the largest one

@@ -22,7 +22,7 @@ def block_steps(params: DecodingParams, answer_length: int, block_length: int) -
 
 
 def quota(params: DecodingParams, masks: int, left: int, steps: int, step: int) -> int:
-    """Tokens that step number `step` (from 0) of a block commits.
+    """Tokens that step number `step` (from 0) of a block commits, or for `p2` those that stay.
 
     Args:
         masks: masked positions when the block began.
@@ -31,7 +31,15 @@ def quota(params: DecodingParams, masks: int, left: int, steps: int, step: int) 
     """
     if params.policy in DREAM_POLICIES:
         return _dream_quota(left, steps, step)
+    if params.policy == "p2":
+        return masks - _masked_again(masks, steps, step)
     return masks // steps + (step < masks % steps)
+
+
+def _masked_again(masks: int, steps: int, step: int) -> int:
+    """Positions that are masked after a step: the part of the steps that is left, in float32 and
+    cut off as in Open-dLLM's `diffusion_generate`, since rounding decides counts."""
+    return max(0, int(torch.tensor(float(masks)) * (1 - (step + 1) / steps)))
 
 
 def _dream_quota(left: int, steps: int, step: int) -> int:

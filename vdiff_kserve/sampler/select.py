@@ -19,10 +19,11 @@ from vdiff_kserve.sampler.step import Proposal, StepRows
 
 
 def select(proposal: Proposal, rows: StepRows) -> Tensor:
-    """Which positions get their candidate: bool [positions].
+    """Which positions change: bool [positions]. All get their candidate, but for the written ones
+    of rows with policy `p2`: those become masks again.
 
-    At least one masked position of every row is committed, but for a scheduled row whose quota is 0
-    and for an editing row without masks.
+    At least one masked position of every row is committed, but for a scheduled row whose quota is
+    0, for an editing row without masks, and for `p2` when what stays is written already.
     """
     masked = rows.written < 0
     priority = _priority(proposal, rows).masked_fill(~masked, -torch.inf)
@@ -39,6 +40,9 @@ def select(proposal: Proposal, rows: StepRows) -> Tensor:
         own = rows.with_policy(*policies)
         if own is not None:
             accept = torch.where(own, surest | rule(proposal, rank, rows), accept)
+    planned = rows.with_policy("p2")
+    if planned is not None:
+        accept = torch.where(planned, _unlike_plan(proposal, rows), accept)
     return accept
 
 
@@ -66,6 +70,14 @@ def _priority(proposal: Proposal, rows: StepRows) -> Tensor:
 def _within_quota(rank: Tensor, rows: StepRows) -> Tensor:
     """As many masked positions as the schedule has."""
     return (rank < rows.per_position(rows.quotas, torch.int64)) & (rows.written < 0)
+
+
+def _unlike_plan(proposal: Proposal, rows: StepRows) -> Tensor:
+    """Masks among the positions that stay, which are the surest as far as the schedule goes, and
+    written positions among the others. All compete by what would be written there now."""
+    rank = rank_in_row(proposal.score, rows.row)
+    stays = rank < rows.per_position(rows.quotas, torch.int64)
+    return stays == (rows.written < 0)
 
 
 def _sure(proposal: Proposal, _: Tensor, rows: StepRows) -> Tensor:

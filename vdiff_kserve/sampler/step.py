@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.sampler.noise import gumbel
-from vdiff_kserve.sampler.params import DREAM_POLICIES, DecodingParams, Policy
+from vdiff_kserve.sampler.params import FILTERED_POLICIES, DecodingParams, Policy
 
 if TYPE_CHECKING:
     from vdiff_kserve.sampler.constrain import ConstraintTable
@@ -55,9 +55,9 @@ class StepRows:
         row: int64 [positions], the row of each position, ascending.
         position: int64 [positions], place in the row's canvas, ascending within a row.
         written: int64 [positions], the token that stands there; -1 for a mask. Only rows whose
-            policy edits have written positions.
+            policy edits, or is `p2`, have written positions.
         params: one per row.
-        quotas: tokens to commit per row in a scheduled step.
+        quotas: tokens to commit per row in a scheduled step; for `p2` those that stay.
         lengths: tokens of each row's canvas.
         constraints: of the rows that ask something of their tokens; None when none does.
         allowed: of the rows that follow a grammar; None when none does.
@@ -178,7 +178,7 @@ def propose(logits: Tensor, rows: StepRows, special: SpecialTokens) -> Proposal:
     a sample of the filtered softmax; at temperature 0 the arg max of the logits. The mask token is
     never a candidate. Its confidence is softmax(logits)[candidate] as in LLaDA's `generate`, or the
     probability after temperature and filters: for Dream's policies, as in its `diffusion_generate`,
-    and where the row asks for it.
+    for `p2`, and where the row asks for it.
 
     Args:
         logits: [positions, vocab]; overwritten.
@@ -234,7 +234,7 @@ def _sample(
     noise = gumbel(seeds, drawn.position, scores.shape[-1])
     token = greedy.clone()
     token[sampled] = (scores + noise).argmax(dim=-1)
-    filtered = drawn.where(lambda p: p.policy in DREAM_POLICIES or p.filtered_confidence)
+    filtered = drawn.where(lambda p: p.policy in FILTERED_POLICIES or p.filtered_confidence)
     if filtered is not None:
         logits[sampled] = torch.where(filtered[:, None], scores.float(), logits[sampled])
     return token, logits
