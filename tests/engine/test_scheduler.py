@@ -177,9 +177,9 @@ def test_failure_in_a_slice_fails_that_row_alone() -> None:
     assert engine.failure is None
 
 
-def test_measured_budget_is_a_power_of_two_within_bounds() -> None:
+def test_measured_budget_is_a_round_number_within_bounds() -> None:
     budget = measured_token_budget(DECODER, 96)
-    assert budget & (budget - 1) == 0
+    assert budget % 64 == 0
     assert 256 <= budget <= 16384
 
 
