@@ -38,6 +38,7 @@ from benchmarks.serving_machine import (
     attention_flops,
     best_layer_rate,
     matrix_rates,
+    on_a_passing_thread,
     round_flops,
 )
 from benchmarks.serving_scenarios import short_among_long
@@ -205,7 +206,9 @@ class Benchmark:
 def run_load(benchmark: Benchmark) -> dict[str, Any]:
     """Every level, and what they are compared with."""
     args = benchmark.args
-    rates = matrix_rates(benchmark.spec.decoder, benchmark.device, benchmark.dtype)
+    rates = on_a_passing_thread(
+        lambda: matrix_rates(benchmark.spec.decoder, benchmark.device, benchmark.dtype)
+    )
     peak = best_layer_rate(rates)
     compared = args.compare or []
     runs = len(args.concurrency) + bool(compared) + len(compared)

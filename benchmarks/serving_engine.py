@@ -7,7 +7,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.load import FULL_LENGTH, Prompt, out_of_step, percentiles
+from benchmarks.serving_machine import on_a_passing_thread
 from vdiff_kserve.decoding import DECODING_FIELDS
 from vdiff_kserve.engine import (
     REFRESH_SECONDS,
@@ -99,9 +99,7 @@ class BareEngine:
             budget = token_budget or measured_token_budget(decoder, spec.max_model_len)
             return cls(decoder, spec, decoding, budget)
 
-        # As the server does: OpenMP's threads of a thread that stays would slow the engine's down.
-        with ThreadPoolExecutor(max_workers=1) as loader:
-            return loader.submit(load).result()
+        return on_a_passing_thread(load)
 
     def start(
         self, rows: int, queue: int, kind: type[E], observer: RoundObserver | None = None

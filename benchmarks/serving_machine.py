@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from vdiff_kserve.models import DecoderConfig, can_pack, pack_linear_layers
 ROWS = (32, 128, 512, 1024)
 SQUARE = 2048
 MEASURE_S = 0.4
+
+T = TypeVar("T")
 
 
 def round_flops(config: DecoderConfig, block: int, rounds: Rounds) -> float:
@@ -52,6 +56,13 @@ def attention_flops(config: DecoderConfig, block: int, rounds: Rounds) -> float:
     seen = rounds.computed + rounds.cached
     pairs = (config.num_layers - 1) * rounds.attended + min(rounds.attended, block * seen)
     return 4 * config.num_heads * config.head_dim * pairs
+
+
+def on_a_passing_thread(call: Callable[[], T]) -> T:
+    """What `call` returns, run on a thread that ends, as the server loads its model: the OpenMP
+    threads of one that stays would make those of an engine sleep between operations."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(call).result()
 
 
 @torch.inference_mode()
