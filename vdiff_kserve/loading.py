@@ -141,6 +141,12 @@ def load_model(
         folder, spec.family, loaded.dtype, loaded.device, limits.max_model_len,
         time.perf_counter() - started,
     )  # fmt: skip
+    if spec.family == "llada2":
+        edits = spec.profiles["quality"]["policy"] == "edit"
+        logger.info(
+            "Taken for LLaDA%s by its name: it %s by default; --policy %s chooses the other.",
+            *(("2.1", "edits", "dynamic") if edits else ("2.0", "does not edit", "edit")),
+        )
     logger.info(
         "The key-value cache fits %d requests of %d tokens; whole passes take at most %d tokens "
         "of a round.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +114,24 @@ def test_block_size_is_that_of_the_model(
     loaded.engine.stop()
     assert loaded.spec.block_length == expected
     assert loaded.limits.decoding.block_length == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "said"),
+    [
+        ("LLaDA2.1-mini", "edit", "LLaDA2.1 by its name: it edits by default; --policy dynamic"),
+        ("mini", "dynamic", "LLaDA2.0 by its name: it does not edit by default; --policy edit"),
+    ],
+)
+def test_the_log_tells_which_llada2_a_checkpoint_is_taken_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, policy: str, said: str
+) -> None:
+    folder = make_folder(tmp_path / name, "llada2")
+    with caplog.at_level(logging.INFO, "kserve.vdiff.model"):
+        loaded = load_model(ServerConfig(model_dir=str(folder)))
+    loaded.engine.stop()
+    assert said in caplog.text
+    assert loaded.limits.decoding.policy == policy
 
 
 def test_family_and_mask_are_those_that_are_named(tmp_path: Path) -> None:
