@@ -176,6 +176,6 @@ def test_each_torch_is_told_what_its_kernel_knows(
 
 def test_this_torch_knows_the_keywords_that_it_is_given() -> None:
     """Also the positional ones, by their names."""
-    known = packed_attention._parameters(packed_attention.varlen_attn)
+    known = packed_attention._parameters(packed_attention._kernel())
     positional = {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"}
     assert positional | set(packed_attention._options(True, True)) <= known

@@ -308,7 +308,8 @@ load_decoder(sys.argv[1], dtype=dtype)
 before = memory("VmRSS")
 decoder, _ = load_decoder(sys.argv[2], dtype=dtype)
 print(memory("VmHWM") - before, memory("VmRSS") - before)
-print(*{"torchao", "transformers.modeling_utils"} & sys.modules.keys(), file=sys.stderr)
+others = {"torch._dynamo", "torchao", "transformers.modeling_utils"}
+print(*others & sys.modules.keys(), file=sys.stderr)
 """
 """Prints the peak and what is left; and on stderr, last, packages that only other models need."""
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from vdiff_kserve.models.transfer import to_device
 
@@ -159,7 +158,7 @@ def attend_packed(
 
 def run_kernel(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, causal: bool) -> Tensor:
     """One call of torch's variable-length attention: [queries, heads, head_dim]."""
-    attended = varlen_attn(
+    attended = _kernel()(
         query,
         key,
         value,
@@ -174,9 +173,18 @@ def run_kernel(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, caus
 
 
 @cache
+def _kernel() -> Callable[..., Any]:
+    """torch's variable-length attention. Its module brings torch's compiler along, so that a server
+    without a GPU starts a second earlier without it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+@cache
 def _options(grouped: bool, causal: bool) -> dict[str, Any]:
     """The keywords of this torch's kernel: older ones take grouped heads without being told."""
-    known = _parameters(varlen_attn)
+    known = _parameters(_kernel())
     options: dict[str, Any] = {}
     if grouped and "enable_gqa" in known:
         options["enable_gqa"] = True

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import init_empty_weights
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
@@ -14,6 +17,18 @@ from vdiff_kserve.models.safetensors_file import StoredTensor
 from vdiff_kserve.models.tensor_names import Place, TensorNames, tensor_shape
 
 MAX_NAMES_IN_ERROR = 8
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Parameters are made without values: they come from files. Random numbers for tensors without
+    memory would bring torch's compiler along, which takes a second of the server's start."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def match(
@@ -29,7 +44,7 @@ def match(
     """
     layers, experts = names.count(stored)
     built = replace(config, num_layers=min(config.num_layers, layers + 1))
-    with init_empty_weights(include_buffers=True):
+    with init_empty_weights(include_buffers=True), _NoInitialValues():
         decoder = Decoder(built)
     parameters = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
     ignored = set()
