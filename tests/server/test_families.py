@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.golden import GOLDEN_DIR
+from tests.models.folders import write_config
+from tests.models.test_expert_formats import EXPERTS, SIZES, save
 from tests.server.checkpoint import make_tokenizer
 from tests.server.process import ServerProcess
 from vdiff_kserve.config import ServerConfig
@@ -26,6 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llada2": {"policy": "dynamic", "threshold": 0.95, "cache": "exact", "block_length": 32},
     "dream": {"policy": "threshold", "threshold": 0.9, "cache": "prefix", "block_length": 32},
     "sdar": {"policy": "dynamic", "threshold": 0.95, "cache": "exact", "block_length": 4},
+    "sdar_moe": {"policy": "dynamic", "threshold": 0.95, "cache": "exact", "block_length": 8},
 }
 
 
@@ -38,6 +42,26 @@ def make_folder(folder: Path, family: str, **changes: Any) -> Path:
     fields = {name: value for name, value in (fields | changes).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_sdar_moe(folder: Path) -> Path:
+    """A random checkpoint in the format of SDAR with experts, of which there is no golden one."""
+    folder.mkdir()
+    tokenizer = make_tokenizer()
+    config = Qwen3MoeConfig(**SIZES | EXPERTS | {"vocab_size": len(tokenizer)})
+    save(Qwen3MoeForCausalLM, config, folder)
+    fields = config.to_dict() | {
+        "architectures": ["SDARMoeForCausalLM"],
+        "block_size": 8,
+        "eos_token_id": tokenizer.eos_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "num_experts": config.num_experts,
+        "rope_theta": 1e4,
+    }
+    fields.pop("rope_parameters", None)
+    write_config(folder, fields)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -66,7 +90,9 @@ SLOW = ("llada", "dream")
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in DEFAULTS],
 )
 def test_golden_family_is_served_without_a_flag(family: str, tmp_path: Path) -> None:
-    with client_of("--model_dir", str(make_folder(tmp_path / family, family))) as client:
+    folder = tmp_path / family
+    folder = make_sdar_moe(folder) if family == "sdar_moe" else make_folder(folder, family)
+    with client_of("--model_dir", str(folder)) as client:
         whole = ask(client)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True))
         assert text == whole.choices[0].message.content
