@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.serving_machine import on_a_passing_thread
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
 from vdiff_kserve.models import load_causal_model
 from vdiff_kserve.sampler import DecodingParams
@@ -37,6 +39,7 @@ SIZES: dict[str, Any] = dict(
     eos_token_id=2,
 )
 KINDS = {"qwen2": "native", "mistral": "transformers' layers"}
+TRIES = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -70,17 +73,21 @@ def seconds_of_engine(engine: Engine, prompts: Tensor, tokens: int) -> float:
 
 def compare(folder: Path, dtype: torch.dtype, rows: list[int], length: int, tokens: int) -> None:
     """Print a line for each number of rows."""
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    model, spec = load_causal_model(folder, dtype=dtype)
+    reference = on_a_passing_thread(
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    )
+    model, spec = on_a_passing_thread(lambda: load_causal_model(folder, dtype=dtype))
     config = EngineConfig(max_num_seqs=max(rows), enable_prefix_caching=False)
     engine = Engine(model, spec, config)
     engine.start()
     for count in rows:
         prompts = torch.randint(3, SIZES["vocab_size"], (count, length))
-        theirs, ours = (
-            min(run(each, prompts, tokens) for _ in range(3))
-            for run, each in ((seconds_of_generate, reference), (seconds_of_engine, engine))
+        theirs = on_a_passing_thread(
+            lambda prompts=prompts: min(
+                seconds_of_generate(reference, prompts, tokens) for _ in range(TRIES)
+            )
         )
+        ours = min(seconds_of_engine(engine, prompts, tokens) for _ in range(TRIES))
         rates = [f"{count * tokens / seconds:10.1f}" for seconds in (theirs, ours)]
         kind, name = KINDS[spec.family], str(dtype).removeprefix("torch.")
         print(f"{kind:22}{name:10}{count:5}{rates[0]}{rates[1]}{theirs / ours:8.2f}")
@@ -98,7 +105,7 @@ def main() -> None:
     print(f"{'':32}{'rows':>5}{'generate':>10}{'engine':>10}{'ratio':>8}   tokens/s")
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(kind, Path(folder))
+            on_a_passing_thread(partial(write_checkpoint, kind, Path(folder)))
             for name in args.dtype:
                 compare(Path(folder), DTYPES[name], args.rows, args.prompt_tokens, args.tokens)
 
