@@ -89,7 +89,7 @@ def assert_empty(engine: Engine) -> None:
     wait_until(lambda: engine.num_running == engine.num_waiting == 0)
     for cache in (engine._cache, engine._auxiliary_cache):
         if cache is not None:
-            assert cache.used == 0
+            wait_until(lambda cache=cache: cache.used == 0)
             assert cache.reserve(cache.capacity) == 0, "the cache is not in one piece"
             cache.release(0)
 

@@ -18,6 +18,7 @@ from tests.manifests.tools import ROOT, deployable, kustomizations, program
 from tests.server.process import ServerProcess
 from vdiff_kserve.command_line import kserve_options, plain
 from vdiff_kserve.config import ALL_SETTINGS, parse_args
+from vdiff_kserve.vllm_options import HINTS
 
 PAGES = (
     "api", "checkpoints", "deployment", "getting-started", "infilling", "kserve", "likelihood",
@@ -162,7 +163,7 @@ def test_options_in_the_text_exist(page):
     kserve = {plain(flag) for each in kserve_options(ALL_SETTINGS) for flag in each.option_strings}
     text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
     named = {plain(flag) for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)}
-    assert named - FOREIGN - {*ALL_SETTINGS, *known, *kserve} == set()
+    assert named - FOREIGN - {*ALL_SETTINGS, *known, *kserve, *HINTS} == set()
 
 
 def test_files_that_the_texts_name_exist():

@@ -23,6 +23,7 @@ def engine() -> SimpleNamespace:
         num_waiting=5,
         kv_tokens_used=250,
         kv_tokens_total=1000,
+        stuck=False,
         spec=SimpleNamespace(block_length=32),
     )
     metrics.watch_engine(MODEL, engine)
