@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import psutil
 import torch
 
-from vdiff_kserve.models import DecoderConfig, KeyValueStore
+from vdiff_kserve.models import DecoderConfig, KeyValueStore, free_host_memory
 
 
 def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -30,7 +29,7 @@ def memory_for_cache(
         scratch_bytes: what a forward pass and the sampler need beside it.
     """
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available * cpu_memory_utilization)
+        return int(free_host_memory() * cpu_memory_utilization)
     free, total = torch.cuda.mem_get_info(device)
     used = total - free
     return max(0, int(total * gpu_memory_utilization) - used - scratch_bytes)

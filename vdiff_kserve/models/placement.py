@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import psutil
 import torch
 from accelerate import infer_auto_device_map
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 from vdiff_kserve.models.decoder import Decoder
+from vdiff_kserve.models.host_memory import free_host_memory
 
 SPREADS = ("auto", "balanced")
 FIRST_GPU_SHARE = 0.7
@@ -32,7 +32,7 @@ def free_memory() -> Memory:
     free = {i: torch.cuda.mem_get_info(i)[0] for i in gpus}
     shares = {i: FIRST_GPU_SHARE if i == 0 else SHARE for i in gpus}
     memory: dict[int | str, int] = {i: int(free[i] * shares[i]) for i in gpus}
-    return memory | {"cpu": int(psutil.virtual_memory().available * SHARE)}
+    return memory | {"cpu": int(free_host_memory() * SHARE)}
 
 
 def place_modules(

@@ -1,0 +1,44 @@
+"""Free memory: that of the machine, or of a container with less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vdiff_kserve.models.host_memory import FILES, free_host_memory
+
+MIB = 1 << 20
+
+
+def write_limits(folder: Path, version: int, limit: str) -> None:
+    """The files of a container that uses 300 MiB, 100 of which could be given back."""
+    most, used, reclaimable = FILES[2 - version]
+    (folder / most).parent.mkdir(exist_ok=True)
+    (folder / most).write_text(f"{limit}\n")
+    (folder / used).write_text(f"{300 * MIB}\n")
+    lines = f"anon {200 * MIB}\n{reclaimable} {100 * MIB}\nslab 7\n"
+    (folder / most).parent.joinpath("memory.stat").write_text(lines)
+
+
+@pytest.mark.parametrize("version", [2, 1])
+def test_a_container_s_limit_counts(tmp_path: Path, version: int) -> None:
+    write_limits(tmp_path, version, str(512 * MIB))
+    assert free_host_memory(tmp_path) == 312 * MIB
+
+
+def test_a_container_that_is_full_has_none_left(tmp_path: Path) -> None:
+    write_limits(tmp_path, 2, str(128 * MIB))
+    assert free_host_memory(tmp_path) == 0
+
+
+@pytest.mark.parametrize("limit", ["max", str(1 << 62)])
+def test_without_a_limit_the_machine_s_memory_counts(tmp_path: Path, limit: str) -> None:
+    write_limits(tmp_path, 2, limit)
+    assert 0 < free_host_memory(tmp_path) <= psutil.virtual_memory().total
+    assert free_host_memory(tmp_path) > 512 * MIB
+
+
+def test_a_machine_without_control_groups(tmp_path: Path) -> None:
+    assert free_host_memory(tmp_path) > 0
