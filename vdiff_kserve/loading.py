@@ -153,6 +153,12 @@ def load_model(
         engine.kv_tokens_total // limits.max_model_len, limits.max_model_len,
         engine.config.max_num_batched_tokens,
     )  # fmt: skip
+    if engine.kv_tokens_total < limits.max_model_len:
+        logger.warning(
+            "The key-value cache has room for %d tokens: longer requests that use a cache are "
+            "refused. More memory is --kv_cache_memory's to give.",
+            engine.kv_tokens_total,
+        )
     return loaded
 
 

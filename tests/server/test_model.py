@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from vdiff_kserve import checkpoint as checkpoints
-from vdiff_kserve import model as models
 from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.loading import load_model
 from vdiff_kserve.model import DiffusionModel
 from vdiff_kserve.models import CheckpointError
 from vdiff_kserve.observability import logs, metrics
@@ -142,24 +144,45 @@ def test_other_records_pass() -> None:
     assert logs.QuietProbes().filter(logging.LogRecord("x", 20, "", 0, "text", None, None))
 
 
-def test_a_logging_configuration_of_the_user_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_too_small_for_the_context_is_told(
+    checkpoint: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    used = []
-    monkeypatch.setattr(logs, "configure_logging", used.append)
-    logs.configure("info", str(tmp_path / "log.yaml"))
-    assert used == [str(tmp_path / "log.yaml")]
-    assert models.logger.name.startswith("kserve.")
+    with caplog.at_level(logging.WARNING, "kserve.vdiff.model"):
+        for memory in ("1GiB", "1KiB"):
+            load_model(ServerConfig(model_dir=checkpoint, kv_cache_memory=memory)).engine.stop()
+    (told,) = [record.message for record in caplog.records]
+    assert told.startswith("The key-value cache has room for 1 tokens: longer requests")
 
 
-@pytest.mark.parametrize("text", [None, "{", '{"version": 7}'])
+def test_a_logging_configuration_of_the_user_is_used(tmp_path: Path) -> None:
+    """In a process of its own: it takes the place of every logger's settings."""
+    file, heard = tmp_path / "log.yaml", tmp_path / "heard.txt"
+    file.write_text(
+        "version: 1\n"
+        f"handlers: {{own: {{class: logging.FileHandler, filename: {heard}}}}}\n"
+        "loggers: {kserve.vdiff: {handlers: [own], level: INFO}}\n"
+    )
+    code = (
+        "import logging, sys\n"
+        "from vdiff_kserve.observability import logs\n"
+        "logs.configure('warning', sys.argv[1])\n"
+        "logging.getLogger('kserve.vdiff.model').info('as the file says')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(file)], check=True)
+    assert heard.read_text() == "as the file says\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("log.json", None), ("log.json", "{"), ("log.json", '{"version": 7}'), ("log.yaml", "a: [")],
+)
 def test_a_logging_configuration_that_cannot_be_used_is_named(
-    tmp_path: Path, text: str | None
+    tmp_path: Path, name: str, text: str | None
 ) -> None:
-    file = tmp_path / "log.json"
+    file = tmp_path / name
     if text is not None:
         file.write_text(text)
-    with pytest.raises(ConfigError, match=r"--log_config_file .*log\.json cannot be used"):
+    with pytest.raises(ConfigError, match=rf"--log_config_file .*{name} cannot be used"):
         logs.configure("info", str(file))
 
 

@@ -26,7 +26,7 @@ ENOUGH_SECONDS = 1.0
 
 @torch.inference_mode()
 def measured_token_budget(decoder: LanguageModel, longest: int) -> int:
-    """Tokens whose forward pass takes about `REFRESH_SECONDS` on this machine: a multiple of 64.
+    """Tokens for which a long pass takes about `REFRESH_SECONDS` on this machine: a multiple of 64.
 
     Args:
         longest: the model's context; the sample is not longer.

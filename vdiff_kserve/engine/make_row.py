@@ -23,8 +23,9 @@ from vdiff_kserve.models import ModelSpec
 from vdiff_kserve.sampler import Policy
 
 REVISING: Mapping[Policy, type[Row]] = {"edit": EditRow, "p2": RemaskRow}
-"""Rows whose open block has nothing final; the same for holes:"""
+"""Rows of policies that may change what they wrote in an open block."""
 INFILLING: Mapping[Policy, type[Row]] = {"edit": InfillEditRow, "p2": InfillRemaskRow}
+"""The same for requests with holes."""
 
 
 def make_row(

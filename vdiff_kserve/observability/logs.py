@@ -9,6 +9,7 @@ import re
 import warnings
 
 from kserve.logging import KSERVE_LOG_CONFIG, configure_logging
+from yaml import YAMLError
 
 from vdiff_kserve.setting import ConfigError
 
@@ -45,7 +46,7 @@ def configure(level: str, config_file: str | None = None) -> None:
     if config_file is not None:
         try:
             configure_logging(config_file)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, YAMLError) as error:
             raise ConfigError(f"--log_config_file {config_file} cannot be used: {error}") from error
         return
     # KServe's choice of response class; there is nothing for an operator to do about it.
