@@ -42,6 +42,10 @@ def requirement_names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w.-]+", each)[0].replace("-", "_") for each in requirements}
 
 
+DISTRIBUTIONS = {"grpc": "grpcio", "yaml": "pyyaml"}
+"""Packages that are installed under another name than they are imported by."""
+
+
 def imported_packages(folder: Path = PACKAGE) -> set[str]:
     """Top-level names of everything foreign that the package's modules in a folder import."""
     names = set()
@@ -52,7 +56,7 @@ def imported_packages(folder: Path = PACKAGE) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.partition(".")[0])
     foreign = names - set(sys.stdlib_module_names) - {"vdiff_kserve"}
-    return {"grpcio" if name == "grpc" else name for name in foreign}
+    return {DISTRIBUTIONS.get(name, name) for name in foreign}
 
 
 def test_imports_run_one_way_only():
