@@ -309,6 +309,18 @@ def test_an_option_of_vllm_is_refused_with_what_to_do(capsys, argv, option, todo
     assert todo in message
 
 
+def test_all_options_of_a_command_line_for_vllm_are_answered_at_once(capsys):
+    argv = "serve org/x --swap-space 4 --seed=0 --max-num-seqs 16 --uvicorn-log-level info -tp 2"
+    with pytest.raises(SystemExit):
+        parse(*argv.split())
+    told = capsys.readouterr().err
+    for name in ("serve", "--swap-space", "--seed", "--uvicorn-log-level", "-tp"):
+        assert f" {name}; " in told
+    assert "max-num-seqs" not in told
+    assert "did you mean" not in told
+    assert "--help" not in told
+
+
 def test_what_is_said_about_options_of_vllm_is_true():
     """They do not exist here, and those that are named instead do."""
     kserve = {each for action in kserve_options(ALL_SETTINGS) for each in action.option_strings}
@@ -334,6 +346,7 @@ def test_a_configuration_made_in_code_is_checked_too(value):
 KEYS = {
     "--api_key good, sk-1": "--api_key: must be letters, digits and signs",
     "--api_key sk-1 -sk-2": "an argument is unknown; it may be a secret",
+    "--api_key=good --swap-space 4 -sk-1": "unknown option --swap-space",
     "--api_key=good sk-1": "an argument is unknown; it may be a secret",
     "--api_kei=sk-1": "unknown option --api_kei; did you mean --api_key?",
     "--api_key sk-1 --port sk": "--port/--http_port: must be an integer",
@@ -359,6 +372,14 @@ def test_a_key_of_the_environment_is_never_shown(capsys, text):
     else:
         assert config.api_key == tuple(text.split())
         assert "sk-" not in repr(config)
+
+
+def test_a_server_that_was_closed_under_vllm_does_not_become_open(capsys):
+    message = refusal(capsys, VLLM_API_KEY="sk-1")
+    assert "VDIFF_API_KEY" in message
+    assert "sk-1" not in message
+    assert parse(VLLM_API_KEY="sk-1", VDIFF_API_KEY="sk-2").api_key == ("sk-2",)
+    assert parse(VLLM_API_KEY="").api_key == ()
 
 
 def test_help_does_not_show_the_keys_of_the_environment(capsys):

@@ -99,12 +99,23 @@ class CommandLine(argparse.ArgumentParser):
             spelled.append(f"{flag}{equals}{value}" if flag else token)
         given, unknown = self.parse_known_args(spelled)
         if unknown:
-            name = unknown[0].partition("=")[0]
-            if self._secrets & vars(given).keys() and not name.startswith("--"):
-                self.error("an argument is unknown; it may be a secret, so it is not shown")
-            kind = "option" if name[0] == "-" else "argument"
-            self.error(f"unknown {kind} {name}; {self._hint(name, flags)}")
+            self._refuse(unknown, bool(self._secrets & vars(given).keys()), flags)
         return vars(given)
+
+    def _refuse(
+        self, unknown: Sequence[str], among_secrets: bool, flags: Mapping[str, str]
+    ) -> NoReturn:
+        """Name every unknown option, and the first argument if it belongs to none."""
+        names = [token.partition("=")[0] for token in unknown]
+        if among_secrets and not names[0].startswith("--"):
+            self.error("an argument is unknown; it may be a secret, so it is not shown")
+        is_option = [bool(re.match(r"--|-[A-Za-z]", name)) for name in names]
+        problems = [
+            f"unknown {'option' if option else 'argument'} {name}; {self._hint(name, flags)}"
+            for place, (name, option) in enumerate(zip(names, is_option, strict=True))
+            if place == 0 or (option and (name.startswith("--") or not among_secrets))
+        ]
+        self.error("\n  ".join(problems))
 
     def _hint(self, name: str, flags: Mapping[str, str]) -> str:
         if hint := self._hint_for(name):

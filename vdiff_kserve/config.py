@@ -24,7 +24,7 @@ from vdiff_kserve.command_line import (
 )
 from vdiff_kserve.decoding import DECODING_FIELDS, PROFILES
 from vdiff_kserve.setting import SIZE, ConfigError, Kind, Setting
-from vdiff_kserve.vllm_options import hint_for
+from vdiff_kserve.vllm_options import VLLM_API_KEY, hint_for
 
 DIFFUSION_FAMILIES = ("llada", "llada_moe", "llada2", "dream", "sdar", "sdar_moe", "fast_dllm_v2")
 MODEL_SOURCES = ("model_dir", "model_id", "model", "dcp_path")
@@ -688,9 +688,13 @@ def parse_args(
         environ: environment variables; None takes the process's own.
     """
     command_line = CommandLine(ALL_SETTINGS, GROUPS, exclusive=MODEL_SOURCES, hint_for=hint_for)
-    values = command_line.read(
-        sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
-    )
+    environ = os.environ if environ is None else environ
+    values = command_line.read(sys.argv[1:] if argv is None else argv, environ)
+    if environ.get(VLLM_API_KEY) and not values.get("api_key"):
+        command_line.error(
+            f"{VLLM_API_KEY} is set, which only vLLM reads, so that everyone would be let in; set "
+            f"{ENV_PREFIX}API_KEY, or remove it"
+        )
     kserve = _kserve_defaults()
     vars(kserve).update((k, v) for k, v in values.items() if k not in ALL_SETTINGS)
     ours: dict[str, Any] = {

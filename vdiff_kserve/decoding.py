@@ -91,7 +91,10 @@ DECODING_FIELDS: dict[str, DecodingField] = {
         default_text="1",
     ),
     "top_k": _field(
-        int, "Sample only from this many likeliest tokens; 0 is all.", low=0, default_text="0"
+        int,
+        "Sample only from this many likeliest tokens; 0 or -1 is all.",
+        low=-1,
+        default_text="0",
     ),
     "min_p": _field(
         float,

@@ -46,6 +46,17 @@ def test_the_table_knows_every_policy_and_cache_of_the_sampler() -> None:
     assert set(SCHEDULED) == SCHEDULED_POLICIES
 
 
+@pytest.mark.parametrize("traits", [BIDIRECTIONAL, AUTOREGRESSIVE, RENOISING])
+def test_vllms_top_k_of_minus_one_is_all_tokens(traits: ModelTraits) -> None:
+    default = DecodingParams(top_k=5, block_length=traits.block_length, cache="none")
+    if traits.renoises:
+        default = replace(default, policy="entropy_bound")
+    assert decode(default, traits, top_k=-1).top_k == 0
+    assert refusal(default, traits, top_k=-2).message == (
+        "top_k must be an integer of at least -1, got -2."
+    )
+
+
 def test_every_decoding_parameter_is_a_field_of_requests() -> None:
     apart = {
         *("logits_eos_inf", "confidence_eos_eot_inf", "seed"),

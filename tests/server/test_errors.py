@@ -33,7 +33,7 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("stop", ["a", ""], "empty"),
     ("stop_token_ids", [320], "[0, 319]"),
     ("stream_options", {"include_usage": True}, "stream is true"),
-    ("top_k", -2, "at least 0"),
+    ("top_k", -2, "at least -1"),
 ]
 WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("temperature", "warm", "valid number"),
@@ -215,7 +215,7 @@ def test_a_message_does_not_grow_with_what_was_sent(http: httpx.Client) -> None:
 
 def test_other_methods_and_paths(http: httpx.Client) -> None:
     assert http.get(CHAT).headers["Allow"] == "POST"
-    error_of(http.get(CHAT), 405)
+    assert error_of(http.get(CHAT), 405)["message"].endswith(" It takes POST.")
     for path in ("/v1/nope", "/v1", "/nope"):
         assert error_of(http.get(path), 404)["message"] == f"There is no route GET {path}."
     assert http.get("/v2/nope").json() == {"error": "There is no route GET /v2/nope."}
@@ -224,6 +224,26 @@ def test_other_methods_and_paths(http: httpx.Client) -> None:
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/responses"])
 def test_a_base_url_without_its_prefix_is_told(http: httpx.Client, path: str) -> None:
     assert "below /v1" in error_of(http.post(path, json=HI), 404)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/v1/embeddings", "no embeddings"),
+        ("/openai/v1/audio/transcriptions", "text only"),
+        ("/v1/files", "Nothing is stored"),
+        ("/rerank", "no embeddings, scores"),
+        ("/api/chat", "use /v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1 twice"),
+        ("/openai/v1/v1/models", "/v1 twice"),
+    ],
+)
+def test_a_route_of_other_servers_is_refused_with_the_reason(
+    http: httpx.Client, path: str, why: str
+) -> None:
+    message = error_of(http.post(path, json={"input": "x"}), 404)["message"]
+    assert message.startswith(f"There is no route POST {path}. ")
+    assert why in message
 
 
 def test_the_connection_goes_on_after_every_error(http: httpx.Client) -> None:

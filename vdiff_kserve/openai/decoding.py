@@ -29,6 +29,8 @@ POLICY_OF_FIELD = {
 }
 """The policy that a field asks for when the request names none."""
 
+ALL_AS_VLLM = -1
+"""vLLM's value of `top_k` for what is 0 here."""
 
 REQUEST_FIELDS = frozenset(DECODING_FIELDS) | {
     "profile",
@@ -90,6 +92,7 @@ def resolve(
     Raises:
         RequestError: a value out of range, or fields that contradict each other or the model.
     """
+    given = _with_own_top_k(given)
     if traits.autoregressive:
         return _resolve_autoregressive(given, default, traits)
     base = default
@@ -136,6 +139,10 @@ def resolve(
             "policy apd with an auxiliary model is for bidirectional models.", param="policy"
         )
     return replace(base, **fields)
+
+
+def _with_own_top_k(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**given, "top_k": 0} if given.get("top_k") == ALL_AS_VLLM else given
 
 
 def _resolve_autoregressive(

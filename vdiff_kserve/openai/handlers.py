@@ -32,7 +32,7 @@ from vdiff_kserve.openai.errors import (
     shorten,
 )
 from vdiff_kserve.openai.guards import Access, Guard, Refuse
-from vdiff_kserve.openai.paths import endpoint_of, is_open, speaks_openai, without_prefix
+from vdiff_kserve.openai.paths import endpoint_of, is_open, speaks_openai, why_absent
 from vdiff_kserve.openai.request_ids import HEADER, RequestIds
 
 logger = logging.getLogger("kserve.vdiff.openai")
@@ -134,13 +134,14 @@ class Refusals:
         if status == HTTPStatus.BAD_REQUEST:
             return self.response(request.scope, unreadable(error))
         if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-            message = f"There is no route {request.method} {shorten(path)}."
-            if without_prefix(path):
-                message += " OpenAI's routes are below /v1, which belongs to a client's base URL."
+            headers = error.headers or {}
+            allowed = headers.get("Allow")
+            why = f"It takes {allowed}." if allowed else why_absent(path)
+            message = f"There is no route {request.method} {shorten(path)}. {why}".rstrip()
             response = self.response(
                 request.scope, RequestError(message, status=HTTPStatus(status))
             )
-            response.headers.update(error.headers or {})
+            response.headers.update(headers)
             return response
         return await http_exception_handler(request, error)
 

@@ -185,8 +185,6 @@ def decoding_params(request: GenerationFields, limits: ServingLimits) -> Decodin
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise out_of_range(f"vllm_xargs.{MAX_STEPS}", "a positive integer", steps)
         given.setdefault("steps", steps)
-    if given.get("top_k") == -1:
-        given["top_k"] = 0
     params = resolve(given, limits.decoding, limits.profiles, limits.traits)
     for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
         if (value := getattr(request, name)) is not None:

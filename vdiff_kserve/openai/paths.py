@@ -19,6 +19,20 @@ PAGES = ("/docs", "/docs/oauth2-redirect", "/openapi.json")
 """The interactive page and what it loads; a browser opens them without a key."""
 PREDICT = re.compile(r"/v1/models/[^/]+:predict")
 KSERVE_V1 = re.compile(r"/v1/models/[^/]+:\w+")
+ABSENT: dict[tuple[str, ...], str] = {
+    ("embeddings", "rerank", "score", "pooling", "classify", "moderations"): (
+        "Models here write text; they give no embeddings, scores or classes."
+    ),
+    ("audio", "images", "videos", "realtime"): "Models here read and write text only.",
+    (
+        *("files", "uploads", "batches", "conversations", "assistants", "threads"),
+        *("vector_stores", "containers", "fine_tuning", "evals"),
+    ): "Nothing is stored here; every request holds all that its answer needs.",
+    ("messages",): "Anthropic's protocol is not spoken here; use /v1/chat/completions.",
+    ("api",): "Ollama's protocol is not spoken here; use /v1/chat/completions.",
+    ("generate", "generate_stream", "invocations"): "Use /v1/completions or /v1/chat/completions.",
+}
+"""First part of paths that other servers have -> why this one has not."""
 INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 
 
@@ -47,6 +61,12 @@ def speaks_openai(path: str) -> bool:
     return KSERVE_V1.fullmatch(path) is None and not path.startswith("/v2/")
 
 
-def without_prefix(path: str) -> bool:
-    """Whether a path would be one of OpenAI's below their prefix: the base URL lacks it."""
-    return path in (CHAT, COMPLETIONS, FIM, RESPONSES) or path.startswith("/models")
+def why_absent(path: str) -> str:
+    """Why there is no such path, or what to ask instead, in a sentence; empty when unknown."""
+    if path in (CHAT, COMPLETIONS, FIM, RESPONSES) or path.startswith("/models"):
+        return "OpenAI's routes are below /v1, which belongs to a client's base URL."
+    inner = path.removeprefix("/openai").removeprefix("/v1")
+    if inner.startswith(PREFIXES):
+        return "The path has /v1 twice: a client's base URL and its paths name it once."
+    first = inner.strip("/").partition("/")[0]
+    return next((why for names, why in ABSENT.items() if first in names), "")
