@@ -25,6 +25,7 @@ SCHEMAS = json.loads(
 KINDS: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest)
 MESSAGES = [{"role": "user", "content": "x"}]
 ASKING: dict[str, Any] = {
+    "audio": {"voice": "alloy"}, "modalities": ["text", "audio"], "web_search_options": {},
     "best_of": 2, "chat_template": "x", "documents": [{"a": "b"}],
     "function_call": {"name": "f"}, "functions": [{"name": "f"}], "prompt_embeds": "x",
     "guided_choice": ["a"], "guided_grammar": "x", "guided_json": {}, "guided_regex": "a",

@@ -40,7 +40,8 @@ WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("max_tokens", 1.5, "valid integer"),
     ("remasking", "best", "'low_confidence' or 'random'"),
     ("seed", 2**64, "9223372036854775807"),
-    ("stop", 5, "valid string"),
+    ("stop", 5, "stop: Input should be a text or a list of texts"),
+    ("logit_bias", [3], "logit_bias: Input should be an object"),
     ("radius", 2**70, "2147483647"),
     ("max_tokens", 2**70, "2147483647"),
     ("stream", "perhaps", "valid boolean"),
@@ -118,6 +119,18 @@ def test_what_cannot_be_answered_names_the_field(
 ) -> None:
     error = error_of(http.post(path, json=body), 400)
     assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize("prompt", [5, [-1], ["a", 5], {"a": 1}, [[1], "a"]])
+def test_all_forms_of_a_prompt_are_told_at_once(http: httpx.Client, prompt: Any) -> None:
+    message = error_of(http.post(COMPLETIONS, json={"prompt": prompt}), 400)["message"]
+    assert message.count("body.prompt") == 1
+    assert "a list of token ids from 0 on" in message
+
+
+def test_a_template_variable_cannot_take_the_place_of_the_messages(http: httpx.Client) -> None:
+    error = error_of(http.post(CHAT, json=HI | {"chat_template_kwargs": {"messages": []}}), 400)
+    assert error["message"] == "chat_template_kwargs cannot set messages."
 
 
 @pytest.mark.parametrize("stream", [False, True])

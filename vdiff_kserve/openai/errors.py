@@ -27,6 +27,12 @@ logger = logging.getLogger("kserve.vdiff.openai")
 
 RETRY_AFTER_SECONDS = 1
 MAX_REPORTED_ERRORS = 5
+FORMS = {
+    ("body", "prompt"): "a text, a list of texts, a list of token ids from 0 on, or a list of "
+    "such lists",
+    ("body", "stop"): "a text or a list of texts",
+}
+"""Fields of several forms -> all of them, where pydantic would say of each why it does not fit."""
 MAX_INPUT_SHOWN = 80
 
 TYPES = {
@@ -136,9 +142,9 @@ def out_of_range(field: str, allowed: str, value: object) -> RequestError:
 
 def invalid_body(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     """The body does not have the form of the request. `errors` are pydantic's."""
-    lines = [f"{_location(e)}: {e['msg']}{_given(e)}" for e in errors[:MAX_REPORTED_ERRORS]]
-    if len(errors) > MAX_REPORTED_ERRORS:
-        lines.append(f"and {len(errors) - MAX_REPORTED_ERRORS} more")
+    lines = list(dict.fromkeys(f"{_location(e)}: {_message(e)}" for e in errors))
+    if len(lines) > MAX_REPORTED_ERRORS:
+        lines[MAX_REPORTED_ERRORS:] = [f"and {len(lines) - MAX_REPORTED_ERRORS} more"]
     return RequestError(
         "The request is not valid. " + "; ".join(lines),
         param=_location(errors[0]),
@@ -149,7 +155,23 @@ def invalid_body(errors: Sequence[Mapping[str, Any]]) -> RequestError:
 def _location(error: Mapping[str, Any]) -> str:
     if error["type"] == "json_invalid":
         return "body"
-    return shorten(".".join(str(part) for part in error["loc"] if not _is_type(part)))
+    parts = error["loc"][:2] if _form(error) else error["loc"]
+    return shorten(".".join(str(part) for part in parts if not _is_type(part)))
+
+
+def _form(error: Mapping[str, Any]) -> str | None:
+    """What a field of several forms may be; None for other fields."""
+    field, member = error["loc"][:2], error["loc"][2:3]
+    return FORMS.get(field) if member and _is_type(member[0]) else None
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    """Pydantic's words, but for those that speak of Python's types to a writer of JSON."""
+    if form := _form(error):
+        return f"Input should be {form}"
+    if error["type"] in ("model_attributes_type", "model_type", "dict_type"):
+        return f"Input should be an object{_given(error)}"
+    return f"{error['msg']}{_given(error)}"
 
 
 def _is_type(part: int | str) -> bool:
@@ -170,7 +192,7 @@ def _given(error: Mapping[str, Any]) -> str:
 
 def shorten(value: object) -> str:
     """The value's text, cut when it is long: an answer must not grow with what was sent."""
-    text = repr(value) if isinstance(value, str) and " " in value else str(value)
+    text = repr(value) if isinstance(value, str) and (" " in value or not value) else str(value)
     return text if len(text) <= MAX_INPUT_SHOWN else text[:MAX_INPUT_SHOWN] + "..."
 
 

@@ -105,6 +105,7 @@ class Refused:
 _NEWER_NAMES = "OpenAI replaced it by tools and tool_choice"
 
 REFUSED = {
+    "audio": Refused("answers are text"),
     "best_of": Refused("no answers are compared; ask for n of them", (None, 1)),
     "chat_template": Refused("templates come from the checkpoint only"),
     "documents": Refused("chat templates get messages only", (None, [])),
@@ -114,6 +115,7 @@ REFUSED = {
         f"guided_{kind}": Refused(f"vLLM replaced it by structured_outputs.{kind}")
         for kind in ("choice", "grammar", "json", "regex")
     },
+    "modalities": Refused("answers are text", (None, [], ["text"])),
     "prompt_embeds": Refused("prompts are text or token ids"),
     "prompt_logprobs": Refused(
         "a diffusion model does not predict its prompt token by token, so that there is no such "
@@ -124,6 +126,7 @@ REFUSED = {
     ),
     "thinking_token_budget": Refused("the models have no separate reasoning"),
     "use_beam_search": Refused("diffusion models have no beams", (None, False)),
+    "web_search_options": Refused("the server looks nothing up"),
 }
 
 

@@ -156,8 +156,8 @@ def holes_of(
 
 def _no_room(tokens: int, room: int) -> RequestError:
     return RequestError(
-        f"This model's maximum context length is {room} tokens. However, your prompt has {tokens} "
-        "tokens with its holes.",
+        f"This model's maximum context length is {room + 1} tokens, one of them the text's "
+        f"beginning. However, your prompt has {tokens} tokens with its holes.",
         param="input_tokens",
     )
 

@@ -28,8 +28,11 @@ from vdiff_kserve.openai.tools import (
 TokenIds = tuple[int, ...]
 """Token ids of a text."""
 
-TEMPLATE_ARGUMENTS = frozenset(signature(PreTrainedTokenizerFast.apply_chat_template).parameters)
-"""Arguments of the renderer; the rest of `chat_template_kwargs` are variables of the template."""
+TEMPLATE_ARGUMENTS = frozenset(
+    (*signature(PreTrainedTokenizerFast.apply_chat_template).parameters, "messages")
+)
+"""Arguments of the renderer, and what it gives templates; the rest of `chat_template_kwargs` are
+variables of the template."""
 
 
 def chat_prompt(

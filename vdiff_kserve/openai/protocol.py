@@ -223,6 +223,7 @@ class ChatCompletionRequest(GenerationFields):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
+    audio: dict[str, Any] | None = None
     chat_template: str | None = None
     documents: list[dict[str, Any]] | None = None
     echo: bool | None = False
@@ -232,6 +233,7 @@ class ChatCompletionRequest(GenerationFields):
     logprobs: bool | None = False
     media_io_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    modalities: list[str] | None = None
     parallel_tool_calls: bool | None = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
@@ -240,6 +242,7 @@ class ChatCompletionRequest(GenerationFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     tools: list[Tool] | None = None
     top_logprobs: int | None = 0
+    web_search_options: dict[str, Any] | None = None
 
 
 class PromptTokensDetails(BaseModel):
