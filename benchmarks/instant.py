@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vdiff_kserve.engine import (
     Engine,
     EngineStoppedError,
+    EventSink,
     GenerationEvent,
     GenerationRequest,
     GenerationResult,
     GenerationStats,
-    GenerationStream,
     QueueFullError,
 )
 
 TOKENS_PER_CHUNK = 8
+
+
+def _nothing() -> None:
+    """Take out a request that is answered already."""
 
 
 class InstantEngine(Engine):
@@ -57,8 +61,10 @@ class InstantEngine(Engine):
         """Answer no more."""
         self._answers = False
 
-    def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationStream]:
-        """Streams that hold their whole answers already.
+    def post(
+        self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]
+    ) -> list[Callable[[], None]]:
+        """Tell the whole answers at once.
 
         Raises:
             QueueFullError: more at once than the engine would have room for.
@@ -68,12 +74,10 @@ class InstantEngine(Engine):
             raise EngineStoppedError("The engine is not running.")
         if len(requests) > self.config.max_queue + self.config.max_num_seqs:
             raise QueueFullError("The queue is full.")
-        streams = []
-        for request in requests:
-            streams.append(GenerationStream())
+        for request, sink in zip(requests, sinks, strict=True):
             for event in self._events(request):
-                streams[-1].put(event)
-        return streams
+                sink(event)
+        return [_nothing for _ in requests]
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """The answers of `submit`, for programs without an asyncio loop."""

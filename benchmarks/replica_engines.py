@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from benchmarks.instant import InstantEngine
 from vdiff_kserve import loading
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.engine import (
     EngineStoppedError,
+    EventSink,
+    GenerationEvent,
     GenerationRequest,
-    GenerationStream,
     RoundObserver,
+    RoundReport,
 )
 from vdiff_kserve.loading import LoadedModel, load_model
 
@@ -23,32 +27,69 @@ CHUNK_SECONDS = 0.02
 
 
 class PacedEngine(InstantEngine):
-    """Answers a chunk at a time, all requests together, and stamps each with when it was sent.
+    """Answers a chunk at a time, all requests in rounds of a thread, and stamps each with when it
+    was sent.
 
     The stamp is `stats.queue_seconds`, on the clock of `time.monotonic`, which the processes of a
     machine share.
     """
 
-    def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationStream]:
-        """Streams to which a task of the running loop writes.
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._rows: list[tuple[Iterator[GenerationEvent], EventSink]] = []
+
+    def start(self) -> None:
+        """Run a round every now and then."""
+        super().start()
+        threading.Thread(target=self._run_rounds, name="vdiff-engine", daemon=True).start()
+
+    def post(
+        self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]
+    ) -> list[Callable[[], None]]:
+        """Take part from the next round on.
 
         Raises:
             EngineStoppedError: the engine is not running.
         """
         if not self.alive:
             raise EngineStoppedError("The engine is not running.")
-        streams = [GenerationStream() for _ in requests]
-        for request, stream in zip(requests, streams, strict=True):
-            task = asyncio.create_task(self._write(request, stream))
-            stream.on_abort(task.cancel)
-        return streams
+        rows = [(self._events(r), sink) for r, sink in zip(requests, sinks, strict=True)]
+        self._rows += rows
+        return [partial(self._rows.remove, row) for row in rows]
 
-    async def _write(self, request: GenerationRequest, stream: GenerationStream) -> None:
-        started = time.monotonic()
-        for number, event in enumerate(self._events(request), start=1):
-            await asyncio.sleep(started + number * CHUNK_SECONDS - time.monotonic())
-            stamp = time.monotonic()
-            stream.put(replace(event, stats=replace(event.stats, queue_seconds=stamp)))
+    def _run_rounds(self) -> None:
+        while self.alive:
+            time.sleep(CHUNK_SECONDS)
+            rows = list(self._rows)
+            for row in rows:
+                events, sink = row
+                event = next(events)
+                sink(replace(event, stats=replace(event.stats, queue_seconds=time.monotonic())))
+                if event.finish_reason is not None:
+                    self._rows.remove(row)
+            if rows and self.config.observer is not None:
+                self.config.observer(_report(len(rows)))
+
+
+def _report(rows: int) -> RoundReport:
+    """What a round of so many rows tells of itself."""
+    return RoundReport(
+        rows=rows,
+        refreshes=0,
+        reuses=rows,
+        commits=0,
+        auxiliary=0,
+        committed=rows,
+        accepted=(),
+        block_steps=(),
+        computed=rows,
+        cached=0,
+        attended=rows,
+        plan_seconds=0.0,
+        forward_seconds=CHUNK_SECONDS,
+        sample_seconds=0.0,
+        apply_seconds=0.0,
+    )
 
 
 def instant_model(config: ServerConfig, observer: RoundObserver | None = None) -> LoadedModel:

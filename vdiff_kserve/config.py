@@ -495,6 +495,16 @@ class ServerConfig:
         metavar="BOOL",
         help="Start Ray's dashboard with a Ray of the server's own.",
     )
+    replica_port: int = _setting(
+        int,
+        0,
+        group="replicas",
+        metavar="PORT",
+        low=0,
+        high=65535,
+        help="Port where the replicas call the server, beside Ray's own; 0 is any that is free. "
+        "Replicas of a Ray of the server's own call on the loopback address.",
+    )
     replica_gpus: float | None = _setting(
         float,
         None,

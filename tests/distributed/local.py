@@ -20,6 +20,7 @@ from tests.openai.engine import limits
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.distributed import supervisor as supervising
 from vdiff_kserve.distributed.autoscale import Autoscaler, Bounds
+from vdiff_kserve.distributed.meeting import Listener
 from vdiff_kserve.distributed.pool import ReplicaPool
 from vdiff_kserve.distributed.replica import Loader, Replica
 from vdiff_kserve.distributed.supervisor import Supervisor
@@ -41,8 +42,6 @@ class LocalActor:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self._dead = asyncio.Event()
-        self._thawed = asyncio.Event()
-        self._thawed.set()
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._replica, name)
@@ -59,23 +58,19 @@ class LocalActor:
         return self._dead.is_set()
 
     def die(self) -> None:
-        """What SIGKILL does: its open calls fail at once, and all later ones."""
+        """What SIGKILL does: its connection breaks, its open calls fail, and all later ones."""
         self._dead.set()
+        self._replica._channel.close()
         if (engine := self._replica._engine) is not None:
             # A pass may wait for its test; a killed process waits for nothing.
             threading.Thread(target=engine.stop, daemon=True).start()
 
     def freeze(self) -> None:
-        """What SIGSTOP does: its calls are never answered."""
-        self._thawed.clear()
+        """What SIGSTOP does: nothing of it is sent any more."""
+        self._replica._channel.is_writable = False
 
     async def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
-        async def answer() -> Any:
-            result = await work
-            await self._thawed.wait()
-            return result
-
-        answering = asyncio.create_task(answer())
+        answering = asyncio.create_task(work)
         dying = asyncio.create_task(self._dead.wait())
         try:
             await asyncio.wait([answering, dying], return_when=asyncio.FIRST_COMPLETED)
@@ -164,7 +159,7 @@ async def replicas(
     )
     pool = ReplicaPool("local", max_num_seqs, max_queue)
     scaler = autoscaler or Autoscaler(Bounds.parse(number), 10**9)
-    watcher = Supervisor(config, pool, Resources(), scaler, load)
+    watcher = Supervisor(config, pool, Resources(), scaler, load, Listener("127.0.0.1"))
     pool.on_stop = watcher.close
     started = Replicas(pool, watcher, actors)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,12 +14,13 @@ from tests.engine.tiny import GatedDecoder, generate, request_of, tiny_decoder, 
 from vdiff_kserve.distributed import autoscale, replica, supervisor, ticket
 from vdiff_kserve.distributed.autoscale import Autoscaler, Bounds
 from vdiff_kserve.distributed.link import State
+from vdiff_kserve.distributed.messages import Batch
 from vdiff_kserve.engine import (
     Engine,
     EngineError,
     EngineStoppedError,
+    EventSink,
     GenerationRequest,
-    GenerationStream,
     QueueFullError,
     QueueTimeoutError,
     RequestTimeoutError,
@@ -28,6 +29,8 @@ from vdiff_kserve.engine import (
 )
 
 POISON = (9, 9, 9)
+Sinks = Sequence[EventSink]
+Aborts = list[Callable[[], None]]
 
 
 def many(count: int) -> list[GenerationRequest]:
@@ -104,6 +107,48 @@ async def test_a_replica_that_is_silent_is_replaced(monkeypatch) -> None:
         assert len(two.living) == 2
 
 
+async def test_a_connection_that_breaks_is_a_loss_to_both_ends(monkeypatch) -> None:
+    requests = many(8)
+    gates = Gated()
+    async with replicas(monkeypatch, decoder=gates) as two:
+        streams = two.pool.submit(requests)
+        reading = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+        cut_off = two.actors[0]._replica
+        await two.until(lambda: len(cut_off._running) == 4 and gates.decoders[0].waiting == 1)
+        cut_off._channel._transport.abort()
+        await two.until(lambda: two.actors[0].is_dead and not cut_off._running)
+        gates.open()
+        assert await asyncio.gather(*reading) == expected(requests)
+
+
+async def test_a_front_end_that_is_slow_gets_fewer_and_larger_batches(monkeypatch) -> None:
+    batches: list[int] = []
+    gates = Gated()
+    requests = many(4)
+    async with replicas(monkeypatch, "1", decoder=gates) as one:
+        (link,) = one.pool.links
+        hear = link._channel._receive
+
+        def count(batch: Batch) -> None:
+            batches.append(len(batch.events))
+            hear(batch)
+
+        monkeypatch.setattr(link._channel, "_receive", count)
+        streams = one.pool.submit(requests)
+        reading = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+        told = one.actors[0]._replica._channel
+        await one.until(lambda: gates.decoders[0].waiting == 1)
+        told.pause_writing()  # as when the system takes no more
+        gates.open()
+        engine = one.actors[0]._replica._engine
+        await one.until(lambda: engine.num_running == 0)
+        await asyncio.sleep(0)
+        assert sum(batches) == 0
+        told.resume_writing()
+        assert await asyncio.gather(*reading) == expected(requests)
+    assert len([size for size in batches if size]) == 1
+
+
 async def test_an_engine_that_is_stuck_in_a_round_is_replaced(monkeypatch) -> None:
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(watch, "LEAST_SECONDS", 0.3)
@@ -141,11 +186,11 @@ async def test_an_engine_whose_loop_dies_is_replaced(monkeypatch) -> None:
 class PoisonedEngine(Engine):
     """Dies of one prompt."""
 
-    def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationStream]:
+    def post(self, requests: Sequence[GenerationRequest], sinks: Sinks) -> Aborts:
         if any(request.prompt_ids == POISON for request in requests):
             self.stop()
             raise EngineStoppedError("poisoned")
-        return super().submit(requests)
+        return super().post(requests, sinks)
 
 
 async def test_a_poison_request_is_refused_and_named_and_the_others_live(
@@ -171,9 +216,9 @@ async def test_priorities_hold_across_replicas(monkeypatch) -> None:
     given: list[int] = []
 
     class Recording(Engine):
-        def submit(self, requests: Sequence[GenerationRequest]) -> list[GenerationStream]:
+        def post(self, requests: Sequence[GenerationRequest], sinks: Sinks) -> Aborts:
             given.extend(request.priority for request in requests)
-            return super().submit(requests)
+            return super().post(requests, sinks)
 
     async with replicas(monkeypatch, decoder=gates, max_num_seqs=1, engine_class=Recording) as two:
         late = [replace(request_of(max_tokens=8), priority=p) for p in (0, 0, 0, 0, 5, 3, 1)]

@@ -21,8 +21,6 @@ from vdiff_kserve.setting import ConfigError, parse_size
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster that this process starts. Messages are small and never come near it."""
-CONCURRENT_CALLS = 8
-"""Calls that a replica may have open: `control`, `poll`, and a few of people who look."""
 
 
 def connect(config: ServerConfig) -> None:
@@ -33,7 +31,7 @@ def connect(config: ServerConfig) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own: dict[str, Any] = {}
-    if config.ray_address in (None, "local"):
+    if _is_own(config):
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"} & os.environ.keys():
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         own = {
@@ -44,6 +42,16 @@ def connect(config: ServerConfig) -> None:
         ray.init(address=config.ray_address or "local", logging_level="WARNING", **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"--ray_address: {error}") from error
+
+
+def own_address(config: ServerConfig) -> str:
+    """Where the replicas' machines reach this one."""
+    return "127.0.0.1" if _is_own(config) else str(ray.util.get_node_ip_address())
+
+
+def _is_own(config: ServerConfig) -> bool:
+    """Whether this process starts the cluster, on this machine."""
+    return config.ray_address in (None, "local")
 
 
 def keep_signal_handlers() -> None:
@@ -90,7 +98,6 @@ class ReplicaResources:
             num_cpus=self.num_cpus,
             memory=self.memory,
             max_restarts=0,
-            max_concurrency=CONCURRENT_CALLS,
         )
         return actor.remote(config, partial(load_beside_others, loader))
 

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Coroutine
 from enum import Enum
 from typing import Any, Protocol
 
 import ray
 
-from vdiff_kserve.distributed.messages import (
-    Abort,
-    Batch,
-    Command,
-    EngineLoad,
-    ReplicaFacts,
-)
+from vdiff_kserve.distributed.channel import Channel
+from vdiff_kserve.distributed.meeting import MEETING_SECONDS, Listener
+from vdiff_kserve.distributed.messages import Abort, Batch, EngineLoad, ReplicaFacts, ends
 from vdiff_kserve.distributed.routing import PrefixMemory
 from vdiff_kserve.distributed.ticket import Ticket
-from vdiff_kserve.engine import EngineError, EngineStoppedError, GenerationEvent
-
-logger = logging.getLogger("kserve.vdiff.replicas")
+from vdiff_kserve.engine import EngineStoppedError
 
 
 class State(Enum):
@@ -59,7 +51,7 @@ class ReplicaLink:
         reserved_for: the request that is to run here alone.
     """
 
-    def __init__(self, slot: int, actor: Any, owner: Owner, room: int) -> None:
+    def __init__(self, slot: int, actor: Any, owner: Owner, room: int, listener: Listener) -> None:
         self.slot = slot
         self.state = State.STARTING
         self.placed = False
@@ -73,27 +65,27 @@ class ReplicaLink:
         self._actor = actor
         self._owner = owner
         self._room = room
-        self._commands: list[Command] = []
-        self._wake = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._listener = listener
+        self._channel = Channel(self._hear, self._lost)
 
     async def load(self) -> ReplicaFacts:
-        """Wait until the replica has loaded its model, and then begin to hear it.
+        """Wait until the replica has loaded its model and called; hear it from then on.
 
         Raises:
             RayTaskError: loading failed; its `cause` says why.
             RayActorError: the replica was lost meanwhile.
+            OSError: so was its connection.
         """
         await self._actor.ping.remote()
         self.placed = True
-        self.facts = await self._actor.load.remote()
+        with self._listener.invite() as (invitation, connection):
+            self.facts = await self._actor.load.remote(invitation)
+            async with asyncio.timeout(MEETING_SECONDS):
+                await self._channel.begin(await connection, called=True)
         if self.state is State.GONE:
-            return self.facts
-        self.state = State.READY
-        self._tasks = [
-            asyncio.create_task(self._guarded(work()), name=f"replica-{self.slot}")
-            for work in (self._send, self._hear)
-        ]
+            self._channel.close()
+        else:
+            self.state = State.READY
         return self.facts
 
     @property
@@ -138,7 +130,7 @@ class ReplicaLink:
         self.tickets[ticket.key] = ticket
         self.work_given += ticket.work
         self.prefixes.add(ticket.prefixes)
-        self._tell(ticket.begin())
+        self._channel.send(ticket.begin())
 
     def abort(self, ticket: Ticket) -> None:
         """Run a request no longer, and keep no place for it."""
@@ -166,31 +158,19 @@ class ReplicaLink:
         ray.kill(self._actor)
 
     def let_go(self) -> None:
-        """Stop the tasks that hear it; on the loop's thread."""
-        for task in self._tasks:
-            task.cancel()
+        """Hear it no more; on the loop's thread."""
+        self._channel.close()
 
-    def _tell(self, command: Command) -> None:
-        self._commands.append(command)
-        self._wake.set()
-
-    async def _send(self) -> None:
-        """Send what there is to say, one list after the other, so that order is kept."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            commands, self._commands = self._commands, []
-            await self._actor.control.remote(commands)
-
-    async def _hear(self) -> None:
-        while True:
-            batch: Batch = await self._actor.poll.remote()
-            self.silence = 0
-            if batch.trouble is not None:
-                self._owner.lost(self, batch.trouble)
-                return
+    def _hear(self, batch: Batch) -> None:
+        self.silence = 0
+        if batch.trouble is not None:
+            self._lost(batch.trouble)
+        else:
             self._deliver(batch)
             self._owner.heard(batch)
+
+    def _lost(self, reason: str) -> None:
+        self._owner.lost(self, reason)
 
     def _deliver(self, batch: Batch) -> None:
         for key, event in batch.events:
@@ -199,7 +179,7 @@ class ReplicaLink:
                 continue
             ticket.put(event)
             if ticket.done:
-                self._close(ticket, still_runs=_is_unfinished(event))
+                self._close(ticket, still_runs=not ends(event))
         self.latest = batch.load
 
     def _close(self, ticket: Ticket, *, still_runs: bool) -> None:
@@ -207,26 +187,4 @@ class ReplicaLink:
         if self.reserved_for is ticket:
             self.reserved_for = None
         if still_runs:
-            self._tell(Abort(ticket.key))
-
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
-        """Whatever ends the conversation means that the replica is lost."""
-        try:
-            await work
-        except asyncio.CancelledError:
-            raise
-        except ray.exceptions.RayError as error:
-            self._owner.lost(self, _short(error))
-        except Exception as error:
-            logger.exception("The conversation with replica %d broke.", self.slot)
-            self._owner.lost(self, repr(error))
-
-
-def _is_unfinished(event: GenerationEvent | EngineError) -> bool:
-    return isinstance(event, GenerationEvent) and event.finish_reason is None
-
-
-def _short(error: Exception) -> str:
-    """The first line of one of Ray's long messages."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+            self._channel.send(Abort(ticket.key))

@@ -61,6 +61,11 @@ class Batch:
     trouble: str | None
 
 
+def ends(event: GenerationEvent | EngineError) -> bool:
+    """Whether it is a request's last."""
+    return isinstance(event, EngineError) or event.finish_reason is not None
+
+
 @dataclass(frozen=True)
 class ReplicaFacts:
     """A replica that answers.

@@ -14,6 +14,7 @@ from vdiff_kserve.checkpoint import find_checkpoint
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.distributed import cluster
 from vdiff_kserve.distributed.autoscale import Autoscaler, Bounds
+from vdiff_kserve.distributed.meeting import Listener
 from vdiff_kserve.distributed.pool import ReplicaPool
 from vdiff_kserve.distributed.replica import Loader
 from vdiff_kserve.distributed.supervisor import Supervisor
@@ -23,6 +24,7 @@ from vdiff_kserve.loading import configured_tokenizer
 from vdiff_kserve.models import ModelSpec
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.structured import load_grammars
+from vdiff_kserve.setting import ConfigError
 
 logger = logging.getLogger("kserve.vdiff.replicas")
 
@@ -65,13 +67,14 @@ async def start_replicas(
 
     Raises:
         CheckpointError: the checkpoint cannot be served.
-        ConfigError: there is no such Ray cluster.
+        ConfigError: there is no such Ray cluster, or the port for its replicas is taken.
     """
     assert config.replicas is not None
     started = time.perf_counter()
     await asyncio.to_thread(cluster.connect, config)
     cluster.keep_signal_handlers()
     bounds = Bounds.parse(config.replicas)
+    listener = _listen(config)
     pool = ReplicaPool(config.model_name, config.max_num_seqs, config.max_queue, observer)
     supervisor = Supervisor(
         replace(config, **SECRET_SETTINGS),  # type: ignore[arg-type]
@@ -79,6 +82,7 @@ async def start_replicas(
         cluster.ReplicaResources.of(config, ray.cluster_resources()),
         Autoscaler(bounds, config.replica_tokens or _batch_of_answers(config)),
         loader,
+        listener,
     )
 
     def close() -> None:
@@ -100,6 +104,16 @@ async def start_replicas(
     return ReplicatedModel(
         pool, supervisor, tokenizer, facts.spec, facts.limits, facts.dtype, facts.device, grammars
     )
+
+
+def _listen(config: ServerConfig) -> Listener:
+    """Where the replicas call."""
+    host = cluster.own_address(config)
+    try:
+        return Listener(host, config.replica_port)
+    except OSError as error:
+        cluster.disconnect()
+        raise ConfigError(f"--replica_port {config.replica_port} on {host}: {error}") from error
 
 
 def _batch_of_answers(config: ServerConfig) -> int:

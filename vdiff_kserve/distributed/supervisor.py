@@ -14,6 +14,7 @@ from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.distributed.autoscale import Autoscaler
 from vdiff_kserve.distributed.cluster import ReplicaResources
 from vdiff_kserve.distributed.link import ReplicaLink, State
+from vdiff_kserve.distributed.meeting import Listener
 from vdiff_kserve.distributed.messages import Batch, ReplicaFacts
 from vdiff_kserve.distributed.pool import ReplicaPool, room_of
 from vdiff_kserve.distributed.replica import Loader
@@ -38,7 +39,11 @@ POLL_SECONDS = 0.05
 
 
 class Supervisor:
-    """Owner of the replicas of a pool."""
+    """Owner of the replicas of a pool.
+
+    Args:
+        listener: where the replicas call; closed with the supervisor.
+    """
 
     def __init__(
         self,
@@ -47,12 +52,14 @@ class Supervisor:
         resources: ReplicaResources,
         autoscaler: Autoscaler,
         loader: Loader,
+        listener: Listener,
     ) -> None:
         self._config = config
         self._pool = pool
         self._resources = resources
         self._autoscaler = autoscaler
         self._loader = loader
+        self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._first: asyncio.Future[ReplicaFacts] = self._loop.create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,7 +87,7 @@ class Supervisor:
         """Replace nothing more. From any thread."""
         self._closed = True
         with suppress(RuntimeError):  # the loop may be closed, and its tasks with it
-            self._loop.call_soon_threadsafe(self._cancel_tasks)
+            self._loop.call_soon_threadsafe(self._let_go)
 
     def heard(self, batch: Batch) -> None:
         """A batch came."""
@@ -117,9 +124,12 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _cancel_tasks(self) -> None:
+    def _let_go(self) -> None:
         for task in self._tasks:
             task.cancel()
+        for link in self._pool.links:
+            link.let_go()
+        self._listener.close()
 
     async def _watch(self) -> None:
         """Look after the replicas for ever."""
@@ -156,14 +166,15 @@ class Supervisor:
         slot = min(set(range(len(slots) + 1)) - slots)
         config = self._config
         actor = self._resources.start(config, self._loader)
-        link = ReplicaLink(slot, actor, self, room_of(config.max_num_seqs, config.max_queue))
+        room = room_of(config.max_num_seqs, config.max_queue)
+        link = ReplicaLink(slot, actor, self, room, self._listener)
         self._pool.links.append(link)
         self._spawn(self._bring_up(link))
 
     async def _bring_up(self, link: ReplicaLink) -> None:
         try:
             facts = await link.load()
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, OSError) as error:
             self._start_failed(link, error)
             return
         if link.state is State.GONE:
@@ -175,7 +186,7 @@ class Supervisor:
         if not self._first.done():
             self._first.set_result(facts)
 
-    def _start_failed(self, link: ReplicaLink, error: ray.exceptions.RayError) -> None:
+    def _start_failed(self, link: ReplicaLink, error: Exception) -> None:
         if self._closed or link.state is State.GONE:
             return
         self._remove(link, lost=False)

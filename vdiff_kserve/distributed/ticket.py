@@ -84,7 +84,7 @@ class Ticket:
         return Submit(self.key, replace(self.request, deadline=None), self.seconds_left)
 
     def put(self, event: GenerationEvent | EngineError) -> None:
-        """Pass an event on, without what an earlier run delivered.
+        """Pass an event on, on the stream's loop, without what an earlier run delivered.
 
         A request that differs from its earlier run, which equal seeds rule out but rounding may
         not, fails: its client has text that does not go with the rest.
@@ -102,11 +102,13 @@ class Ticket:
             event = fresh
         if isinstance(event, EngineError) or event.finish_reason is not None:
             self.close()
-        self.stream.put(event)
+        self.stream.put_now(event)
 
     def fail(self, error: EngineError) -> None:
-        """End it with an error."""
-        self.put(error)
+        """End it with an error; from any thread."""
+        if not self.done:
+            self.close()
+            self.stream.put(error)
 
     def close(self) -> None:
         """Nothing more is delivered."""

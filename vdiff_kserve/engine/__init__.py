@@ -3,7 +3,7 @@
 from vdiff_kserve.engine.budget import REFRESH_SECONDS, measured_token_budget
 from vdiff_kserve.engine.engine import SCRATCH_BYTES, Engine, EngineConfig
 from vdiff_kserve.engine.grammar import CompiledGrammar, GrammarError, Grammars
-from vdiff_kserve.engine.interface import GenerationEngine
+from vdiff_kserve.engine.interface import GenerationEngine, LocalEngine
 from vdiff_kserve.engine.kv_cache import bytes_per_token
 from vdiff_kserve.engine.lockstep import Lockstep
 from vdiff_kserve.engine.prefix_cache import block_hashes
@@ -11,6 +11,7 @@ from vdiff_kserve.engine.report import RoundObserver, RoundReport
 from vdiff_kserve.engine.request import (
     EngineError,
     EngineStoppedError,
+    EventSink,
     GenerationEvent,
     GenerationRequest,
     GenerationResult,
@@ -35,6 +36,7 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EngineStoppedError",
+    "EventSink",
     "GenerationEngine",
     "GenerationEvent",
     "GenerationRequest",
@@ -43,6 +45,7 @@ __all__ = [
     "GenerationStream",
     "GrammarError",
     "Grammars",
+    "LocalEngine",
     "Lockstep",
     "QueueFullError",
     "QueueTimeoutError",

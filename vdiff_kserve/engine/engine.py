@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -195,10 +195,22 @@ class Engine:
             EngineStoppedError: the engine is not running.
         """
         streams = [GenerationStream() for _ in requests]
-        rows = self._queue(requests, [stream.put for stream in streams])
-        for stream, row in zip(streams, rows, strict=True):
-            stream.on_abort(partial(self._scheduler.abort, row))
+        aborts = self.post(requests, [stream.put for stream in streams])
+        for stream, abort in zip(streams, aborts, strict=True):
+            stream.on_abort(abort)
         return streams
+
+    def post(
+        self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]
+    ) -> list[Callable[[], None]]:
+        """As `submit`; each sink is told of one request, on the engine's thread.
+
+        Returns:
+            What takes each request out before its next forward pass; from any thread, any number
+            of times.
+        """
+        rows = self._queue(requests, sinks)
+        return [partial(self._scheduler.abort, row) for row in rows]
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Answer requests and wait for all of them; for programs without an asyncio loop.

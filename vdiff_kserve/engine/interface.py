@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from vdiff_kserve.engine.request import GenerationRequest
+from vdiff_kserve.engine.request import EventSink, GenerationRequest
 from vdiff_kserve.engine.stream import GenerationStream
 from vdiff_kserve.models import ModelSpec
 
@@ -64,4 +64,22 @@ class GenerationEngine(Protocol):
 
     def stop(self) -> None:
         """Answer no more; unfinished requests get `EngineStoppedError`. From any thread."""
+        ...
+
+
+class LocalEngine(GenerationEngine, Protocol):
+    """An engine in this process, which tells what happens on its own thread."""
+
+    def post(
+        self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]
+    ) -> list[Callable[[], None]]:
+        """Queue requests, all or none; each sink is told of one request.
+
+        Returns:
+            What takes each of them out before its next forward pass; from any thread, any number
+            of times.
+
+        Raises:
+            EngineError: they cannot be queued.
+        """
         ...

@@ -30,6 +30,10 @@ class GenerationStream:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
+    def put_now(self, event: GenerationEvent | EngineError) -> None:
+        """As `put`, without the detour; called on the stream's own loop."""
+        self._events.put_nowait(event)
+
     def abort(self) -> None:
         """Stop the row before its next forward pass; from any thread, any number of times."""
         if self._abort is not None:
