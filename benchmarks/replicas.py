@@ -3,11 +3,11 @@
     python -m benchmarks.replicas
 
 `--parts` chooses. Throughput: the embedded model as one replica with two threads and as two with
-one, the same requests. Overhead: engines without a model, in this process and behind Ray, asked in
-the same way; a request is timed from `submit` to its only event, a chunk from its engine to this
-process. Front end: a server with two replicas of the embedded model under load, its processor time
-by process; then servers whose engines answer at once, with the requests that their front end
-answers on one core.
+one, the same requests. Overhead: engines without a model, in this process and in a replica, asked
+in the same way; a request is timed from `submit` to its only event, a chunk from the engine's
+thread to who reads the stream; to compare, a call of a Ray actor that does nothing. Front end: a
+server with two replicas of the embedded model under load, its processor time by process; then
+servers whose engines answer at once, with the requests that their front end answers on one core.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import httpx
 import numpy as np
 import psutil
+import ray
 from tqdm import tqdm
 
 from benchmarks.replica_engines import instant_model, paced_model
@@ -60,7 +61,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Overhead:
-    """The same in this process and behind Ray."""
+    """The same in this process and in a replica."""
 
     here: Times
     replica: Times
@@ -79,8 +80,15 @@ def request_of(number: int, tokens: int, **decoding: object) -> GenerationReques
     return GenerationRequest((*PROMPT, 20 + number % 64), tokens, params)
 
 
+class Idler:
+    """An actor to call."""
+
+    async def answer(self) -> None:
+        """Nothing."""
+
+
 @asynccontextmanager
-async def engine_behind_ray(
+async def replicated_engine(
     config: ServerConfig, loader: Loader
 ) -> AsyncIterator[GenerationEngine]:
     """All replicas of a configuration, ready."""
@@ -105,7 +113,7 @@ async def throughput(replicas: int, threads: int, requests: int) -> float:
         dtype="float32", replicas=str(replicas), replica_cpus=float(threads), max_queue=requests
     )
     work = [request_of(n, 64, cache="dual", temperature=0.7) for n in range(requests)]
-    async with engine_behind_ray(config, load_sharded) as engine:
+    async with replicated_engine(config, load_sharded) as engine:
         await asyncio.gather(*map(last_event, engine.submit(work[: 4 * replicas])))
         started = time.perf_counter()
         tokens = await asyncio.gather(*map(last_event, engine.submit(work)))
@@ -123,9 +131,20 @@ async def request_times(engine: GenerationEngine, requests: int, title: str) -> 
     return Times(times)
 
 
+async def call_times(calls: int) -> Times:
+    """Of calls of a Ray actor, one after the other."""
+    actor = ray.remote(Idler).options(num_cpus=0).remote()
+    times = []
+    for _ in tqdm(range(50 + calls), desc="calls of Ray", unit="call"):
+        started = time.perf_counter()
+        await actor.answer.remote()
+        times.append((time.perf_counter() - started) * 1000)
+    return Times(times[50:])
+
+
 async def chunk_times(engine: GenerationEngine, streams: int, chunks: int) -> tuple[Times, float]:
-    """From the engine to here, of streams that run together; this process's milliseconds of
-    processor time per chunk."""
+    """From the engine's thread to here, of streams that run together; this process's milliseconds
+    of processor time per chunk."""
     times: list[float] = []
 
     async def read(stream: GenerationStream) -> None:
@@ -139,19 +158,23 @@ async def chunk_times(engine: GenerationEngine, streams: int, chunks: int) -> tu
     return Times(times), (time.process_time() - used) * 1000 / len(times)
 
 
-async def overheads(requests: int, streams: int, chunks: int) -> tuple[Overhead, Overhead, float]:
-    """Per request, per chunk, and the front end's processor time per chunk."""
+async def overheads(
+    requests: int, streams: int, chunks: int
+) -> tuple[Overhead, Overhead, Times, float]:
+    """Per request, per chunk, per call of Ray, and the front end's processor time per chunk."""
     config = ServerConfig(replicas="1", max_num_seqs=max(8, streams))
     here = instant_model(config).engine
     request_here = await request_times(here, requests, "here")
-    async with engine_behind_ray(config, instant_model) as engine:
+    async with replicated_engine(config, instant_model) as engine:
         await request_times(engine, 50, "warm-up")
-        request_there = await request_times(engine, requests, "behind Ray")
+        request_there = await request_times(engine, requests, "in a replica")
+        calls = await call_times(requests)
     chunk_here, _ = await chunk_times(paced_model(config).engine, streams, chunks)
-    async with engine_behind_ray(config, paced_model) as engine:
+    async with replicated_engine(config, paced_model) as engine:
         await chunk_times(engine, streams, 20)
         chunk_there, cost = await chunk_times(engine, streams, chunks)
-    return Overhead(request_here, request_there), Overhead(chunk_here, chunk_there), cost
+    request, chunk = Overhead(request_here, request_there), Overhead(chunk_here, chunk_there)
+    return request, chunk, calls, cost
 
 
 @contextmanager
@@ -281,10 +304,12 @@ def throughput_table(args: argparse.Namespace) -> Iterator[str]:
 
 
 def overhead_table(args: argparse.Namespace) -> Iterator[str]:
-    request, chunk, cost = asyncio.run(overheads(args.requests, args.streams, args.chunks))
-    yield "| overhead | in this process | behind Ray | Ray adds | budget |\n|---|---|---|---|---|"
+    request, chunk, calls, cost = asyncio.run(overheads(args.requests, args.streams, args.chunks))
+    yield "| overhead | in this process | in a replica | that adds | budget |"
+    yield "|---|---|---|---|---|"
     yield request.row("a request", REQUEST_BUDGET_MS)
     yield chunk.row(f"a chunk, {args.streams} streams", CHUNK_BUDGET_MS)
+    yield f"| a call of Ray, to compare | | {calls} | | |"
     yield f"\nprocessor time of the front end per chunk: {cost:.3f} ms"
 
 

@@ -12,7 +12,14 @@ from dataclasses import replace
 import pytest
 
 from vdiff_kserve.distributed import meeting
-from vdiff_kserve.distributed.meeting import NUMBER, Invitation, Listener, MeetingError, follow
+from vdiff_kserve.distributed.meeting import (
+    NUMBER,
+    Invitation,
+    Listener,
+    MeetingError,
+    arrival,
+    follow,
+)
 
 
 @asynccontextmanager
@@ -44,7 +51,7 @@ async def test_who_was_invited_is_let_in_and_the_rest_of_the_line_is_theirs() ->
         with listener.invite() as (invitation, connection):
             theirs = await follow(invitation)
             await loop.sock_sendall(theirs, b"hello")
-            ours = await asyncio.wait_for(connection, 10)
+            ours = await arrival(connection)
             assert await loop.sock_recv(ours, 100) == b"hello"
             await loop.sock_sendall(ours, b"welcome")
             assert await loop.sock_recv(theirs, 100) == b"welcome"
@@ -60,7 +67,7 @@ async def test_each_replica_has_its_own_connection() -> None:
                 with await follow(invitation) as caller:
                     await loop.sock_sendall(caller, invitation.number.to_bytes())
             for invitation, connection in ((first, one), (second, two)):
-                with await asyncio.wait_for(connection, 10) as caller:
+                with await arrival(connection) as caller:
                     assert await loop.sock_recv(caller, 1) == invitation.number.to_bytes()
 
 
@@ -69,7 +76,7 @@ async def test_an_invitation_serves_once() -> None:
         with (
             listener.invite() as (invitation, connection),
             await follow(invitation),
-            await asyncio.wait_for(connection, 10),
+            await arrival(connection),
             pytest.raises(MeetingError, match="hung up"),
         ):
             await follow(invitation)
@@ -93,7 +100,7 @@ async def test_a_wrong_secret_is_refused_by_both() -> None:
             answer = await call(wrong, number + nonce, wrong.proof("replica", nonce, bytes(32)))
             assert len(answer) == 64
             assert not connection.done()
-            with await follow(invitation), await asyncio.wait_for(connection, 10):
+            with await follow(invitation), await arrival(connection):
                 pass
 
 
@@ -135,7 +142,7 @@ async def test_a_silent_caller_is_hung_up_on_and_keeps_nobody_waiting(
     async with listening() as listener:
         with listener.invite() as (invitation, connection):
             silent = [socket.create_connection((invitation.host, invitation.port)) for _ in "ab"]
-            with await follow(invitation), await asyncio.wait_for(connection, 10):
+            with await follow(invitation), await arrival(connection):
                 pass
             monkeypatch.setattr(meeting, "MEETING_SECONDS", 0.05)
             assert await call(invitation) == b""
@@ -163,7 +170,7 @@ async def test_a_call_that_cannot_be_taken_is_not_the_last(
         with (
             listener.invite() as (invitation, connection),
             await follow(invitation),
-            await asyncio.wait_for(connection, 10),
+            await arrival(connection),
         ):
             assert calls > 1
 
@@ -174,6 +181,18 @@ async def test_a_front_end_that_is_not_there_is_named() -> None:
             pass
     with pytest.raises(MeetingError, match=f"127.0.0.1, port {invitation.port}, was not met"):
         await follow(invitation)
+
+
+async def test_a_replica_that_does_not_call_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(meeting, "MEETING_SECONDS", 0.01)
+    async with listening() as listener:
+        with (
+            listener.invite() as (_, connection),
+            pytest.raises(MeetingError, match="did not call"),
+        ):
+            await arrival(connection)
 
 
 async def test_a_port_that_is_taken_is_told() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from enum import Enum
 from typing import Any, Protocol
 
 import ray
 
 from vdiff_kserve.distributed.channel import Channel
-from vdiff_kserve.distributed.meeting import MEETING_SECONDS, Listener
+from vdiff_kserve.distributed.meeting import Listener, arrival
 from vdiff_kserve.distributed.messages import Abort, Batch, EngineLoad, ReplicaFacts, ends
 from vdiff_kserve.distributed.routing import PrefixMemory
 from vdiff_kserve.distributed.ticket import Ticket
@@ -80,8 +79,7 @@ class ReplicaLink:
         self.placed = True
         with self._listener.invite() as (invitation, connection):
             self.facts = await self._actor.load.remote(invitation)
-            async with asyncio.timeout(MEETING_SECONDS):
-                await self._channel.begin(await connection, called=True)
+            await self._channel.begin(await arrival(connection), called=True)
         if self.state is State.GONE:
             self._channel.close()
         else:

@@ -136,6 +136,19 @@ class Listener:
         return number
 
 
+async def arrival(connection: asyncio.Future[socket.socket]) -> socket.socket:
+    """The connection of a replica that says it has called.
+
+    Raises:
+        MeetingError: it did not.
+    """
+    try:
+        async with asyncio.timeout(MEETING_SECONDS):
+            return await connection
+    except TimeoutError as error:
+        raise MeetingError("The replica did not call the front end.") from error
+
+
 async def follow(invitation: Invitation) -> socket.socket:
     """Call the front end, as the replica that has the invitation.
 
