@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -335,6 +337,28 @@ def test_an_end_token_may_end_a_text_that_could_go_on(embedded: Engine) -> None:
     assert result.finish_reason == "stop"
     assert "Paris" in text_of(result)
     assert result.stats.completion_tokens < ROOM
+
+
+def test_a_row_can_be_looked_at_while_the_engine_moves_it_on(random_model: Engine) -> None:
+    """Requests that arrive count the rows that are done, on another thread than the engine's."""
+    assert random_model.grammars is not None
+    regex = LLMatcher.grammar_from_regex("[a-z]{200}")
+    cursor = random_model.grammars.start(regex, 250)
+    looked = threading.Event()
+
+    def work() -> None:
+        while not looked.is_set():
+            cursor.allowed(VOCAB)
+
+    with ThreadPoolExecutor(1) as engine:
+        working = engine.submit(work)
+        try:
+            assert not any(cursor.complete for _ in range(20_000))
+        finally:
+            looked.set()
+        working.result()
+    cursor.take_ending(250)
+    assert cursor.complete
 
 
 def test_the_grammar_goes_before_what_else_is_asked(random_model: Engine) -> None:

@@ -97,7 +97,8 @@ class Grammars:
         if compiled is None:
             compiled = self._compile(grammar)
         if room is not None and len(compiled.shortest) > room:
-            shorter = self._search.find(compiled.matcher, room, thorough=True)
+            own = compiled.matcher.deep_copy()  # requests begin from the other one meanwhile
+            shorter = self._search.find(own, room, thorough=True)
             compiled = replace(compiled, shortest=tuple(shorter or compiled.shortest))
         with self._lock:
             self._compiled[grammar] = compiled
@@ -142,13 +143,15 @@ def _reason(message: str) -> str:
 
 
 class GrammarCursor:
-    """Where one answer is in its grammar.
+    """Where one answer is in its grammar. One thread at a time moves it on, while others may read
+    its attributes: llguidance refuses even to look at a matcher that another thread works with.
 
     Args:
         room: tokens that the answer may have, at least as many as the shortest text.
 
     Attributes:
         room: tokens that are left of it.
+        complete: whether nothing may follow, or nothing fits any more. The text matches then.
     """
 
     def __init__(self, grammar: CompiledGrammar, room: int) -> None:
@@ -156,11 +159,7 @@ class GrammarCursor:
         self._search = grammar.search
         self._ending = list(grammar.shortest)
         self.room = room
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing may follow, or nothing fits any more. The text matches then."""
-        return self._matcher.is_stopped() or self.room == 0
+        self.complete = self._matcher.is_stopped() or room == 0
 
     def allowed(self, vocab_size: int) -> Tensor:
         """Which tokens may come next: bool [vocab]."""
@@ -216,6 +215,7 @@ class GrammarCursor:
             raise GrammarError(f"the matcher refuses what it allowed: {self._matcher.get_error()}")
         self.room -= taken
         self._ending = list(ending)
+        self.complete = self._matcher.is_stopped() or self.room == 0
         return taken
 
     def _ending_after(self, tokens: Sequence[int]) -> list[int] | None:
