@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -92,14 +95,18 @@ def test_progress_bar_counts_prompts(llm: LLM, capsys: pytest.CaptureFixture[str
 
 
 def test_wrong_fields_and_values_are_named(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="max_toknes"):
+    with pytest.raises(RequestError, match=r"max_toknes .*; did you mean 'max_tokens'"):
         SamplingParams(max_toknes=3)
     with pytest.raises(RequestError, match="temperature"):
         llm.generate("a", SamplingParams(temperature=-1))
     with pytest.raises(ValueError, match="2 prompts need as many"):
         llm.generate(["a", "b"], [SamplingParams()])
-    for prompt in ({"text": "a"}, {"prompt": "a", "prompt_token_ids": [5]}, {"suffix": "a"},
-                   {"prompt_token_ids": ["a"]}):  # fmt: skip
+    for params in ({"max_tokens": 3}, [{"max_tokens": 3}]):
+        with pytest.raises(TypeError, match="must be SamplingParams"):
+            llm.generate("a", params)
+    both = {"prompt": "a", "prompt_token_ids": [5]}
+    words = {"prompt_token_ids": ["a"]}
+    for prompt in (None, 5, [5], [["a"]], {"text": "a"}, {"suffix": "a"}, both, words):
         with pytest.raises(TypeError, match="prompt_token_ids"):
             llm.generate(prompt)
     with pytest.raises(RequestError, match=r"prompt"):
@@ -107,6 +114,48 @@ def test_wrong_fields_and_values_are_named(llm: LLM) -> None:
     with pytest.raises(RequestError, match=r"messages\.0\.role"):
         llm.chat([{"content": "hi"}])
     assert llm.generate("a", SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
+
+
+def test_a_chat_may_say_how_its_template_is_used(llm: LLM) -> None:
+    begun = [*CAPITAL, {"role": "assistant", "content": "The capital of France is"}]
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+    params = SamplingParams(max_tokens=32)
+    (output,) = llm.chat(begun, params, use_tqdm=False, **goes_on)
+    assert output.finished
+    assert llm.get_tokenizer().decode(output.prompt_token_ids).endswith("The capital of France is")
+    with pytest.raises(TypeError, match=r"chat_template_kwargs, .*, not 'tool'"):
+        llm.chat(CAPITAL, params, use_tqdm=False, tool=1)
+    with pytest.raises(TypeError, match="a list of messages"):
+        llm.chat("hello", params)
+
+
+async def test_it_works_where_an_event_loop_runs(llm: LLM) -> None:
+    (output,) = llm.chat(CAPITAL, SamplingParams(max_tokens=32), use_tqdm=False)
+    assert output.outputs[0].text == "The capital of France is Paris."
+
+
+def test_a_model_that_nobody_holds_ends_and_gives_its_memory_back() -> None:
+    before = set(threading.enumerate())
+    llm = LLM(dtype="float32", device="cpu")
+    llm.generate("a", SamplingParams(max_tokens=2), use_tqdm=False)
+    weights = weakref.ref(llm._model._engine)
+    own = [each for each in threading.enumerate() if each not in before]
+    assert own
+    del llm
+    gc.collect()
+    for thread in own:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in own)
+    gc.collect()
+    assert weights() is None
+
+
+def test_after_its_end_a_model_says_so() -> None:
+    with LLM(dtype="float32", device="cpu") as llm:
+        pass
+    llm.shutdown()
+    with pytest.raises(RuntimeError, match="shut down"):
+        llm.generate("a", use_tqdm=False)
 
 
 def test_wrong_options_are_named() -> None:

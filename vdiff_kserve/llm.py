@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import difflib
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+import weakref
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.config import ALL_SETTINGS, DECODING_FLAGS, SETTINGS, ServerConfig
 from vdiff_kserve.distributed.tensor_parallel import load_sharded
-from vdiff_kserve.openai.errors import invalid_body
+from vdiff_kserve.openai.errors import RequestError, invalid_body
 from vdiff_kserve.openai.logprobs import ScoredToken
 from vdiff_kserve.openai.protocol import (
     ChatCompletionRequest,
@@ -38,6 +40,9 @@ Result = TypeVar("Result")
 Body = TypeVar("Body", bound=BaseModel)
 
 HOLE_FIELDS = frozenset(("suffix", "infill", "infill_lengths"))
+TEMPLATE_FIELDS = frozenset(
+    ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+)
 
 SERVER_ONLY = frozenset(
     name for name, each in SETTINGS.items() if each.group in ("server", "replicas")
@@ -60,6 +65,10 @@ class SamplingParams(GenerationFields):
     logprobs: int | None = None
 
     def __init__(self, **fields: Any) -> None:
+        known = type(self).model_fields
+        for name in fields.keys() - known.keys():
+            near = _near(name, known)
+            raise RequestError(f"{name} is not a field of SamplingParams{near}", param=name)
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -123,6 +132,8 @@ class RequestOutput:
 class AsyncLLM:
     """A model in this process, answering any number of requests at once.
 
+    `shutdown` stops its engine, as does the end of its last reference, which frees its memory.
+
     Args:
         model: folder of a checkpoint, or id on the hub; None is the embedded model.
         options: the server's options by name, such as `max_num_seqs=16` or `policy="threshold"`.
@@ -140,6 +151,7 @@ class AsyncLLM:
         with ThreadPoolExecutor(max_workers=1) as loader:
             loaded = loader.submit(load_sharded, config).result()
         self._engine = loaded.engine
+        self._stop = weakref.finalize(self, loaded.engine.stop)
         loaded.warm_up()
         self.tokenizer = loaded.tokenizer
         self.max_in_flight = config.max_num_seqs + config.max_queue
@@ -165,10 +177,23 @@ class AsyncLLM:
             yield output
 
     async def chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        **template: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation; as `generate`."""
-        given = {"messages": list(messages)} | self._fields(sampling_params)
+        """Answer a conversation; as `generate`.
+
+        Args:
+            template: `add_generation_prompt`, `continue_final_message` and `chat_template_kwargs`,
+                as in requests.
+
+        Raises:
+            TypeError: `template` has others.
+        """
+        for name in template.keys() - TEMPLATE_FIELDS:
+            raise TypeError(f"chat() takes {', '.join(sorted(TEMPLATE_FIELDS))}, not {name!r}")
+        given = {"messages": list(messages)} | template | self._fields(sampling_params)
         if (count := given.pop("logprobs", None)) is not None:
             given |= {"logprobs": True, "top_logprobs": count}
         request = _checked(ChatCompletionRequest, given)
@@ -177,7 +202,7 @@ class AsyncLLM:
 
     def shutdown(self) -> None:
         """Stop the engine; unfinished requests fail."""
-        self._engine.stop()
+        self._stop()
 
     def _fields(self, params: SamplingParams | None) -> dict[str, Any]:
         given = {} if params is None else params.model_dump(exclude_unset=True)
@@ -214,7 +239,8 @@ class AsyncLLM:
 class LLM:
     """A model in this process, for scripts: `LLM().generate(["What is 17 + 25?"])`.
 
-    Takes what `AsyncLLM` takes. Use it as a context manager, or call `shutdown` at the end.
+    Takes what `AsyncLLM` takes. It may be used from several threads, and where an event loop runs,
+    as in a notebook. It ends with a `with` block, by `shutdown`, or with its last reference.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
@@ -224,6 +250,7 @@ class LLM:
             target=self._loop.run_forever, name="vdiff-llm", daemon=True
         )
         self._thread.start()
+        self._close = weakref.finalize(self, _close, self._model, self._loop, self._thread)
 
     def __enter__(self) -> Self:
         return self
@@ -245,8 +272,10 @@ class LLM:
 
         Raises:
             RequestError: one of the requests cannot be answered.
+        RuntimeError: after `shutdown`.
         """
-        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
+        many: list[Any] = [prompts] if one else list(prompts)
         each = _one_each(sampling_params, len(many))
         return self._run_all(
             [self._model.generate(*pair) for pair in zip(many, each, strict=True)], each, use_tqdm
@@ -257,23 +286,28 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        **template: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several; as `generate`."""
+        """Answer one conversation or several; as `generate`, with `template` of `AsyncLLM.chat`."""
+        if isinstance(messages, str | Mapping):
+            raise TypeError("messages must be a list of messages, or a list of such lists")
         many: list[Any] = list(messages)
         if many and isinstance(many[0], Mapping):
             many = [many]
         each = _one_each(sampling_params, len(many))
         return self._run_all(
-            [self._model.chat(*pair) for pair in zip(many, each, strict=True)], each, use_tqdm
+            [self._model.chat(*pair, **template) for pair in zip(many, each, strict=True)],
+            each,
+            use_tqdm,
         )
+
+    def get_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The checkpoint's tokenizer."""
+        return self._model.tokenizer
 
     def shutdown(self) -> None:
         """Stop the engine."""
-        if self._loop.is_running():
-            self._model.shutdown()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        self._close()
 
     def _run_all(
         self,
@@ -304,6 +338,9 @@ class LLM:
         return self._wait(run())
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        if not self._close.alive:
+            work.close()
+            raise RuntimeError("this LLM was shut down; make another one")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -312,22 +349,35 @@ class LLM:
             raise
 
 
+def _close(model: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """End a model and the loop that it ran on."""
+    model.shutdown()
+    loop.call_soon_threadsafe(loop.stop)
+    if threading.current_thread() is not thread:  # the garbage collector comes to any thread
+        thread.join()
+        loop.close()
+
+
 def _config(model: str | None, options: Mapping[str, Any]) -> ServerConfig:
     allowed = ALL_SETTINGS.keys() - SERVER_ONLY - {"model"}
     for name in options.keys() - allowed:
-        near = difflib.get_close_matches(name, allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise TypeError(f"{name!r} is not an option{hint}")
+        raise TypeError(f"{name!r} is not an option{_near(name, allowed)}")
     own = {name: value for name, value in options.items() if name in SETTINGS}
     decoding = {field: options[flag] for flag, field in DECODING_FLAGS.items() if flag in options}
     return ServerConfig(model=model, decoding=decoding, **own)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """The known name that was probably meant, as a question."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     """A prompt as the fields of a completion."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
-    given = dict(prompt)
+    given = dict(prompt) if isinstance(prompt, Mapping) else {}
     holes = {name: given.pop(name) for name in HOLE_FIELDS & given.keys()}
     ids = given.get("prompt_token_ids")
     if given.keys() == {"prompt_token_ids"} and all(isinstance(each, int) for each in ids or ()):
@@ -357,6 +407,8 @@ def _one_each(
 ) -> Sequence[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
+    if isinstance(params, Mapping) or not all(isinstance(p, SamplingParams) for p in params):
+        raise TypeError("sampling_params must be SamplingParams, or a list of them")
     if len(params) != count:
         raise ValueError(f"{count} prompts need as many sampling_params, got {len(params)}")
     return params

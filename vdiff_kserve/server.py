@@ -240,6 +240,7 @@ class DrainingServer(_RefreshingServer):  # type: ignore[misc]
         self._model = model
         self._grace_period = grace_period
         self._deadline: float | None = None
+        self._told = False
 
     @property
     def address(self) -> tuple[str, int]:
@@ -270,6 +271,13 @@ class DrainingServer(_RefreshingServer):  # type: ignore[misc]
             return True
         if self._deadline is None:
             return False
+        if not self._told:
+            self._told = True
+            logger.info(
+                "Stopping; running requests (%d) may go on for %.0f seconds, new ones are refused.",
+                self._model.active,
+                max(0.0, self._deadline - time.monotonic()),
+            )
         if self._model.active and time.monotonic() < self._deadline:
             return False
         if self._model.active:

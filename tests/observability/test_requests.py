@@ -99,7 +99,20 @@ def test_times_are_taken_when_text_comes(clock: Clock, model: Model) -> None:
     assert model.timed("vdiff_queue_time_seconds") == (1, 1.5)
     assert model.timed("vdiff_inter_chunk_seconds") == (1, 4)
     assert model.timed("vdiff_time_per_output_token_seconds") == (1, (7 - 1.5) / 8)
+    assert model.timed("vdiff_running_seconds") == (1, 7 - 1.5)
+    assert model.timed("vdiff_running_to_first_text_seconds") == (1, 3 - 1.5)
+    assert model.timed("vdiff_running_from_first_text_seconds") == (1, 4)
     assert model.timed("vdiff_request_latency_seconds") == (1, 7)
+
+
+def test_an_answer_without_text_runs_until_its_first_text_for_ever(
+    clock: Clock, model: Model
+) -> None:
+    record = model.record(clock)
+    clock.now += 3
+    record.heard(0, stats(1, queued=1.0), 1, has_text=False, finish_reason="stop")
+    assert model.timed("vdiff_running_to_first_text_seconds") == (1, 2)
+    assert model.timed("vdiff_running_from_first_text_seconds") == (1, 0)
 
 
 def test_tokens_are_counted_as_they_come(clock: Clock, model: Model) -> None:

@@ -185,6 +185,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(checkpoint: str) -> N
         last = json.loads(lines[-2].removeprefix("data: "))
         assert last["choices"][0]["finish_reason"] == "length"
         assert server.wait() == 0
+        assert "Stopping; running requests (1) may go on for" in server.output
 
 
 def test_what_outlasts_the_grace_period_is_told(checkpoint: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread
 
 import torch
 
@@ -175,9 +175,12 @@ class Engine:
     def stop(self) -> None:
         """End the loop after the step in flight; unfinished requests get `EngineStoppedError`.
 
-        A step that is stuck is not waited for.
+        A step that is stuck is not waited for, nor is the loop's own thread, in which the garbage
+        collector may come to drop what holds the engine.
         """
         self._close(EngineStoppedError("The engine was stopped."))
+        if current_thread() is self._thread:
+            return
         while self._thread.is_alive() and not self.stuck:
             self._thread.join(LOOK_SECONDS)
 

@@ -88,6 +88,24 @@ TIME_PER_TOKEN = Histogram(
     MODEL,
     buckets=SECONDS_PER_TOKEN,
 )
+RUNNING_TIME = Histogram(
+    "vdiff_running_seconds",
+    "A complete answer's time outside the queue.",
+    MODEL,
+    buckets=SECONDS,
+)
+RUNNING_TO_TEXT = Histogram(
+    "vdiff_running_to_first_text_seconds",
+    "The part of it until the answer's first text.",
+    MODEL,
+    buckets=SECONDS,
+)
+RUNNING_FROM_TEXT = Histogram(
+    "vdiff_running_from_first_text_seconds",
+    "The part of it after the answer's first text.",
+    MODEL,
+    buckets=SECONDS,
+)
 
 # Tokens.
 PROMPT_TOKENS = Counter(

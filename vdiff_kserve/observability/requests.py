@@ -61,6 +61,9 @@ class RequestMetrics:
         self.first_text = families.FIRST_TEXT.labels(model_name)
         self.queue_time = families.QUEUE_TIME.labels(model_name)
         self.inter_chunk = families.INTER_CHUNK.labels(model_name)
+        self.running_time = families.RUNNING_TIME.labels(model_name)
+        self.running_to_text = families.RUNNING_TO_TEXT.labels(model_name)
+        self.running_from_text = families.RUNNING_FROM_TEXT.labels(model_name)
         self.time_per_token = families.TIME_PER_TOKEN.labels(model_name)
         self.prompt_tokens = families.PROMPT_TOKENS.labels(model_name)
         self.generation_tokens = families.GENERATION_TOKENS.labels(model_name)
@@ -98,6 +101,7 @@ class AnswerRecord:
         self._arrived = arrived
         self._prompt_tokens = prompt_tokens
         self._begun = False
+        self._first_text: float | None = None
         self._latest_text: float | None = None
 
     def heard(self, stats: GenerationStats, tokens: int, has_text: bool) -> None:
@@ -118,7 +122,9 @@ class AnswerRecord:
         self.nfe = stats.nfe
         if has_text:
             now = time.perf_counter()
-            if self._latest_text is not None:
+            if self._latest_text is None:
+                self._first_text = now
+            else:
                 self._metrics.inter_chunk.observe(now - self._latest_text)
             self._latest_text = now
 
@@ -130,8 +136,13 @@ class AnswerRecord:
         metrics.answer_prompt_tokens.observe(self._prompt_tokens)
         metrics.answer_generation_tokens.observe(self.tokens)
         metrics.tokens_per_forward.observe(self.tokens / self.nfe if self.nfe else 0.0)
+        now = time.perf_counter()
+        busy = max(0.0, now - self._arrived - stats.queue_seconds)
+        after_text = 0.0 if self._first_text is None else min(busy, now - self._first_text)
+        metrics.running_time.observe(busy)
+        metrics.running_to_text.observe(busy - after_text)
+        metrics.running_from_text.observe(after_text)
         if self.tokens:
-            busy = time.perf_counter() - self._arrived - stats.queue_seconds
             metrics.time_per_token.observe(busy / self.tokens)
 
 
