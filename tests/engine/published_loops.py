@@ -144,24 +144,29 @@ def p2_generate(
     length: int,
     block: int,
     steps: int,
-    sampling: Sampling,
+    sampling: Callable[[int], Sampling],
     eos: int,
 ) -> tuple[list[int], int]:
-    """Open-dLLM's `p2`, block by block; the answer and how often a written token was taken back."""
-    ids, masked = _canvas(prompt, length, 1, sampling.mask)
+    """Open-dLLM's `p2`, block by block; the answer and how often a written token was taken back.
+
+    Candidates of a block's step number `step` are drawn by `sampling(step)`: each has noise of its
+    own.
+    """
+    mask = sampling(0).mask
+    ids, masked = _canvas(prompt, length, 1, mask)
     taken_back = 0
     for start in range(len(prompt), len(ids), block):
         own = range(start, min(start + block, len(ids)))
         rounds = round(steps * len(own) / length)
         for step in range(rounds):
             logits = forward(torch.tensor(ids))
-            drawn = {i: sampling.draw(logits[i], i, filtered=True) for i in own}
+            drawn = {i: sampling(step).draw(logits[i], i, filtered=True) for i in own}
             left = torch.tensor(float(len(own))) * (1 - (step + 1) / rounds)
             unsure = sorted(own, key=lambda i: (drawn[i][1], -i))  # of equals, the left one stays
             for rank, i in enumerate(unsure):
                 if rank < left.floor():
                     taken_back += not masked[i]
-                    ids[i], masked[i] = sampling.mask, True
+                    ids[i], masked[i] = mask, True
                 elif masked[i]:
                     ids[i], masked[i] = drawn[i][0], False
             if not any(masked[i] for i in own):

@@ -11,7 +11,7 @@ from torch import Tensor
 from vdiff_kserve.engine.request import EventSink, GenerationRequest, StepView
 from vdiff_kserve.engine.row import Decision, PassKind, Row
 from vdiff_kserve.models import ModelSpec, RowSpan
-from vdiff_kserve.sampler import block_steps
+from vdiff_kserve.sampler import DecodingParams, block_steps, seed_of_draw
 
 
 class EditRow(Row):
@@ -52,6 +52,7 @@ class RemaskRow(Row):
     """Decoding whose every step chooses anew what stays written in the open block (policy `p2`).
 
     Of a decision's positions the masked ones are written and the written ones become masks again.
+    Every step draws its candidates anew, so that what was taken back can become something else.
     Nothing of a block is final, and so nothing is sent, before it has no mask.
     """
 
@@ -59,6 +60,11 @@ class RemaskRow(Row):
         self._mask = spec.mask_token_id or 0
         self._taken_back = torch.empty(0, dtype=torch.long)
         super().__init__(request, sink, spec)
+
+    @property
+    def step_params(self) -> DecodingParams:
+        """With the random numbers of the step: those of its place in the block's schedule."""
+        return replace(self.params, seed=seed_of_draw(self.params.seed, self._block_step))
 
     def open_positions(self) -> Tensor:
         start, end = self.block_start, self.block_end
