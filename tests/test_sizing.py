@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from tests.golden import GOLDEN_DIR
+from tests.models.causal_folders import write_causal
 from vdiff_kserve import sizing
 from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.engine import bytes_per_token
 from vdiff_kserve.engine.kv_cache import KVCache
-from vdiff_kserve.models import DecoderConfig
+from vdiff_kserve.models import Decoder, DecoderConfig, load_causal_model
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.moe import Router
 from vdiff_kserve.models.registry import FAMILIES, find_by_architecture
 
 GIB = 1 << 30
@@ -71,6 +75,43 @@ def test_weights_are_those_in_the_checkpoint():
             tensor = file.get_slice(name)
             stored += torch.Size(tensor.get_shape()).numel()
     assert sizing.weight_bytes(decoder(EMBEDDED), torch.float32) == stored * 4
+
+
+@pytest.mark.parametrize("family", ["llada_moe", "llada2", "sdar"])
+def test_every_layer_is_counted(family):
+    """Whether it has an MLP or experts, whose routers are kept in float32."""
+    config = decoder(next((GOLDEN_DIR / family).rglob("config.json")).parent)
+    whole = Decoder(config)
+    routers = [each for each in whole.modules() if isinstance(each, Router)]
+    wide = sum(each.numel() for router in routers for each in router.parameters())
+    assert bool(routers) == (family != "sdar")
+    expected = 2 * sum(each.numel() for each in whole.parameters()) + 2 * wide
+    assert sizing.weight_bytes(config, torch.bfloat16) == expected
+
+
+def test_many_layers_take_no_longer():
+    config = decoder(EMBEDDED)
+    few = [sizing.weight_bytes(replace(config, num_layers=n), torch.float32) for n in (1, 2)]
+    many = sizing.weight_bytes(replace(config, num_layers=1_000_001), torch.float32)
+    assert many == few[0] + 1_000_000 * (few[1] - few[0])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2", "mixtral", "deepseek_v3"])
+def test_a_causal_model_is_sized_as_it_is_loaded(name, tmp_path):
+    """The first one is the native decoder's, the others transformers'."""
+    parameters = write_causal(name, tmp_path).num_parameters()
+    model, spec = load_causal_model(tmp_path, dtype=torch.bfloat16)
+    (tmp_path / "model.safetensors").unlink()
+    found = sizing.size(tmp_path, GIB)
+    assert found.weights == 2 * parameters
+    assert found.per_token == bytes_per_token(model.config, torch.bfloat16)
+    assert found.request_tokens == spec.max_model_len
+
+
+def test_of_a_model_that_keeps_another_state_its_weights_are_told(tmp_path, capsys):
+    parameters = write_causal("mamba", tmp_path).num_parameters()
+    assert sizing.main(["--model_dir", str(tmp_path), "--gpu_memory", "8GiB"]) == 1
+    assert f"its weights are {parameters:,} numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

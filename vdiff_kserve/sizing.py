@@ -11,14 +11,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from vdiff_kserve.engine import SCRATCH_BYTES, bytes_per_token
 from vdiff_kserve.models import CheckpointError, Decoder, DecoderConfig
+from vdiff_kserve.models.causal import is_causal, native_layout
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.matching import NoInitialValues
+from vdiff_kserve.models.moe import Router
 from vdiff_kserve.models.registry import CAUSAL_FORMATS, FAMILIES, find_by_architecture
 from vdiff_kserve.setting import parse_size
 
@@ -101,30 +105,53 @@ def size(
     Raises:
         CheckpointError: a `config.json` that is missing, or of no family that is served.
     """
-    config = CheckpointConfig.read(model_dir)
-    if any(name in CAUSAL_FORMATS for name in config.architectures):
-        decoders = [find_by_architecture(config, CAUSAL_FORMATS).read_decoder(config)]
-        longest = config.context("max_position_embeddings")
-    else:
-        spec = find_by_architecture(config, FAMILIES).read_spec(config)
-        decoders, longest = [spec.decoder], spec.max_model_len
+    weights, decoder, longest = _measure(model_dir, dtype)
+    per_token = bytes_per_token(decoder, dtype)
     if auxiliary_dir is not None:
         causal = CheckpointConfig.read(auxiliary_dir)
-        decoders.append(find_by_architecture(causal, CAUSAL_FORMATS).read_decoder(causal))
-    return Sizing(
-        weights=sum(weight_bytes(each, dtype) for each in decoders),
-        per_token=sum(bytes_per_token(each, dtype) for each in decoders),
-        request_tokens=request_tokens or longest,
-        memory=memory,
-        utilization=utilization,
-    )
+        auxiliary = find_by_architecture(causal, CAUSAL_FORMATS).read_decoder(causal)
+        weights += weight_bytes(auxiliary, dtype)
+        per_token += bytes_per_token(auxiliary, dtype)
+    return Sizing(weights, per_token, request_tokens or longest, memory, utilization)
+
+
+def _measure(model_dir: Path, dtype: torch.dtype) -> tuple[int, DecoderConfig, int]:
+    """Bytes of a model's weights, its sizes, and its context length."""
+    config = CheckpointConfig.read(model_dir)
+    if (causal := native_layout(config)) is not None:
+        longest = config.context("max_position_embeddings")
+        return weight_bytes(causal, dtype), causal, longest
+    if is_causal(model_dir):
+        from vdiff_kserve.models.transformers_model import outline  # seconds
+
+        parameters, decoder, longest = outline(model_dir)
+        return parameters * dtype.itemsize, decoder, longest
+    spec = find_by_architecture(config, FAMILIES).read_spec(config)
+    return weight_bytes(spec.decoder, dtype), spec.decoder, spec.max_model_len
 
 
 def weight_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Memory of a decoder's parameters; tied ones count once."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    return sum(each.numel() for each in decoder.parameters()) * dtype.itemsize
+    """Memory of a decoder's parameters; tied ones count once.
+
+    Layers differ by having an MLP or experts only, so one of each is looked at.
+    """
+    dense = config.num_layers
+    if config.moe is not None:
+        dense = sum(layer < config.num_layers for layer in config.dense_layers)
+    with torch.device("meta"), NoInitialValues():
+        decoder = Decoder(replace(config, num_layers=2, dense_layers=frozenset({0})))
+    with_mlp, with_experts = (_bytes(layer, dtype) for layer in decoder.layers)
+    around = _bytes(decoder, dtype) - with_mlp - with_experts
+    return around + dense * with_mlp + (config.num_layers - dense) * with_experts
+
+
+def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Memory of a module's parameters; routers are kept in float32."""
+    sizes: dict[nn.Parameter, int] = {}
+    for part in module.modules():
+        own = torch.float32 if isinstance(part, Router) else dtype
+        sizes |= {each: each.numel() * own.itemsize for each in part.parameters(recurse=False)}
+    return sum(sizes.values())
 
 
 def _text(count: int) -> str:

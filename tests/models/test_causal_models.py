@@ -221,6 +221,33 @@ def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
         load_causal_model(tmp_path)
 
 
+def test_extras_of_published_checkpoints_are_left_out(tmp_path: Path) -> None:
+    """Frequencies that older versions stored, and layers that predict further tokens."""
+    expected = write_causal("deepseek_v3", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    further = {
+        name.replace("layers.1.", "layers.2."): tensor.clone()
+        for name, tensor in tensors.items()
+        if "layers.1." in name
+    }
+    assert further
+    extras = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "mtp.layers.0.eh_proj.weight": torch.ones(2, 2),
+    }
+    save_file(tensors | extras | further, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"unexpected_keys: \['model.layers.2"):
+        load_causal_model(tmp_path)
+    config["num_nextn_predict_layers"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (result,) = generate(tmp_path, PROMPTS[:1])
+    assert list(result.token_ids) == greedy(expected, PROMPTS[0])
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [

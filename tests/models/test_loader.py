@@ -98,6 +98,16 @@ def test_progress_is_shown_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "Loading my-model: 100%" in captured.err
 
 
+def test_what_older_versions_stored_beside_the_weights_is_not_read(tmp_path: Path) -> None:
+    expected = logits_of(load_decoder(write_single(tmp_path / "plain", CONFIG, TENSORS))[0])
+    extra = {
+        f"model.transformer.blocks.0.rotary_emb.{name}": torch.full((4,), torch.nan)
+        for name in ("inv_freq", "cos_cached", "sin_cached")
+    }
+    decoder, _ = load_decoder(write_single(tmp_path / "old", CONFIG, TENSORS | extra))
+    assert torch.equal(logits_of(decoder), expected)
+
+
 def test_all_tensors_that_do_not_fit_are_named_in_one_message(tmp_path: Path) -> None:
     tensors = dict(TENSORS)
     del tensors["model.transformer.ln_f.weight"]

@@ -58,7 +58,7 @@ def load_causal_model(
     folder = Path(folder)
     config = CheckpointConfig.read(folder)
     model: LanguageModel
-    if _native_layout(config) is not None:
+    if native_layout(config) is not None:
         model = load_causal_decoder(folder, device, dtype, mesh, quantization)
         longest, cacheable = config.context("max_position_embeddings"), True
     elif mesh is not None or quantization is not None:
@@ -86,7 +86,7 @@ def load_causal_model(
     )
 
 
-def _native_layout(config: CheckpointConfig) -> DecoderConfig | None:
+def native_layout(config: CheckpointConfig) -> DecoderConfig | None:
     """What the native decoder makes of a checkpoint; None when it has something that it lacks."""
     for name in config.architectures:
         if name in CAUSAL_FORMATS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,13 @@ from vdiff_kserve.models.safetensors_file import StoredTensor
 from vdiff_kserve.models.tensor_names import Place, TensorNames, tensor_shape
 
 MAX_NAMES_IN_ERROR = 8
+COMPUTED = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn\.masked_bias)$"
+)
+"""Names of what older versions of transformers stored though it follows from `config.json`."""
 
 
-class _NoInitialValues(TorchFunctionMode):
+class NoInitialValues(TorchFunctionMode):
     """Parameters are made without values: they come from files. Random numbers for tensors without
     memory would bring torch's compiler along, which takes a second of the server's start."""
 
@@ -44,10 +49,10 @@ def match(
     """
     layers, experts = names.count(stored)
     built = replace(config, num_layers=min(config.num_layers, layers + 1))
-    with init_empty_weights(include_buffers=True), _NoInitialValues():
+    with init_empty_weights(include_buffers=True), NoInitialValues():
         decoder = Decoder(built)
     parameters = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
-    ignored = set()
+    ignored = {name for name in stored if COMPUTED.search(name)}
     if config.tie_embeddings:
         parameters.pop("lm_head.weight", None)
         ignored.add(names.published_name("lm_head.weight"))

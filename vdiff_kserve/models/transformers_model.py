@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.causal_attention import NAME, AttentionCalls, attending
@@ -18,6 +19,7 @@ from vdiff_kserve.models.checkpoint_config import MAX_CONTEXT, CheckpointConfig,
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.language_model import ForwardPass
 from vdiff_kserve.models.loader import list_tensors
+from vdiff_kserve.models.matching import COMPUTED, NoInitialValues
 from vdiff_kserve.models.safetensors_file import StoredTensor
 from vdiff_kserve.models.tensor_names import NUMBER
 
@@ -25,6 +27,8 @@ CACHED_LAYERS = {"full_attention", "sliding_attention"}
 LAYER_FIELDS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
 WIDTH_FIELDS = {"hidden_size", "n_embd", "d_model", "vocab_size"}
 SIZE_ENDINGS = ("intermediate_size", "head_dim", "num_attention_heads", "n_head", "experts")
+SPECULATION = re.compile(r"(^|\.)mtp(_layers|_block)?\.")
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 PROBE_LENGTHS = (13, 9)
 PROBE_CONTINUES = 5
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -33,6 +37,10 @@ CHUNKS = 8
 """Parts in which a pass over a long text can run, so that it leaves room for other rows."""
 
 logger = logging.getLogger("kserve.vdiff.model")
+
+
+NOT_EXCHANGED = (ValueError, TypeError, RuntimeError, LookupError)
+"""What models raise that cannot do with other attention than their own."""
 
 
 class NotCacheableError(Exception):
@@ -202,12 +210,28 @@ def from_folder(
         )
     except Exception as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error!r}") from error
+    unread = {key for key in report["unexpected_keys"] if not _is_of_no_use(key, model.config)}
+    found = report | {"unexpected_keys": unread}
     kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
-    wrong = {name: report[name] for name in kinds if report[name]}
+    wrong = {name: found[name] for name in kinds if found[name]}
     if wrong:
         found = "; ".join(f"{name}: {sorted(map(str, keys))[:8]}" for name, keys in wrong.items())
         raise CheckpointError(f"{folder}: tensors do not fit config.json. {found}")
     return model.requires_grad_(False).eval()
+
+
+def _is_of_no_use(name: str, config: Any) -> bool:
+    """Whether a tensor without a place in transformers' model is one that published checkpoints
+    have beside their weights: what follows from the configuration, or heads that predict further
+    tokens for speculation. transformers itself knows those of some models by name, and drops any
+    other tensor with a warning; here any other is taken for a sign of a wrong `config.json`."""
+    if COMPUTED.search(name) or SPECULATION.search(name):
+        return True
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", 0)
+    further = getattr(text, "num_nextn_predict_layers", None) or 0
+    layer = LAYER.search(name)
+    return layer is not None and layers <= int(layer[1]) < layers + further
 
 
 def _check_sizes(config: CheckpointConfig, stored: Mapping[str, StoredTensor]) -> None:
@@ -260,6 +284,45 @@ def load_transformers_model(
         return TransformersModel(model, _sizes(model)), longest, False
 
 
+def outline(folder: Path) -> tuple[int, DecoderConfig, int]:
+    """What a checkpoint's model is like, from `config.json` alone and without memory for it.
+
+    Returns:
+        its parameters, tied ones once, its sizes with the shape of its cache, and its context
+        length.
+
+    Raises:
+        CheckpointError: transformers does not know the model, or it is served without a cache.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"), NoInitialValues():
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch.bfloat16,  # of which experts are multiplied without looking at numbers
+                trust_remote_code=False,
+            ).eval()
+    except Exception as error:
+        raise CheckpointError(f"{folder}: transformers cannot build it: {error!r}") from error
+    parameters = sum(each.numel() for each in model.parameters())
+    longest = _context(config.get_text_config())
+    if longest is None:
+        raise CheckpointError(f"{folder}/config.json does not tell the model's context length")
+    model.config.pad_token_id = None  # some look for it among the tokens, which have no values
+    try:
+        _refuse_other_states(config.get_text_config())
+        model.set_attn_implementation(NAME)
+        _, calls = _run(model, ForwardBatch.pack([torch.zeros(1).long()], device=model.device))
+    except (NotCacheableError, *NOT_EXCHANGED):
+        calls = None
+    if calls is None or not calls.shapes:
+        raise CheckpointError(
+            f"{folder}: how much a token keeps cannot be told of {type(model).__name__}; its "
+            f"weights are {parameters:,} numbers"
+        )
+    return parameters, _sizes(model, *cache_shape(calls)), longest
+
+
 @torch.inference_mode()
 def _run(model: PreTrainedModel, batch: ForwardBatch) -> tuple[Tensor, AttentionCalls]:
     """Logits of the wanted tokens, and what the attention layers were."""
@@ -285,11 +348,7 @@ def _probe(model: PreTrainedModel) -> DecoderConfig:
         NotCacheableError: they do not.
     """
     text = model.config.get_text_config()
-    other = set(getattr(text, "layer_types", None) or ()) - CACHED_LAYERS
-    if other:
-        raise NotCacheableError(f"it has layers of type {', '.join(sorted(other))}")
-    if "dynamic" in _rotary_types(text):
-        raise NotCacheableError("its rotary positions depend on the length of the text")
+    _refuse_other_states(text)
     generator = torch.Generator().manual_seed(0)
     rows = [
         torch.randint(text.vocab_size, (length,), generator=generator).to(model.device)
@@ -299,7 +358,7 @@ def _probe(model: PreTrainedModel) -> DecoderConfig:
     try:
         model.set_attn_implementation(NAME)
         _, calls = _run(model, ForwardBatch.pack(rows, device=model.device))
-    except (ValueError, TypeError, RuntimeError, LookupError) as error:
+    except NOT_EXCHANGED as error:
         raise NotCacheableError(f"its attention cannot be exchanged ({error})") from error
     if not calls.shapes:
         raise NotCacheableError("its attention cannot be exchanged")
@@ -313,6 +372,14 @@ def _probe(model: PreTrainedModel) -> DecoderConfig:
             f"differ by {difference:.1e} of the largest)"
         )
     return config
+
+
+def _refuse_other_states(text: Any) -> None:
+    other = set(getattr(text, "layer_types", None) or ()) - CACHED_LAYERS
+    if other:
+        raise NotCacheableError(f"it has layers of type {', '.join(sorted(other))}")
+    if "dynamic" in _rotary_types(text):
+        raise NotCacheableError("its rotary positions depend on the length of the text")
 
 
 def cache_shape(calls: AttentionCalls) -> tuple[int, int, int]:
