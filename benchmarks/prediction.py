@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.serving_machine import on_a_passing_thread
 from hack.embedded.corpus import draw
 from hack.embedded.knowledge_tasks import STORIES, topic_text
 from hack.embedded.texts import TOPICS
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--only", choices=POLICIES, nargs="+", default=list(POLICIES))
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
-    model = load_model(ServerConfig())
+    model = on_a_passing_thread(lambda: load_model(ServerConfig()))
     service = GenerationService(model.engine, model.tokenizer, model.limits, "embedded")
     items = edits(arguments.n)
     report: dict[str, dict[str, dict[str, float]]] = {}

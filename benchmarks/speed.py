@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.serving_machine import on_a_passing_thread
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
 from vdiff_kserve.models import (
     Decoder,
@@ -75,6 +76,14 @@ def random_decoder(seed: int = 0) -> Decoder:
     return decoder.requires_grad_(False).eval()
 
 
+def served_decoder(*, packed: bool) -> Decoder:
+    """The same, its linear layers packed as the loader packs them."""
+    decoder = random_decoder()
+    if packed and can_pack(decoder.device, decoder.dtype):
+        pack_linear_layers(decoder)
+    return decoder
+
+
 @torch.inference_mode()
 def reference_loop(
     decoder: Decoder, prompt: list[int], length: int, block: int, threshold: float | None
@@ -112,10 +121,9 @@ def measure(name: str, rounds: int, run: Callable[[], int]) -> Measurement:
 
 
 def compare(args: argparse.Namespace) -> list[Measurement]:
-    """The baseline first, then the engine with each cache."""
-    decoder, served = random_decoder(), random_decoder()
-    if not args.plain_linear and can_pack(served.device, served.dtype):
-        pack_linear_layers(served)
+    """The baseline first, then the engine with each cache; each has the OpenMP threads alone."""
+    decoder = on_a_passing_thread(random_decoder)
+    served = on_a_passing_thread(lambda: served_decoder(packed=not args.plain_linear))
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(0, MASK, (args.prompt,), generator=generator).tolist()
     policy = "low_confidence" if args.threshold is None else "threshold"
@@ -130,7 +138,9 @@ def compare(args: argparse.Namespace) -> list[Measurement]:
         return result.stats.nfe
 
     def baseline(length: int) -> int:
-        return reference_loop(decoder, prompt, length, args.block, args.threshold)[1]
+        return on_a_passing_thread(
+            lambda: reference_loop(decoder, prompt, length, args.block, args.threshold)[1]
+        )
 
     baseline(args.block)
     runs: list[tuple[str, Callable[[], int]]] = [
