@@ -91,3 +91,10 @@ def test_experts_that_can_be_shared_in_no_way_are_named(tmp_path: Path) -> None:
     write_single(tmp_path, fields, random_tensors(fields))
     with pytest.raises(CheckpointError, match=r"neither .* num_experts = 7 nor .* = 25"):
         of_rank(tmp_path, 0, 2, torch.float32)
+
+
+def test_a_size_that_no_number_of_ranks_divides_is_named(tmp_path: Path) -> None:
+    fields = config("llada")
+    write_single(tmp_path, fields, random_tensors(fields))
+    with pytest.raises(CheckpointError, match=r"--tensor_parallel_size 3 does not divide .*heads"):
+        of_rank(tmp_path, 0, 3, torch.float32)

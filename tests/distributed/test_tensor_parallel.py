@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,43 +103,52 @@ def ranks_of(pid: int) -> list[psutil.Process]:
     return [each for each in children if "multiprocessing.spawn" in " ".join(each.cmdline())]
 
 
-def test_a_rank_that_dies_makes_the_server_unhealthy() -> None:
-    """So that the kubelet restarts the pod; until then requests are told, not left hanging."""
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    """A model over two processes behind HTTP."""
     command = ("--model_name", "m", "--tensor_parallel_size", "2", "--dtype", "float32")
-    with ServerProcess(*command) as server:
-        server.wait_until_ready()
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            assert client.get("/v2/health/live").status_code == 200
-            (rank,) = ranks_of(server.process.pid)
-            rank.send_signal(signal.SIGKILL)
-            wait_until(lambda: client.get("/v2/health/live").status_code != 200, seconds=60)
-            refused = client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 4})
-            assert refused.status_code in (500, 503)
+    with ServerProcess(*command) as process:
+        yield process.wait_until_ready()
 
 
-def test_a_rank_that_hangs_makes_the_server_unhealthy_until_it_goes_on() -> None:
+def test_a_rank_that_hangs_makes_the_server_unhealthy_until_it_goes_on(
+    server: ServerProcess,
+) -> None:
     """The first rank then waits for it inside a forward pass, as it waits for a GPU that hangs."""
-    command = ("--model_name", "m", "--tensor_parallel_size", "2", "--dtype", "float32")
-    with ServerProcess(*command) as server:
-        server.wait_until_ready()
-        body = {"prompt": "hello", "max_tokens": 4}
-        with httpx.Client(base_url=server.url, timeout=120) as client:
-            first = client.post("/v1/completions", json=body).raise_for_status()
-            (rank,) = ranks_of(server.process.pid)
-            rank.suspend()
-            with ThreadPoolExecutor() as pool:
-                second = pool.submit(client.post, "/v1/completions", json=body)
-                wait_until(lambda: client.get("/v2/health/live").status_code != 200, seconds=60)
-                assert client.get("/v2/health/ready").status_code != 200
-                rank.resume()
-                assert second.result().json()["choices"] == first.json()["choices"]
-            wait_until(lambda: client.get("/v2/health/live").status_code == 200)
+    body = {"prompt": "hello", "max_tokens": 4}
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        first = client.post("/v1/completions", json=body).raise_for_status()
+        (rank,) = ranks_of(server.process.pid)
+        rank.suspend()
+        with ThreadPoolExecutor() as pool:
+            second = pool.submit(client.post, "/v1/completions", json=body)
+            wait_until(lambda: client.get("/v2/health/live").status_code != 200, seconds=60)
+            assert client.get("/v2/health/ready").status_code != 200
+            rank.resume()
+            assert second.result().json()["choices"] == first.json()["choices"]
+        wait_until(lambda: client.get("/v2/health/live").status_code == 200)
+
+
+def test_a_rank_that_dies_makes_the_server_unhealthy(server: ServerProcess) -> None:
+    """So that the kubelet restarts the pod; until then requests are told, not left hanging. The
+    last test of the server."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        assert client.get("/v2/health/live").status_code == 200
+        (rank,) = ranks_of(server.process.pid)
+        rank.send_signal(signal.SIGKILL)
+        wait_until(lambda: client.get("/v2/health/live").status_code != 200, seconds=60)
+        refused = client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 4})
+        assert refused.status_code in (500, 503)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--tensor_parallel_size", "3"), "--tensor_parallel_size 3 does not divide"),
+        pytest.param(
+            ("--tensor_parallel_size", "3"),
+            "--tensor_parallel_size 3 does not divide",
+            marks=pytest.mark.slow,  # ranks start before it is told
+        ),
         (("--tensor_parallel_size", "0"), "--tensor_parallel_size"),
     ],
 )

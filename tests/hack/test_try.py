@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,9 @@ from tests.server.process import ServerProcess, free_port
 SCRIPT = Path(__file__).parents[2] / "hack/try.sh"
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with ServerProcess("--model_name", "tour") as process:
-        yield process.wait_until_ready().url
+@pytest.fixture
+def url(default_server: ServerProcess) -> str:
+    return default_server.url
 
 
 def tour(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +24,7 @@ def tour(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("given", [(), ("tour",)])
+@pytest.mark.parametrize("given", [(), ("llada",)])
 def test_the_tour_shows_every_protocol(url, given):
     done = tour(url, *given)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,7 +36,7 @@ def test_the_tour_shows_every_protocol(url, given):
     assert " Paris." in sections[5]
     assert '"predictions"' in sections[6]
     assert '"outputs"' in sections[7]
-    assert 'vdiff_requests_running{model_name="tour"}' in sections[8]
+    assert 'vdiff_requests_running{model_name="llada"}' in sections[8]
 
 
 def test_it_fails_where_nothing_listens():

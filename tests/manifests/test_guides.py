@@ -75,12 +75,6 @@ def of(language: str, *needs: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("block", chosen, ids=str)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    with ServerProcess("--model_name", "llada") as process:
-        yield process.wait_until_ready()
-
-
 def run(command: list[str], server: ServerProcess, text: str) -> None:
     text = text.replace("http://localhost:8080", server.url)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -97,15 +91,15 @@ def run(command: list[str], server: ServerProcess, text: str) -> None:
 
 
 @of("sh", "")
-def test_a_command_without_a_mark_runs(block, server):
+def test_a_command_without_a_mark_runs(block, default_server):
     program("curl", "curl")
     # curl by itself takes an error for an answer
-    run(["bash", "-euo", "pipefail", "-c"], server, block.text.replace("curl ", "curl -f "))
+    run(["bash", "-euo", "pipefail", "-c"], default_server, block.text.replace("curl ", "curl -f "))
 
 
 @of("python", "")
-def test_python_code_runs(block, server):
-    run([sys.executable, "-c"], server, block.text)
+def test_python_code_runs(block, default_server):
+    run([sys.executable, "-c"], default_server, block.text)
 
 
 @of("sh", "render")

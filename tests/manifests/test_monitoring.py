@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -117,17 +116,16 @@ ALL = all_queries()
 
 
 @pytest.fixture(scope="module")
-def exported() -> Iterator[dict[str, set[str]]]:
-    """Labels of every sample that a server with one answered request exports."""
-    with ServerProcess("--model_name", "llada") as process:
-        url = process.wait_until_ready().url
-        body = {"prompt": "2 + 2 =", "max_tokens": 4}
-        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
-        labels: dict[str, set[str]] = {}
-        for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
-            for sample in family.samples:
-                labels.setdefault(sample.name, set()).update(sample.labels)
-        yield labels
+def exported(default_server: ServerProcess) -> dict[str, set[str]]:
+    """Labels of every sample that a server which answered a request exports."""
+    url = default_server.url
+    body = {"prompt": "2 + 2 =", "max_tokens": 4}
+    assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    return labels
 
 
 @pytest.mark.parametrize("name", ALL)

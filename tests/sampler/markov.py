@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.engine.tiny import CONFIG, WatchingEngine
-from vdiff_kserve.engine import EngineConfig, GenerationRequest
+from tests.engine.tiny import CONFIG
+from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
 from vdiff_kserve.models import DecoderConfig, ForwardBatch, ModelSpec
 from vdiff_kserve.sampler import DecodingParams
 
@@ -115,7 +115,7 @@ def sample(
     """
     posterior = MarkovPosterior()
     spec = ModelSpec("markov", posterior.config, MASK, EOS, None, 64, length)
-    engine = WatchingEngine(
+    engine = Engine(
         posterior,  # type: ignore[arg-type]
         spec,
         EngineConfig(max_num_seqs=512, max_queue=sequences),

@@ -13,8 +13,18 @@ COMMON = ("--dtype", "float32", "--device", "cpu")
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A read-only folder behind a link, as a volume of a pod may be."""
+    place = tmp_path_factory.mktemp("checkpoint")
+    folder, link = place / "volume", place / "mnt-models"
+    folder.mkdir()
+    make_checkpoint(folder)
+    link.symlink_to(folder)
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    folder.chmod(0o555)
+    yield str(link)
+    folder.chmod(0o755)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Self
 
+import psutil
+
 START_SECONDS = 120
 READY = re.compile(r" is ready at (http\S+)")
 LISTENING = re.compile(r"Listening on (\S+) port (\d+)")
@@ -23,6 +25,7 @@ class ServerProcess:
 
     Attributes:
         lines: what it wrote to stdout and stderr so far.
+        cpu_seconds: processor time that it had taken when it was ready.
     """
 
     def __init__(self, *arguments: str) -> None:
@@ -68,6 +71,8 @@ class ServerProcess:
     def wait_until_ready(self) -> Self:
         """Wait for the line that names the URL."""
         self.url = self.wait_for(READY)[1]
+        times = psutil.Process(self.process.pid).cpu_times()
+        self.cpu_seconds = times.user + times.system
         return self
 
     @property

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tests.models.causal_folders import write_causal
 from tests.server.checkpoint import make_tokenizer
 from tests.server.process import ServerProcess
+from vdiff_kserve import LLM, SamplingParams
 from vdiff_kserve.config import parse_args
 from vdiff_kserve.loading import load_model
 from vdiff_kserve.models import CheckpointError
@@ -130,6 +131,9 @@ def test_options_of_diffusion_end_the_start(
 
 
 def test_a_layout_that_the_native_decoder_reads_is_served_without_flags(tmp_path: Path) -> None:
-    with serving("qwen2", tmp_path) as (client, _):
-        answer = client.chat.completions.create(model="", messages=QUESTION, max_tokens=4)
-        assert answer.vdiff["decoding"]["policy"] == "autoregressive"
+    write_causal("qwen2", tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with LLM(str(tmp_path)) as llm:
+        (answer,) = llm.chat(QUESTION, params, use_tqdm=False)
+    assert answer.outputs[0].nfe == len(answer.outputs[0].token_ids) == 4

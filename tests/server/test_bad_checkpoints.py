@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing field": (change_config(lambda c: c.pop("d_model")), "field `d_model`"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
 }
-FAST = ("not finite", "wrong field")
+FAST = ("not finite",)
 """The others' messages are tested without a server; here they take seconds each."""
 
 
@@ -78,6 +78,7 @@ def test_a_bad_checkpoint_is_one_message_and_exit_code_1(tmp_path: Path, case: s
     errors = [line for line in server.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+    assert server.lines[-1].startswith(errors[0])
     assert "Traceback" not in server.output
 
 
@@ -98,19 +99,3 @@ def test_an_option_that_does_not_fit_is_too(
         assert server.wait() == 1
     assert f"error: {message}" in server.output or message in server.output
     assert "Traceback" not in server.output
-
-
-def test_a_read_only_folder_behind_a_link_is_served(tmp_path: Path) -> None:
-    folder = tmp_path / "real"
-    folder.mkdir()
-    make_checkpoint(folder)
-    link = tmp_path / "mnt-models"
-    link.symlink_to(folder)
-    for file in folder.iterdir():
-        file.chmod(0o444)
-    folder.chmod(0o555)
-    try:
-        with ServerProcess("--model_dir", str(link), "--dtype", "float32") as server:
-            server.wait_until_ready()
-    finally:
-        folder.chmod(0o755)

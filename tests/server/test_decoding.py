@@ -13,7 +13,10 @@ import pytest
 from tests.golden import GOLDEN_DIR
 from tests.server.checkpoint import make_tokenizer
 from tests.server.process import ServerProcess
+from vdiff_kserve.config import parse_args
 from vdiff_kserve.decoding import POLICIES
+from vdiff_kserve.loading import load_model
+from vdiff_kserve.models import CheckpointError
 
 
 def folders(tmp_path: Path) -> tuple[Path, Path]:
@@ -103,6 +106,7 @@ def test_apd_and_confidence_write_the_same_text_alone_and_together(http: httpx.C
     assert together == alone
 
 
+@pytest.mark.slow
 def test_without_apd_it_is_refused(tmp_path: Path) -> None:
     model, _ = folders(tmp_path)
     arguments = flags(model, "--disable_apd")
@@ -121,7 +125,5 @@ def test_an_auxiliary_model_with_another_vocabulary_ends_the_start(tmp_path: Pat
     other = make_tokenizer()
     text = other.backend_tokenizer.to_str().replace('"A":', '"swap":').replace('"B":', '"A":')
     (auxiliary / "tokenizer.json").write_text(text.replace('"swap":', '"B":'), encoding="utf-8")
-    process = ServerProcess(*flags(model, "--apd_model", str(auxiliary)))
-    with process:
-        assert process.process.wait(timeout=120) == 1
-    assert "another vocabulary" in process.output
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        load_model(parse_args(list(flags(model, "--apd_model", str(auxiliary)))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 
 import pytest
@@ -14,21 +13,16 @@ TALE = [{"role": "user", "content": "Tell me about the sea."}]
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[OpenAI]:
-    with (
-        ServerProcess().wait_until_ready() as server,
-        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
-    ):
+def client(default_server: ServerProcess) -> Iterator[OpenAI]:
+    url = f"{default_server.url}/v1"
+    with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         yield client
 
 
-def test_it_is_ready_soon() -> None:
+def test_it_is_ready_soon(default_server: ServerProcess) -> None:
     """In processor time, which does not depend on what else the machine does."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with ServerProcess().wait_until_ready() as server:
-        assert "curl http://127.0.0.1:" in server.wait_for_line("curl")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
+    assert default_server.cpu_seconds < 15
+    assert f"curl {default_server.url}/" in default_server.wait_for_line("curl")
 
 
 def test_it_answers(client: OpenAI) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -151,9 +148,22 @@ def test_probes_are_not_logged(server: ServerProcess, http: httpx.Client) -> Non
     assert not [line for line in server.lines if '"GET /metrics' in line]
 
 
-def test_sigterm_finishes_what_runs_and_refuses_what_comes(checkpoint: str) -> None:
+@pytest.fixture(scope="module")
+def to_stop(checkpoint: str) -> Iterator[tuple[ServerProcess, ServerProcess]]:
+    """Two servers that start together, for a test each: the second ends without a grace period."""
+    arguments = (*COMMON, "--model_dir", checkpoint)
     with (
-        ServerProcess(*COMMON, "--model_dir", checkpoint).wait_until_ready() as server,
+        ServerProcess(*arguments) as patient,
+        ServerProcess(*arguments, "--grace_period", "0") as impatient,
+    ):
+        yield patient.wait_until_ready(), impatient.wait_until_ready()
+
+
+def test_sigterm_finishes_what_runs_and_refuses_what_comes(
+    to_stop: tuple[ServerProcess, ServerProcess],
+) -> None:
+    server, _ = to_stop
+    with (
         httpx.Client(base_url=server.url, timeout=120) as http,
         ThreadPoolExecutor(2) as pool,
     ):
@@ -188,10 +198,11 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(checkpoint: str) -> N
         assert "Stopping; running requests (1) may go on for" in server.output
 
 
-def test_what_outlasts_the_grace_period_is_told(checkpoint: str) -> None:
-    arguments = (*COMMON, "--model_dir", checkpoint, "--grace_period", "0")
+def test_what_outlasts_the_grace_period_is_told(
+    to_stop: tuple[ServerProcess, ServerProcess],
+) -> None:
+    _, server = to_stop
     with (
-        ServerProcess(*arguments).wait_until_ready() as server,
         ThreadPoolExecutor(2) as pool,
         httpx.Client(base_url=server.url) as http,
     ):
@@ -216,30 +227,13 @@ def test_sigterm_while_loading_exits_cleanly(checkpoint: str) -> None:
         assert server.wait() == 0
 
 
-def test_a_checkpoint_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    run = subprocess.run(
-        [sys.executable, "-m", "vdiff_kserve", "--model_dir", str(tmp_path), "--port", "0",
-         "--enable_grpc", "false"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120,
-    )  # fmt: skip
-    assert run.returncode == 1
-    assert "Traceback" not in run.stderr
-    assert run.stderr.splitlines()[-1].startswith("error: ")
-
-
-def test_a_context_beyond_the_checkpoints_is_refused(checkpoint: str) -> None:
-    with ServerProcess(*COMMON, "--model_dir", checkpoint, "--max_model_len", "5000") as server:
-        assert server.wait() == 1
-        assert "4096" in server.output
-
-
 def test_a_taken_port_is_an_error(checkpoint: str, server: ServerProcess) -> None:
-    taken = server.url.rpartition(":")[2]
-    with ServerProcess(*COMMON, "--model_dir", checkpoint, "--port", taken) as second:
+    arguments = (*COMMON, "--model_dir", checkpoint)
+    with (
+        ServerProcess(*arguments, "--port", server.url.rpartition(":")[2]) as second,
+        ServerProcess(*arguments, "--grpc_port", str(server.grpc_port)) as third,
+    ):
         assert second.wait() != 0
         assert "address already in use" in second.output
-    arguments = ("--model_dir", checkpoint, "--grpc_port", str(server.grpc_port))
-    with ServerProcess(*COMMON, *arguments) as second:
-        assert second.wait() == 1
-        assert "error: gRPC cannot listen" in second.output
+        assert third.wait() == 1
+        assert "error: gRPC cannot listen" in third.output

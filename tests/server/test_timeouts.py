@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.server.conftest import COMMON
 from tests.server.process import ServerProcess
 
 LONG: dict[str, Any] = {"prompt": "ten tin", "max_tokens": 200, "ignore_eos": True, "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def http(checkpoint: str) -> Iterator[httpx.Client]:
-    """A server that runs one request at a time, for at most a minute."""
-    arguments = (*COMMON, "--model_dir", checkpoint, "--model_name", "tiny", "--profile", "exact")
-    arguments += ("--max_model_len", "256", "--max_num_seqs", "1", "--request_timeout", "60")
-    with (
-        ServerProcess(*arguments).wait_until_ready() as server,
-        httpx.Client(base_url=server.url, timeout=60) as client,
-    ):
-        yield client
+ALL_PLACES = {"n": 4, "temperature": 1.0}
+"""As many answers as the server has places for."""
 
 
 def running(http: httpx.Client) -> float:
@@ -54,8 +42,11 @@ def test_stream_whose_time_is_over_ends_with_an_error_object(http: httpx.Client)
     assert error["code"] == 504
 
 
-def test_request_whose_time_is_over_in_the_queue_gets_503(http: httpx.Client) -> None:
-    with http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as first:
+def test_request_whose_time_is_over_in_the_queue_gets_503(
+    server: ServerProcess, http: httpx.Client
+) -> None:
+    url, body = f"{server.url}/v1/completions", LONG | ALL_PLACES | {"stream": True}
+    with httpx.stream("POST", url, json=body, timeout=60) as first:
         lines = first.iter_lines()
         next(lines)
         late = http.post("/v1/completions", json=LONG | {"timeout": 0.05})

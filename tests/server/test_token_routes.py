@@ -86,15 +86,15 @@ def test_what_cannot_be_converted_names_the_field(
 
 
 def test_a_long_text_does_not_hold_up_the_others(http: httpx.Client) -> None:
-    """Two million characters take the tokenizer a while; the server answers meanwhile."""
+    """A million characters take the tokenizer a while; the server answers meanwhile."""
     took: list[float] = []
 
     def convert() -> None:
         url = http.base_url.join("/tokenize")
         begun = time.perf_counter()
-        response = httpx.post(url, json={"prompt": "the tale " * 400_000}, timeout=120)
+        response = httpx.post(url, json={"prompt": "the tale " * 120_000}, timeout=120)
         took.append(time.perf_counter() - begun)
-        assert response.json()["count"] > 1_000_000
+        assert response.json()["count"] > 300_000
 
     thread = threading.Thread(target=convert)
     thread.start()
@@ -113,7 +113,7 @@ def test_load_counts_the_requests_that_run(http: httpx.Client) -> None:
         return http.get("/load").json()["server_load"]
 
     assert load() == 0
-    long = {"prompt": "x", "max_tokens": 200, "ignore_eos": True, "block_length": 200}
+    long = {"prompt": "x", "max_tokens": 80, "ignore_eos": True, "block_length": 80}
     url = http.base_url.join("/v1/completions")
     threads = [
         threading.Thread(target=httpx.post, args=(url,), kwargs={"json": long, "timeout": 120})
@@ -173,7 +173,7 @@ def test_what_is_just_within_the_bounds_is_answered(http: httpx.Client) -> None:
 
 
 def test_many_prompts_are_refused_before_they_are_tokenized(http: httpx.Client) -> None:
-    many = ["the tale of a tale " * 10] * 20_000
+    many = ["the tale of a tale " * 10] * 4_000
     begun = time.perf_counter()
     error_of(http.post("/v1/completions", json={"prompt": many}), 400)
     first = time.perf_counter() - begun
