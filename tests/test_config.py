@@ -277,6 +277,27 @@ def test_a_wrong_value_from_the_environment_names_the_variable(capsys, variable,
     assert message.endswith(f"got '{text}' (from the environment variable {variable})")
 
 
+def test_a_variable_that_is_of_no_option_is_told(capsys):
+    parse(VDIFF_MAX_QEUE="3", VDIFF_XYZZY="1", VDIFF_MAX_QUEUE="4")
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: the environment variable VDIFF_MAX_QEUE is of no option; did you mean "
+        "VDIFF_MAX_QUEUE?",
+        "warning: the environment variable VDIFF_XYZZY is of no option",
+    ]
+
+
+def test_variables_that_kubernetes_makes_of_services_are_passed_over(capsys):
+    address = "tcp://10.0.0.1:80"
+    of_services = {
+        "VDIFF_PORT": address, "VDIFF_SERVICE_HOST": "10.0.0.1", "VDIFF_SERVICE_PORT": "80",
+        "VDIFF_LLADA_SERVICE_PORT_HTTP": "80", "VDIFF_LLADA_PORT": address,
+        "VDIFF_LLADA_PORT_80_TCP": address, "VDIFF_LLADA_PORT_80_TCP_PROTO": "tcp",
+        "VDIFF_LLADA_PORT_80_TCP_PORT": "80", "VDIFF_LLADA_PORT_80_TCP_ADDR": "10.0.0.1",
+    }  # fmt: skip
+    parse(**of_services)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -18,6 +18,10 @@ from vdiff_kserve.setting import Setting, parse_bool
 ENV_PREFIX = "VDIFF_"
 SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 """Kubernetes sets VDIFF_PORT=tcp://... in every pod beside a Service named "vdiff"."""
+SERVICE_VARIABLE = re.compile(
+    r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?"
+)
+"""And these, for every Service whose name begins with it."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -141,6 +145,24 @@ class CommandLine(argparse.ArgumentParser):
                     break
         self._origin = ""
         return found
+
+    def unknown_variables(self, environ: Mapping[str, str]) -> list[str]:
+        """What to say about variables that look like this program's and are of no option."""
+        known = [
+            plain(flag).upper()
+            for action in self._actions
+            if action.dest != "help"
+            for flag in action.option_strings
+        ]
+        warnings = []
+        for variable in environ:
+            name = variable.removeprefix(ENV_PREFIX)
+            if name == variable or name in known or SERVICE_VARIABLE.fullmatch(variable):
+                continue
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {ENV_PREFIX}{near[0]}?" if near else ""
+            warnings.append(f"the environment variable {variable} is of no option{hint}")
+        return warnings
 
     def _several(self, action: argparse.Action, flag: str, text: str) -> list[Any]:
         parse: Any = action.type

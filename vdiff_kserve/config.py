@@ -700,6 +700,8 @@ def parse_args(
     command_line = CommandLine(ALL_SETTINGS, GROUPS, exclusive=MODEL_SOURCES, hint_for=hint_for)
     environ = os.environ if environ is None else environ
     values = command_line.read(sys.argv[1:] if argv is None else argv, environ)
+    for warning in command_line.unknown_variables(environ):
+        sys.stderr.write(f"warning: {warning}\n")
     if environ.get(VLLM_API_KEY) and not values.get("api_key"):
         command_line.error(
             f"{VLLM_API_KEY} is set, which only vLLM reads, so that everyone would be let in; set "

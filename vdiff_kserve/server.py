@@ -114,7 +114,7 @@ class Server(ModelServer):  # type: ignore[misc]
 
         Raises:
             CheckpointError: the model cannot be loaded.
-            ServerError: the gRPC port is taken.
+            ServerError: the address or a port cannot be listened on.
         """
         asyncio.run(self._serve_until_signal(on_ready))
 
@@ -138,12 +138,14 @@ class Server(ModelServer):  # type: ignore[misc]
 
         for task in others:
             task.add_done_callback(ended)
-        await rest.start()
-        if rpc is not None:
-            await rpc.stop()
-        await asyncio.to_thread(self._model.stop)
-        for task in others:
-            task.cancel()
+        try:
+            await rest.start()
+        finally:
+            if rpc is not None:
+                await rpc.stop()
+            await asyncio.to_thread(self._model.stop)
+            for task in others:
+                task.cancel()
         if failures:
             raise failures[0]
 
@@ -254,8 +256,19 @@ class DrainingServer(_RefreshingServer):  # type: ignore[misc]
         return self._deadline is not None
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
-        """Bind the port."""
-        await super().startup(sockets)
+        """Bind the port.
+
+        Raises:
+            ServerError: it is taken, or there is no such address here.
+        """
+        try:
+            await super().startup(sockets)
+        except SystemExit as error:  # uvicorn's way to say so
+            host, port = self.config.host, self.config.port
+            raise ServerError(
+                f"cannot listen on {host} port {port}: {error.__context__}; choose another address "
+                "by --host and --port"
+            ) from error
         logger.info("Listening on %s port %d; the model is loading.", *self.address)
         self.bound.set()
 
@@ -332,7 +345,10 @@ class RpcServer(GRPCServer):  # type: ignore[misc]
         try:
             port = self._server.add_insecure_port(f"{host}:{self._port}")
         except RuntimeError as error:
-            raise ServerError(f"gRPC cannot listen on {host} port {self._port}: {error}") from error
+            raise ServerError(
+                f"gRPC cannot listen on {host} port {self._port}: {error}; choose another by "
+                "--grpc_port, or --enable_grpc false"
+            ) from error
         await self._server.start()
         logger.info("gRPC listens on %s port %d.", self._host, port)
         await self._server.wait_for_termination()

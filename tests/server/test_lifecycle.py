@@ -229,11 +229,16 @@ def test_sigterm_while_loading_exits_cleanly(checkpoint: str) -> None:
 
 def test_a_taken_port_is_an_error(checkpoint: str, server: ServerProcess) -> None:
     arguments = (*COMMON, "--model_dir", checkpoint)
+    taken = server.url.rpartition(":")[2]
     with (
-        ServerProcess(*arguments, "--port", server.url.rpartition(":")[2]) as second,
+        ServerProcess(*arguments, "--port", taken) as second,
         ServerProcess(*arguments, "--grpc_port", str(server.grpc_port)) as third,
+        ServerProcess(*arguments, "--host", "192.0.2.1") as fourth,
     ):
-        assert second.wait() != 0
-        assert "address already in use" in second.output
+        assert second.wait() == 1
+        assert f"error: cannot listen on 127.0.0.1 port {taken}: " in second.output
+        assert "address already in use; choose another address" in second.output
         assert third.wait() == 1
         assert "error: gRPC cannot listen" in third.output
+        assert fourth.wait() == 1
+        assert "error: cannot listen on 192.0.2.1 port " in fourth.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def load_tokenizer(
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(Path(chat_template))
+    tokenizer.model_max_length = sys.maxsize  # else the library warns of prompts we refuse anyway
     return tokenizer
 
 
