@@ -141,6 +141,12 @@ def load_model(
         folder, spec.family, loaded.dtype, loaded.device, limits.max_model_len,
         time.perf_counter() - started,
     )  # fmt: skip
+    if (lacking := sum(i >= limits.vocab_size for i in tokenizer.get_vocab().values())) > 0:
+        logger.warning(
+            "The tokenizer has %d tokens that the model lacks, whose last is %d; prompts that need "
+            "them are refused.",
+            lacking, limits.vocab_size - 1,
+        )  # fmt: skip
     if spec.family == "llada2":
         edits = spec.profiles["quality"]["policy"] == "edit"
         logger.info(

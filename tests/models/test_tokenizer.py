@@ -33,6 +33,12 @@ def test_a_tokenizer_without_one_leaves_the_spec_alone() -> None:
     assert with_end_of_turn(spec, make_tokenizer()) is spec
 
 
+def test_a_token_that_the_model_lacks_ends_no_turn() -> None:
+    _, spec = load_decoder(GOLDEN_DIR / "llada")
+    spec = replace(spec, decoder=replace(spec.decoder, vocab_size=315))
+    assert with_end_of_turn(spec, make_tokenizer()) is spec
+
+
 def test_the_same_vocabulary_is_accepted_also_with_more_tokens() -> None:
     larger = make_tokenizer()
     larger.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})

@@ -74,6 +74,25 @@ async def test_the_piece_with_the_finish_reason_has_text_although_the_end_came_a
     assert last["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (chat(), "messages"),
+        (completion(prompt="x<|eot_id|>"), "prompt"),
+        (completion(suffix="x<|eot_id|>"), "prompt"),
+        (completion(prompt="x<|mask:1|><|eot_id|>", infill=True), "prompt"),
+        (completion(prediction={"content": "x<|eot_id|>"}), "prediction"),
+    ],
+)
+async def test_a_token_that_only_the_tokenizer_has_is_refused(request_: Any, param: str) -> None:
+    """It would be an index beyond the model's embedding."""
+    with pytest.raises(
+        RequestError, match=r"token id 31\d is out of vocabulary; .*\[0, 313\]"
+    ) as e:
+        await service(ScriptedEngine(["a"]), vocab_size=314).respond(request_)
+    assert e.value.param == param
+
+
 async def test_an_empty_answer_still_has_a_last_chunk() -> None:
     (only,) = await events(ScriptedEngine([""], finish_reason="stop"), chat(stream=True))
     assert only["choices"][0]["delta"] == {"role": "assistant", "content": ""}

@@ -92,9 +92,11 @@ def _read_template(file: Path) -> str:
 
 
 def with_end_of_turn(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> ModelSpec:
-    """The spec with the id that the tokenizer gives the end-of-turn token, if it has one."""
+    """The spec with the id that the tokenizer gives the end-of-turn token, if the model has it."""
     token_id = tokenizer.get_vocab().get(spec.eot_token)
-    return spec if token_id is None else replace(spec, eot_token_id=token_id)
+    if token_id is None or token_id >= spec.decoder.vocab_size:
+        return spec
+    return replace(spec, eot_token_id=token_id)
 
 
 def check_same_vocabulary(

@@ -15,7 +15,7 @@ from vdiff_kserve.openai.infilling import (
     suffix_infilling,
     with_beginning,
 )
-from vdiff_kserve.openai.limits import ServingLimits, answer_length
+from vdiff_kserve.openai.limits import ServingLimits, answer_length, check_token_ids
 from vdiff_kserve.openai.prompts import (
     TokenIds,
     chat_prompt,
@@ -51,8 +51,21 @@ def canvases_of(
     """The canvases of a request.
 
     Raises:
-        RequestError: a field is wrong, or there is no room.
+        RequestError: a field is wrong, there is no room, or the model lacks one of the tokens.
     """
+    canvases = _canvases_of(request, tokenizer, limits)
+    field = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
+    behind = [candidate for each in canvases.infillings for candidate in each.candidates]
+    for ids in (*canvases.prompts, *behind):  # some tokenizers have more tokens than their model
+        check_token_ids(field, ids, limits)
+    return canvases
+
+
+def _canvases_of(
+    request: ChatCompletionRequest | CompletionRequest,
+    tokenizer: PreTrainedTokenizerFast,
+    limits: ServingLimits,
+) -> Canvases:
     if isinstance(request, ChatCompletionRequest):
         prompts = [truncated(chat_prompt(request, tokenizer, limits), request, limits)]
         echoes = [_continued(request)] if request.echo else []

@@ -58,7 +58,9 @@ def _predicted(
                     "prediction.content must be text or a list of text parts.", param="prediction"
                 )
         content = "".join(part.text or "" for part in content)
-    return encode(tokenizer, content, add_special_tokens=False)[: limits.max_model_len]
+    ids = encode(tokenizer, content, add_special_tokens=False)[: limits.max_model_len]
+    check_token_ids("prediction", ids, limits)
+    return ids
 
 
 def _from_canvas(
