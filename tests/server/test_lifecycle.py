@@ -227,7 +227,9 @@ def test_sigterm_while_loading_exits_cleanly(checkpoint: str) -> None:
         assert server.wait() == 0
 
 
-def test_a_taken_port_is_an_error(checkpoint: str, server: ServerProcess) -> None:
+def test_an_address_that_cannot_be_listened_on_is_an_error(
+    checkpoint: str, server: ServerProcess
+) -> None:
     arguments = (*COMMON, "--model_dir", checkpoint)
     taken = server.url.rpartition(":")[2]
     with (
