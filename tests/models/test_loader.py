@@ -304,6 +304,31 @@ def test_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
     assert "config.json" in refusal(tmp_path / "absent")
 
 
+def test_what_a_folder_probably_is_instead_is_told(tmp_path: Path) -> None:
+    write_single(tmp_path / "inner", CONFIG, TENSORS)
+    assert refusal(tmp_path).endswith(f"; did you mean {tmp_path / 'inner'}?")
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert "an adapter, which must be merged" in refusal(tmp_path)
+
+
+def test_weights_under_other_names_are_told(tmp_path: Path) -> None:
+    weights = write_single(tmp_path, CONFIG, TENSORS) / "model.safetensors"
+    weights.rename(tmp_path / "other.safetensors")
+    assert "but other.safetensors: rename a single file" in refusal(tmp_path)
+    (tmp_path / "other.safetensors").rename(tmp_path / "other.gguf")
+    assert "but GGUF, which is not read" in refusal(tmp_path)
+    weights.write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    assert "model.safetensors is a pointer: run `git lfs pull`" in refusal(tmp_path)
+
+
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    """Without what they were scaled by, they would be read as a model that writes nonsense."""
+    write_single(tmp_path, CONFIG, TENSORS | {QUERY: TENSORS[QUERY].to(torch.int8)})
+    assert f"1 stored as integers, quantized in a way that is not read: {QUERY}" in refusal(
+        tmp_path
+    )
+
+
 MEASURE = """
 import sys
 import torch

@@ -9,6 +9,7 @@ import pytest
 
 from tests.golden import GOLDEN_DIR
 from tests.server.checkpoint import make_tokenizer
+from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.models import (
     CheckpointError,
     check_same_vocabulary,
@@ -54,8 +55,20 @@ def test_another_vocabulary_is_refused_with_examples() -> None:
 
 
 def test_a_folder_without_or_with_a_broken_tokenizer_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
         load_tokenizer(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\n"
+    (tmp_path / "tokenizer.json").write_text(pointer, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a pointer: run `git lfs pull`"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_chat_template_itself_is_not_the_name_of_its_file() -> None:
+    with pytest.raises(CheckpointError, match="must be given as a file"):
+        load_tokenizer(EMBEDDED, "{{ messages[0]['content'] }}" * 20)

@@ -10,11 +10,13 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from tests.openai.engine import ScriptedEngine, service
+from tests.openai.engine import ScriptedEngine, limits, service
+from tests.server.checkpoint import make_tokenizer
 from vdiff_kserve.engine import EngineError, EngineStoppedError, QueueFullError
 from vdiff_kserve.observability import families
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+from vdiff_kserve.openai.service import GenerationService
 
 
 def chat(**fields: Any) -> ChatCompletionRequest:
@@ -91,6 +93,14 @@ async def test_a_token_that_only_the_tokenizer_has_is_refused(request_: Any, par
     ) as e:
         await service(ScriptedEngine(["a"]), vocab_size=314).respond(request_)
     assert e.value.param == param
+
+
+async def test_a_checkpoint_without_a_chat_template_says_what_to_do() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    plain = GenerationService(ScriptedEngine(["a"]), tokenizer, limits(), "tiny")
+    with pytest.raises(RequestError, match="--chat_template FILE, or send a prompt to"):
+        await plain.respond(chat())
 
 
 async def test_an_empty_answer_still_has_a_last_chunk() -> None:

@@ -39,6 +39,21 @@ class Hints:
     name: str = ""
 
 
+def no_config(folder: Path) -> CheckpointError:
+    """An error about a folder without `config.json`, with what it probably is, to be raised."""
+    inner = sorted(file.parent for file in folder.glob("*/config.json"))
+    hint = f"; did you mean {inner[0]}?" if inner else ""
+    if (folder / "adapter_config.json").is_file():
+        hint = ", but an adapter, which must be merged into its model"
+    return CheckpointError(f"{folder} has no config.json: it is not a model checkpoint{hint}")
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what `git clone` leaves in its place without Git LFS."""
+    with file.open("rb") as stream:
+        return stream.read(24) == b"version https://git-lfs."
+
+
 class CheckpointConfig:
     """The fields of one `config.json`, typed on reading."""
 
@@ -59,7 +74,7 @@ class CheckpointConfig:
         """
         path = folder / "config.json"
         if not path.is_file():
-            raise CheckpointError(f"{folder} has no config.json: it is not a model checkpoint")
+            raise no_config(folder)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:

@@ -272,8 +272,18 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"--pickle_path {folder} --output NEW_FOLDER"
         )
     else:
-        raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{_others(folder)}"
+        )
     return {name: tensor for file in files for name, tensor in read_header(file).items()}
+
+
+def _others(folder: Path) -> str:
+    """What there is in place of weights under the right name."""
+    names = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
+    if names:
+        return f", but {', '.join(names[:3])}: rename a single file, several need their index"
+    return ", but GGUF, which is not read" if any(folder.glob("*.gguf")) else ""
 
 
 def _indexed_files(index: Path) -> list[Path]:

@@ -61,6 +61,10 @@ def match(
     cut = config.num_layers > layers + 1
     cut |= config.moe is not None and config.moe.num_experts > experts + 1
     problems += _differences(places, stored, ignored, cut)
+    if whole := [t for t in places if t in stored and not stored[t].dtype.is_floating_point]:
+        problems.append(
+            f"{len(whole)} stored as integers, quantized in a way that is not read: {some(whole)}"
+        )
     if problems:
         raise CheckpointError(f"{folder}: tensors do not fit config.json. " + ". ".join(problems))
     return decoder, places

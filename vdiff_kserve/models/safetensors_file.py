@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vdiff_kserve.models.checkpoint_config import CheckpointError
+from vdiff_kserve.models.checkpoint_config import CheckpointError, is_lfs_pointer
 
 PIECE_BYTES = 4 * 2**20
 READERS = 8
@@ -97,6 +97,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with safe_open(str(file), framework="pt"):
             pass  # the library compares the header with the file's length
     except SafetensorError as error:
+        if is_lfs_pointer(file):
+            raise CheckpointError(f"{file} is a pointer: run `git lfs pull` there") from error
         raise CheckpointError(f"{file} is damaged or cut off: {error}") from error
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

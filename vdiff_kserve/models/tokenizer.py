@@ -13,7 +13,7 @@ from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from vdiff_kserve.models.checkpoint_config import CheckpointError
+from vdiff_kserve.models.checkpoint_config import CheckpointError, is_lfs_pointer, no_config
 from vdiff_kserve.models.spec import ModelSpec
 
 logger = logging.getLogger("kserve.vdiff.model")
@@ -39,6 +39,9 @@ def load_tokenizer(
     try:
         tokenizer = _read(folder, trust_code)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        file = folder / "tokenizer.json"
+        if file.is_file() and is_lfs_pointer(file):
+            raise CheckpointError(f"{file} is a pointer: run `git lfs pull` there") from error
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(Path(chat_template))
@@ -60,6 +63,8 @@ def _read(folder: Path, trust_code: bool) -> PreTrainedTokenizerFast:
         raise CheckpointError(
             f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; make it a tokenizer.json"
         )
+    if not (folder / "config.json").is_file():
+        raise no_config(folder)
     raise CheckpointError(
         f"{folder} has no tokenizer.json, nor {' and '.join(VOCABULARY_FILES)}. Copy it from the "
         "model that this one was made from"
@@ -83,6 +88,8 @@ def _read_template(file: Path) -> str:
         text = file.read_text(encoding="utf-8")
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except (OSError, UnicodeDecodeError) as error:
+        if "{" in str(file):
+            raise CheckpointError("the chat template must be given as a file") from error
         raise CheckpointError(f"the chat template {file} cannot be read: {error}") from error
     except TemplateSyntaxError as error:
         raise CheckpointError(

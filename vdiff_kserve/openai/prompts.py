@@ -45,6 +45,12 @@ def chat_prompt(
     """
     if not request.messages:
         raise RequestError("messages must hold at least one message.", param="messages")
+    if tokenizer.chat_template is None:
+        raise RequestError(
+            "This checkpoint has no chat template. Start the server with --chat_template FILE, or "
+            "send a prompt to /v1/completions.",
+            param="messages",
+        )
     use = tool_use(request, limits)
     messages = [
         read_arguments(_message(message, i), i) for i, message in enumerate(request.messages)
