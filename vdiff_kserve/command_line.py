@@ -147,7 +147,7 @@ class CommandLine(argparse.ArgumentParser):
         return found
 
     def unknown_variables(self, environ: Mapping[str, str]) -> list[str]:
-        """What to say about variables that look like this program's and are of no option."""
+        """What to say about variables that are of no option, but nearly: typing errors."""
         known = [
             plain(flag).upper()
             for action in self._actions
@@ -159,9 +159,11 @@ class CommandLine(argparse.ArgumentParser):
             name = variable.removeprefix(ENV_PREFIX)
             if name == variable or name in known or SERVICE_VARIABLE.fullmatch(variable):
                 continue
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {ENV_PREFIX}{near[0]}?" if near else ""
-            warnings.append(f"the environment variable {variable} is of no option{hint}")
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                meant = f"{ENV_PREFIX}{near[0]}"
+                warnings.append(
+                    f"the environment variable {variable} is of no option; did you mean {meant}?"
+                )
         return warnings
 
     def _several(self, action: argparse.Action, flag: str, text: str) -> list[Any]:
