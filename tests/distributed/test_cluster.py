@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.distributed.cluster import ReplicaResources, replicas_beside
 from vdiff_kserve.distributed.replica import ReplicaModel
-from vdiff_kserve.distributed.start import start_replicas
+from vdiff_kserve.distributed.start import listen, start_replicas
 from vdiff_kserve.engine import RoundObserver, bytes_per_token
 from vdiff_kserve.loading import load_model
 from vdiff_kserve.models import CheckpointError
+from vdiff_kserve.setting import ConfigError
 
 GIB = 2**30
 
@@ -74,6 +76,22 @@ def test_a_cache_on_a_cpu_takes_its_share_of_what_is_free(
     engine.stop()
     per_token = bytes_per_token(engine.spec.decoder, torch.float32)
     assert engine.kv_tokens_total == int(Memory.available * share) // per_token
+
+
+async def test_a_port_for_the_replicas_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--replica_port {port} on 127\.0\.0\.1"):
+            listen(ServerConfig(replicas="1", replica_port=port))
+
+
+async def test_replicas_call_where_the_configuration_says() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    listener = listen(ServerConfig(replicas="1", replica_port=port))
+    with listener.invite() as (invitation, _):
+        assert (invitation.host, invitation.port) == ("127.0.0.1", port)
+    listener.close()
 
 
 def tell_share(config: ServerConfig, observer: RoundObserver) -> ReplicaModel:

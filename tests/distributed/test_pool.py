@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from vdiff_kserve.engine import (
     block_hashes,
     watch,
 )
+from vdiff_kserve.models import Decoder
 
 POISON = (9, 9, 9)
 Sinks = Sequence[EventSink]
@@ -96,6 +98,26 @@ async def test_a_death_in_the_middle_changes_no_answer(monkeypatch) -> None:
         gates.open()
         assert await asyncio.gather(*reading) == expected(requests)
         assert len(two.actors) == 3
+
+
+async def test_it_is_ready_while_one_replica_is(monkeypatch) -> None:
+    may_load = threading.Event()
+    may_load.set()
+
+    def decoder() -> Decoder:
+        may_load.wait(30)
+        return tiny_decoder()
+
+    async with replicas(monkeypatch, decoder=decoder) as two:
+        may_load.clear()
+        two.actors[0].die()
+        await two.until(lambda: len(two.actors) == 3)
+        assert two.pool.ready
+        two.actors[1].die()
+        await two.until(lambda: len(two.actors) == 4)
+        assert not two.pool.ready
+        may_load.set()
+        await two.until(lambda: two.pool.ready)
 
 
 async def test_a_replica_that_is_silent_is_replaced(monkeypatch) -> None:

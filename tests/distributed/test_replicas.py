@@ -106,9 +106,12 @@ def test_ray_that_is_not_there_is_told_in_one_line() -> None:
     assert process.lines[-1].startswith("error: --ray_address: ")
 
 
-def test_the_server_ends_with_all_its_processes(server: ReplicatedServer) -> None:
+async def test_a_server_that_is_ended_finishes_its_answers_and_all_its_processes(
+    server: ReplicatedServer, one_engine: LLM
+) -> None:
     """The last test of the module."""
     pids = server.pids()
-    server.terminate()
+    bodies = long_requests(12)
+    assert await stream(server.url, bodies, server.terminate) == expected(one_engine, bodies)
     assert server.wait() == 0
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))  # noqa: PTH110

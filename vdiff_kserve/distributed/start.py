@@ -74,7 +74,11 @@ async def start_replicas(
     await asyncio.to_thread(cluster.connect, config)
     cluster.keep_signal_handlers()
     bounds = Bounds.parse(config.replicas)
-    listener = _listen(config)
+    try:
+        listener = listen(config)
+    except ConfigError:
+        cluster.disconnect()
+        raise
     pool = ReplicaPool(config.model_name, config.max_num_seqs, config.max_queue, observer)
     supervisor = Supervisor(
         replace(config, **SECRET_SETTINGS),  # type: ignore[arg-type]
@@ -106,13 +110,16 @@ async def start_replicas(
     )
 
 
-def _listen(config: ServerConfig) -> Listener:
-    """Where the replicas call."""
+def listen(config: ServerConfig) -> Listener:
+    """Where the replicas call.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
     host = cluster.own_address(config)
     try:
         return Listener(host, config.replica_port)
     except OSError as error:
-        cluster.disconnect()
         raise ConfigError(f"--replica_port {config.replica_port} on {host}: {error}") from error
 
 
