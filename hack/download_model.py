@@ -42,8 +42,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model_id", required=True, help="such as GSAI-ML/LLaDA-8B-Instruct")
-    parser.add_argument("--model_dir", required=True, type=Path, help="folder to fill")
+    parser.add_argument(
+        "--model_id", "--model-id", required=True, help="such as GSAI-ML/LLaDA-8B-Instruct"
+    )
+    parser.add_argument(
+        "--model_dir", "--model-dir", required=True, type=Path, help="folder to fill"
+    )
     parser.add_argument("--revision", default="main", help="branch, tag or commit (%(default)s)")
     parser.add_argument(
         "--include", nargs="+", default=INCLUDED, help=f"patterns of files ({' '.join(INCLUDED)})"
@@ -51,10 +55,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--exclude", nargs="+", default=(), help="patterns of files to leave out")
     parser.add_argument("--workers", type=int, default=4, help="files at a time (%(default)s)")
     parser.add_argument(
-        "--log_seconds", type=float, default=10, help="time between progress lines (%(default)s)"
+        "--log_seconds",
+        "--log-seconds",
+        type=float,
+        default=10,
+        help="time between progress lines (%(default)s)",
     )
     parser.add_argument(
-        "--no_verify", action="store_true", help="compare sizes only, not the files' hashes"
+        "--no_verify",
+        "--no-verify",
+        action="store_true",
+        help="compare sizes only, not the files' hashes",
     )
     return parser.parse_args(argv)
 

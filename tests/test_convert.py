@@ -271,7 +271,7 @@ def pickled(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 def test_pickled_weights_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, output = pickled(tmp_path / "old", TENSORS), tmp_path / "out"
-    assert main(["--pickle_path", str(folder), "--output", str(output), "--verify"]) == 0
+    assert main(["--pickle-path", str(folder), "--output", str(output), "--verify"]) == 0
     assert f"--model_dir {output}" in capsys.readouterr().out
     found = tensors_in(output)
     assert found.keys() == TENSORS.keys()

@@ -132,7 +132,7 @@ def test_an_auxiliary_model_adds_its_weights_and_its_cache():
 
 def test_shorter_requests_and_other_numbers_are_asked_for(llada_8b, capsys):
     arguments = ["--model_dir", str(llada_8b), "--gpu_memory", "40GiB"]
-    arguments += ["--max_model_len", "1024", "--gpu_memory_utilization", "0.8"]
+    arguments += ["--max-model-len", "1024", "--gpu-memory-utilization=0.8"]
     assert sizing.main(arguments) == 0
     assert "of a request of 1024 tokens           512.00 MiB" in capsys.readouterr().out
 

@@ -48,7 +48,7 @@ from vdiff_kserve.models.loader import INDEX_FILE, list_tensors
 from vdiff_kserve.models.pickled_weights import PickledWeights, pickle_files
 from vdiff_kserve.models.precision import DTYPES
 from vdiff_kserve.models.safetensors_file import DTYPES as STORED_DTYPES
-from vdiff_kserve.setting import parse_size
+from vdiff_kserve.setting import parse_size, with_underscores
 
 RECORD_FILE = "conversion.json"
 CHECKSUM_FILE = "SHA256SUMS"
@@ -313,7 +313,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--shard_size", default=SHARD_SIZE, help="most bytes in one file (%(default)s)"
     )
     parser.add_argument("--verify", action="store_true", help="compare the checksums at the end")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(with_underscores(argv))
     if (arguments.dcp_path is None) != (arguments.base_model is None):
         parser.error("--dcp_path and --base_model need each other")
     return arguments

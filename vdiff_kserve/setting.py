@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import math
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +123,16 @@ class Setting:
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
         return low < value <= high if self.low_open else low <= value <= high
+
+
+def with_underscores(argv: Sequence[str] | None) -> list[str]:
+    """A command line, or the process's own, whose options may be written with dashes: the server's
+    may, so that people write those of its tools so too."""
+    given = sys.argv[1:] if argv is None else argv
+    return [
+        re.sub(r"^--\w[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), each)
+        for each in given
+    ]
 
 
 def parse_size(text: str) -> int:

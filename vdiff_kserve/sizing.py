@@ -24,7 +24,7 @@ from vdiff_kserve.models.checkpoint_config import CheckpointConfig
 from vdiff_kserve.models.matching import NoInitialValues
 from vdiff_kserve.models.moe import Router
 from vdiff_kserve.models.registry import CAUSAL_FORMATS, FAMILIES, find_by_architecture
-from vdiff_kserve.setting import parse_size
+from vdiff_kserve.setting import parse_size, with_underscores
 
 CONTEXT_BYTES = 600 << 20
 """What CUDA itself and the libraries' code take of a GPU; 400 to 700 MiB, by GPU and driver."""
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--max_model_len", type=int, help="tokens of a request (the model's own)")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.9)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(with_underscores(argv))
     try:
         sizing = size(
             arguments.model_dir,

@@ -35,7 +35,7 @@ def hub() -> Iterator[Hub]:
 
 
 def start(hub: Hub, folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = ["--model_id", MODEL_ID, "--model_dir", str(folder), *options]
+    command = ["--model-id", MODEL_ID, "--model_dir", str(folder), *options]
     environment = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(folder.parent / "home"),
