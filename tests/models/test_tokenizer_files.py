@@ -131,6 +131,7 @@ def test_a_tokenizer_s_code_runs_only_when_it_is_trusted(
 
 
 def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json, nor vocab\.json and merges\.txt"):
         load_tokenizer(tmp_path, trust_code=True)
     write_vocabulary(tmp_path)

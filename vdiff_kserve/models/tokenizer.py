@@ -63,7 +63,7 @@ def _read(folder: Path, trust_code: bool) -> PreTrainedTokenizerFast:
         raise CheckpointError(
             f"{folder}: {type(tokenizer).__name__} is no fast tokenizer; make it a tokenizer.json"
         )
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json")):
         raise no_config(folder)
     raise CheckpointError(
         f"{folder} has no tokenizer.json, nor {' and '.join(VOCABULARY_FILES)}. Copy it from the "
