@@ -87,6 +87,7 @@ class Replica:
         self._events: deque[tuple[int, GenerationEvent | EngineError]] = deque()
         self._rounds: deque[RoundReport] = deque()
         self._will_tell = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._channel = Channel(self._obey, self._abandon, self._tell)
         self._beating: asyncio.Task[None] | None = None
 
@@ -101,7 +102,7 @@ class Replica:
             OSError: the front end was not met.
         """
         logs.configure(self._config.log_level)
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
 
         def make() -> ReplicaModel:
             model = self._loader(self._config, self._note_round)
@@ -110,10 +111,10 @@ class Replica:
 
         # On a thread that ends: the OpenMP threads of this one would slow down the engine's own.
         with ThreadPoolExecutor(max_workers=1) as thread:
-            model = await self._loop.run_in_executor(thread, make)
+            model = await loop.run_in_executor(thread, make)
         self._engine = model.engine
         await self._channel.begin(await follow(invitation), called=False)
-        self._beating = self._loop.create_task(self._beat())
+        self._beating = loop.create_task(self._beat())
         return ReplicaFacts(
             model.spec,
             model.limits,
@@ -158,6 +159,7 @@ class Replica:
 
     def _tell_soon(self) -> None:
         if not self._will_tell:
+            assert self._loop is not None
             self._will_tell = True
             with suppress(RuntimeError):  # the loop may be closed, with nobody left to tell
                 self._loop.call_soon_threadsafe(self._tell)
