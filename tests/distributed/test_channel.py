@@ -103,11 +103,18 @@ async def test_messages_are_found_in_pieces_of_any_size(size: int) -> None:
         assert one.messages == sent
 
 
-async def test_a_slow_reader_stops_the_writer_and_loses_nothing() -> None:
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_slow_reader_stops_the_writer_and_loses_nothing(
+    encrypted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if encrypted:
+        write_authority(tmp_path, "ours")
+        let_ray_encrypt(monkeypatch, tmp_path, "ours", "ours")
     async with ends() as (writer, reader):
         reader.channel._transport.pause_reading()
         piece, count = bytes(1 << 14), 0
         while writer.channel.is_writable:
+            writer.writable.clear()
             writer.channel.send(piece)
             count += 1
             await asyncio.sleep(0)
@@ -152,7 +159,7 @@ async def test_nothing_is_received_behind_a_message_that_closes() -> None:
         assert other.reasons == []
 
 
-def authority(folder: Path, name: str) -> None:
+def write_authority(folder: Path, name: str) -> None:
     """A certificate authority and one certificate of it, as files."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
@@ -181,7 +188,7 @@ def authority(folder: Path, name: str) -> None:
     )
 
 
-def use(monkeypatch: pytest.MonkeyPatch, folder: Path, own: str, trusted: str) -> None:
+def let_ray_encrypt(monkeypatch: pytest.MonkeyPatch, folder: Path, own: str, trusted: str) -> None:
     """The environment that Ray reads."""
     monkeypatch.setenv("RAY_USE_TLS", "1")
     monkeypatch.setenv("RAY_TLS_SERVER_CERT", str(folder / f"{own}.pem"))
@@ -192,8 +199,8 @@ def use(monkeypatch: pytest.MonkeyPatch, folder: Path, own: str, trusted: str) -
 async def test_messages_are_encrypted_where_rays_are(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    authority(tmp_path, "ours")
-    use(monkeypatch, tmp_path, "ours", "ours")
+    write_authority(tmp_path, "ours")
+    let_ray_encrypt(monkeypatch, tmp_path, "ours", "ours")
     async with ends() as (one, other):
         one.channel.send("a prompt")
         await other.until(1)
@@ -207,9 +214,9 @@ async def test_messages_are_encrypted_where_rays_are(
 async def test_certificates_of_strangers_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    authority(tmp_path, "ours")
-    authority(tmp_path, "theirs")
-    use(monkeypatch, tmp_path, "theirs", "ours")
+    write_authority(tmp_path, "ours")
+    write_authority(tmp_path, "theirs")
+    let_ray_encrypt(monkeypatch, tmp_path, "theirs", "ours")
     with pytest.raises(ssl.SSLError):
         async with ends():
             pass

@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.distributed.local import Replicas, answers, replicas, tokens_of
+from tests.distributed.test_channel import let_ray_encrypt, write_authority
 from tests.engine.tiny import GatedDecoder, generate, request_of, tiny_decoder, tiny_spec
 from vdiff_kserve.distributed import autoscale, replica, supervisor, ticket
 from vdiff_kserve.distributed.autoscale import Autoscaler, Bounds
@@ -68,6 +70,18 @@ async def test_replicas_answer_as_one_engine(monkeypatch) -> None:
         assert await answers(three.pool, *requests) == expected(requests)
         assert three.pool.num_waiting == 0
         assert three.pool.outstanding_tokens == 0
+
+
+async def test_replicas_answer_over_encrypted_connections(monkeypatch, tmp_path: Path) -> None:
+    write_authority(tmp_path, "ours")
+    let_ray_encrypt(monkeypatch, tmp_path, "ours", "ours")
+    requests = many(8)
+    async with replicas(monkeypatch) as two:
+        (cipher, *_) = {
+            link._channel._transport.get_extra_info("cipher") for link in two.pool.links
+        }
+        assert cipher is not None
+        assert await answers(two.pool, *requests) == expected(requests)
 
 
 async def test_work_is_spread(monkeypatch) -> None:

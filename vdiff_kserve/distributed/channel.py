@@ -19,6 +19,8 @@ LENGTH = struct.Struct("!I")
 KERNEL_BYTES = 1 << 16
 """Asked of the system for what is on its way, at each end. What a reader leaves there keeps the
 writer from writing more."""
+TLS_SECONDS = 10.0
+"""How long the ends may take to agree on keys."""
 
 
 def _nothing() -> None:
@@ -54,6 +56,8 @@ class Channel(asyncio.Protocol):
     async def begin(self, connection: socket.socket, *, called: bool) -> None:
         """Take over a connection, both of whose ends have shown who they are.
 
+        Where it is encrypted, this waits for the other end to begin.
+
         Args:
             called: whether the other end asked for it.
 
@@ -65,12 +69,18 @@ class Channel(asyncio.Protocol):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, buffer, KERNEL_BYTES)
+        limit = None if tls is None else TLS_SECONDS
         if called:
-            await loop.connect_accepted_socket(lambda: self, connection, ssl=tls)
+            await loop.connect_accepted_socket(
+                lambda: self, connection, ssl=tls, ssl_handshake_timeout=limit
+            )
         else:
-            name = None if tls is None else "front-end"
             await loop.create_connection(
-                lambda: self, sock=connection, ssl=tls, server_hostname=name
+                lambda: self,
+                sock=connection,
+                ssl=tls,
+                server_hostname=None if tls is None else "front-end",
+                ssl_handshake_timeout=limit,
             )
 
     def send(self, message: Any) -> None:
@@ -88,7 +98,7 @@ class Channel(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        self._transport.set_write_buffer_limits(high=0)
+        self._transport.set_write_buffer_limits(high=1)  # 0 would stop TLS with nothing left
         self.is_writable = True
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -89,7 +90,7 @@ class Replica:
         self._will_tell = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel = Channel(self._obey, self._abandon, self._tell)
-        self._beating: asyncio.Task[None] | None = None
+        self._speaking: asyncio.Task[None] | None = None
 
     async def ping(self) -> None:
         """Answer that the process runs."""
@@ -113,8 +114,7 @@ class Replica:
         with ThreadPoolExecutor(max_workers=1) as thread:
             model = await loop.run_in_executor(thread, make)
         self._engine = model.engine
-        await self._channel.begin(await follow(invitation), called=False)
-        self._beating = loop.create_task(self._beat())
+        self._speaking = loop.create_task(self._speak(await follow(invitation)))
         return ReplicaFacts(
             model.spec,
             model.limits,
@@ -170,8 +170,9 @@ class Replica:
         if self._channel.is_writable and (self._events or self._rounds):
             self._send_batch()
 
-    async def _beat(self) -> None:
-        """Send a batch every second, even an empty one."""
+    async def _speak(self, connection: socket.socket) -> None:
+        """Begin when the front end does, then send a batch every second, even an empty one."""
+        await self._channel.begin(connection, called=False)
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             if self._channel.is_writable:
