@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from vdiff_kserve.models import ForwardBatch, LanguageModel
+from vdiff_kserve.models import ForwardBatch, LanguageModel, keep_freed_memory
 
 REFRESH_SECONDS = 0.25
 """How much longer than a round of cached passes a round may take for the sake of whole ones."""
@@ -31,6 +31,8 @@ def measured_token_budget(decoder: LanguageModel, longest: int) -> int:
     Args:
         longest: the model's context; the sample is not longer.
     """
+    if decoder.device.type == "cpu":
+        keep_freed_memory()
     tokens = min(SAMPLE_TOKENS, longest)
     batch = ForwardBatch.dense(torch.zeros(1, tokens, dtype=torch.long, device=decoder.device))
     tried: list[float] = []

@@ -35,7 +35,13 @@ from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import FollowingScheduler, Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
 from vdiff_kserve.engine.watch import LOOK_SECONDS, RoundWatch
-from vdiff_kserve.models import LanguageModel, ModelSpec, RenoisingModel, ReuseGraphs
+from vdiff_kserve.models import (
+    LanguageModel,
+    ModelSpec,
+    RenoisingModel,
+    ReuseGraphs,
+    keep_freed_memory,
+)
 
 Inbox = SimpleQueue[GenerationEvent | EngineError]
 
@@ -109,6 +115,8 @@ class Engine:
         self.failure: BaseException | None = None
         self.num_steps = 0
         self._has_auxiliary = auxiliary is not None
+        if decoder.device.type == "cpu":
+            keep_freed_memory()
         decoders = [decoder] if auxiliary is None else [decoder, auxiliary]
         tokens = self._cache_tokens(decoders)
         self._cache, *others = [

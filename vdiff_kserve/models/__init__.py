@@ -4,7 +4,7 @@ from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.causal import load_causal_model
 from vdiff_kserve.models.checkpoint_config import CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig, LayerwisePass
-from vdiff_kserve.models.host_memory import free_host_memory
+from vdiff_kserve.models.host_memory import free_host_memory, keep_freed_memory
 from vdiff_kserve.models.language_model import ForwardPass, LanguageModel, RenoisingModel
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
@@ -41,6 +41,7 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "free_host_memory",
+    "keep_freed_memory",
     "load_causal_decoder",
     "load_causal_model",
     "load_decoder",

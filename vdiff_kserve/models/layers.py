@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdiff_kserve.models.batch import AttentionGroup
+from vdiff_kserve.models.matmul_attention import attend_row, prefers_products
 from vdiff_kserve.models.packed_linear import multiplied_linear, silu_linear
 
 
@@ -92,52 +95,76 @@ def attend(
     Returns:
         [query tokens, heads * head_dim]
     """
-    outputs, q_start, k_start = [], 0, 0
+    outputs: list[Tensor] = []
+    q_start, k_start = 0, 0
     for group in groups:
         q_end = q_start + group.rows * group.queries
         k_end = k_start + group.rows * group.tokens
+        mask = None
+        if block is not None:
+            mask = block_causal_mask(group.queries, group.keys, block, query.device)
         q = query[q_start:q_end]
         if group.cache_offsets is None:
             k, v = key[k_start:k_end], value[k_start:k_end]
-            outputs.append(_attend_rows(q, k, v, group.rows, block))
+            outputs += _attend_fresh(q, k, v, group, mask)
         else:
             assert cached is not None
-            outputs.append(_attend_cached(q, cached, group, block))
+            outputs += _attend_at(q, *cached, group.cache_offsets, group, mask)
         q_start, k_start = q_end, k_end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend_rows(query: Tensor, key: Tensor, value: Tensor, rows: int, block: int | None) -> Tensor:
-    q, k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in (query, key, value))
-    mask = None if block is None else block_causal_mask(q.shape[2], k.shape[2], block, q.device)
-    gqa = q.shape[1] != k.shape[1]
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-    return attended.transpose(1, 2).flatten(0, 1).flatten(1)
+def _attend_fresh(
+    query: Tensor, key: Tensor, value: Tensor, group: AttentionGroup, mask: Tensor | None
+) -> list[Tensor]:
+    """Rows of one shape that lie end to end with their keys."""
+    if prefers_products(query, group.queries, group.keys):
+        return _attend_at(query, key, value, range(0, len(key), group.tokens), group, mask)
+    q, k, v = (t.unflatten(0, (group.rows, -1)).transpose(1, 2) for t in (query, key, value))
+    return [_merge_heads(_attend_heads(q, k, v, mask))]
 
 
-def _attend_cached(
-    query: Tensor, cached: tuple[Tensor, Tensor], group: AttentionGroup, block: int | None
-) -> Tensor:
-    """Rows of one shape whose keys lie at places of their own; reading them there costs less than
+def _attend_at(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    offsets: Sequence[int],
+    group: AttentionGroup,
+    mask: Tensor | None,
+) -> list[Tensor]:
+    """Rows of one shape whose keys begin at places of their own; reading them there costs less than
     gathering them for one call."""
-    assert group.cache_offsets is not None
-    q = query.unflatten(0, (group.rows, -1)).transpose(1, 2)  # [rows, heads, queries, head_dim]
-    keys, values = (stored.transpose(0, 1)[None] for stored in cached)
-    mask = None
-    if block is not None:
-        mask = block_causal_mask(group.queries, group.keys, block, query.device)
-    gqa = q.shape[1] != keys.shape[1]
-    attended = [
-        F.scaled_dot_product_attention(
-            row,
-            keys.narrow(2, offset, group.keys),
-            values.narrow(2, offset, group.keys),
-            attn_mask=mask,
-            enable_gqa=gqa,
-        ).transpose(1, 2)
-        for row, offset in zip(q.split(1), group.cache_offsets, strict=True)
+    rows = zip(query.split(group.queries), offsets, strict=True)
+    if prefers_products(query, group.queries, group.keys):
+        return [
+            attend_row(
+                row, keys.narrow(0, place, group.keys), values.narrow(0, place, group.keys), mask
+            )
+            for row, place in rows
+        ]
+    k, v = (stored.transpose(0, 1)[None] for stored in (keys, values))
+    return [
+        _merge_heads(
+            _attend_heads(
+                row.transpose(0, 1)[None],
+                k.narrow(2, place, group.keys),
+                v.narrow(2, place, group.keys),
+                mask,
+            )
+        )
+        for row, place in rows
     ]
-    return torch.cat(attended).flatten(0, 1).flatten(1)
+
+
+def _attend_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's attention; all are [rows, heads, tokens, head_dim]."""
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=gqa)
+
+
+def _merge_heads(attended: Tensor) -> Tensor:
+    """[rows, heads, queries, head_dim] -> [rows * queries, heads * head_dim]"""
+    return attended.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def block_causal_mask(queries: int, keys: int, block: int, device: torch.device) -> Tensor | None:
