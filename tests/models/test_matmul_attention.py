@@ -77,12 +77,12 @@ def test_the_processor_decides(
 def test_it_is_for_large_rows_in_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_attention, "_multiplies_bfloat16", lambda: True)
     query = torch.empty(0, 8, 64, dtype=torch.bfloat16)
-    assert prefers_products(query, 32, 300)
-    assert not prefers_products(query, 32, 100)
-    assert not prefers_products(query.float(), 32, 300)
-    assert not prefers_products(query.to("meta"), 32, 300)
-    monkeypatch.setattr(matmul_attention, "_multiplies_bfloat16", lambda: False)
+    assert prefers_products(query, 32, 400)
     assert not prefers_products(query, 32, 300)
+    assert not prefers_products(query.float(), 32, 400)
+    assert not prefers_products(query.to("meta"), 32, 400)
+    monkeypatch.setattr(matmul_attention, "_multiplies_bfloat16", lambda: False)
+    assert not prefers_products(query, 32, 400)
 
 
 @pytest.mark.parametrize("block", [None, 32])

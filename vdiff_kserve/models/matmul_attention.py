@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vdiff_kserve.models.precision import cpu_flags
 
-LEAST_PRODUCTS = 4_000_000
+LEAST_PRODUCTS = 6_000_000
 """Multiplications of queries and keys from which the products are faster. Each call has a fixed
 cost, about 60 microseconds more than torch's kernel."""
 
