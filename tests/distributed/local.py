@@ -20,6 +20,7 @@ from tests.openai.engine import limits
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.distributed import supervisor as supervising
 from vdiff_kserve.distributed.autoscale import Autoscaler, Bounds
+from vdiff_kserve.distributed.link import State
 from vdiff_kserve.distributed.meeting import Listener
 from vdiff_kserve.distributed.pool import ReplicaPool
 from vdiff_kserve.distributed.replica import Loader, Replica
@@ -165,7 +166,7 @@ async def replicas(
     try:
         await watcher.start()
         await started.until(lambda: len(actors) >= Bounds.parse(number).low)
-        await started.until(lambda: all(link.facts is not None for link in pool.links))
+        await started.until(lambda: all(link.state is State.READY for link in pool.links))
         yield started
     finally:
         pool.stop()

@@ -153,6 +153,7 @@ async def test_a_connection_that_breaks_is_a_loss_to_both_ends(monkeypatch) -> N
         await two.until(lambda: len(cut_off._running) == 4 and gates.decoders[0].waiting == 1)
         cut_off._channel._transport.abort()
         await two.until(lambda: two.actors[0].is_dead and not cut_off._running)
+        await two.until(lambda: len(gates.decoders) == 3)
         gates.open()
         assert await asyncio.gather(*reading) == expected(requests)
 
