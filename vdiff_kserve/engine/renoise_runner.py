@@ -10,7 +10,8 @@ from torch import Tensor
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.renoising import CanvasDecision, RenoiseRow
 from vdiff_kserve.engine.row import Decision, Row
-from vdiff_kserve.engine.runner import ModelRunner, of_rows
+from vdiff_kserve.engine.runner import ModelRunner
+from vdiff_kserve.engine.step_tables import constraints_of, logprobs_by_row
 from vdiff_kserve.models import ForwardBatch, ModelSpec, RenoisingModel
 from vdiff_kserve.sampler import (
     Logprobs,
@@ -102,7 +103,7 @@ class RenoiseRunner(ModelRunner):
             params=[row.step_params for row in rows],
             quotas=counts,
             lengths=[len(row) for row in rows],
-            constraints=self._constraints(rows, opened),
+            constraints=constraints_of(rows, opened, self._vocab_size, self._device),
         )
         temperatures = torch.stack([row.temperature for row in rows]).to(self._device)
         proposal, likeliest, soft, told = self._propose_all(hidden, step_rows, temperatures)
@@ -114,7 +115,7 @@ class RenoiseRunner(ModelRunner):
             for row, tokens, entropy in zip(rows, best, entropies, strict=True)
         ]
         written = [torch.full((count,), yes) for count, yes in zip(counts, done, strict=True)]
-        logprobs = [None] * len(rows) if told is None else of_rows(told, rows, written)
+        logprobs = [None] * len(rows) if told is None else logprobs_by_row(told, rows, written)
         return [
             CanvasDecision(
                 row.next_span(),

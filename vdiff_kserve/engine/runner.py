@@ -11,10 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vdiff_kserve.engine.grammar_rows import GrammarRow
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
+from vdiff_kserve.engine.step_tables import (
+    evidence_of,
+    keep_evidence,
+    logprobs_by_row,
+    table_of,
+)
 from vdiff_kserve.models import (
     ForwardBatch,
     LanguageModel,
@@ -25,15 +30,11 @@ from vdiff_kserve.models import (
     to_device,
 )
 from vdiff_kserve.sampler import (
-    AllowedTokens,
-    ConstrainedRow,
-    ConstraintTable,
     Evidence,
     Logprobs,
     Proposal,
     SpecialTokens,
     StepRows,
-    TokenRules,
     accumulate,
     can_propose_from_shards,
     constrain,
@@ -98,27 +99,7 @@ class ModelRunner:
         """
         spans = [row.next_span() for row in rows]
         opened = [row.open_positions() for row in rows]
-        was_written = [
-            torch.where(row.masked[positions], -1, row.canvas[positions])
-            for row, positions in zip(rows, opened, strict=True)
-        ]
-        counts = [len(positions) for positions in opened]
-        row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
-        row_index, position, written = to_device(
-            torch.stack([row_of, torch.cat(opened), torch.cat(was_written)]), self._device
-        )
-        step_rows = StepRows(
-            row=row_index,
-            position=position,
-            written=written,
-            params=[row.step_params for row in rows],
-            quotas=[row.quota for row in rows],
-            lengths=[len(row) for row in rows],
-            constraints=self._constraints(rows, opened),
-            allowed=self._allowed(rows),
-            host_row=row_of,
-            targets=self._targets(rows, opened),
-        )
+        step_rows = table_of(rows, opened, self._vocab_size, self._device)
         with self._timed("forward"):
             hidden, unguided = self._hidden(rows, spans, opened)
         with self._timed("sample"):
@@ -135,7 +116,7 @@ class ModelRunner:
     ) -> list[Decision]:
         """Candidates for the open positions, and which of them are committed."""
         counts = [len(positions) for positions in opened]
-        evidence = self._evidence(rows, opened)
+        evidence = evidence_of(rows, opened, self._device)
         proposal, evidence, told = self._propose(hidden, unguided, step_rows, evidence)
         accept = select(proposal, step_rows)
         drafted = [i for i, row in enumerate(rows) if row.uses_auxiliary]
@@ -148,8 +129,8 @@ class ModelRunner:
             row.review(*of_row)
             for row, *of_row in zip(rows, opened, chosen.bool().split(counts), tokens, strict=True)
         ]
-        kept = [None] * len(rows) if evidence is None else self._keep(rows, opened, evidence)
-        logprobs = [None] * len(rows) if told is None else of_rows(told, rows, accepted)
+        kept = [None] * len(rows) if evidence is None else keep_evidence(rows, opened, evidence)
+        logprobs = [None] * len(rows) if told is None else logprobs_by_row(told, rows, accepted)
         return [
             Decision(span, positions[yes], token[yes], credit, int(row.uses_auxiliary), scores)
             for row, span, positions, yes, token, credit, scores in zip(
@@ -287,82 +268,6 @@ class ModelRunner:
             Logprobs.join(told).cpu() if told else None,
         )
 
-    def _targets(self, rows: Sequence[Row], opened: list[Tensor]) -> Tensor | None:
-        """Tokens that rows want to be told of in place of candidates, -1 for none; None when no row
-        scores anything."""
-        given = [row.targets(positions) for row, positions in zip(rows, opened, strict=True)]
-        if all(each is None for each in given):
-            return None
-        targets = [
-            torch.full_like(positions, -1) if each is None else each
-            for each, positions in zip(given, opened, strict=True)
-        ]
-        return torch.cat(targets).to(self._device)
-
-    def _constraints(self, rows: Sequence[Row], opened: list[Tensor]) -> ConstraintTable | None:
-        """What rows ask of their tokens; None when none does."""
-        asking = []
-        for i, (row, positions) in enumerate(zip(rows, opened, strict=True)):
-            asked = row.params.constraints
-            if asked is None:
-                continue
-            if row.token_rules is None:
-                row.token_rules = TokenRules.of(
-                    asked, row.request.prompt_ids, self._vocab_size, self._device
-                )
-            asking.append(
-                ConstrainedRow(
-                    i, asked, row.token_rules, row.prompt_length, row.written_answer, positions
-                )
-            )
-        return ConstraintTable.of(asking, len(rows))
-
-    def _allowed(self, rows: Sequence[Row]) -> AllowedTokens | None:
-        """What grammars let stand at the frontiers of rows that follow one; None when none does."""
-        following = [(i, row) for i, row in enumerate(rows) if isinstance(row, GrammarRow)]
-        if not following:
-            return None
-        places, tokens = zip(
-            *[row.next_allowed(self._vocab_size) for _, row in following], strict=True
-        )
-        return AllowedTokens(
-            row=torch.tensor([i for i, _ in following], device=self._device),
-            position=torch.tensor(places, device=self._device),
-            allowed=torch.stack(tokens).to(self._device),
-        )
-
-    def _evidence(self, rows: Sequence[Row], opened: list[Tensor]) -> Evidence | None:
-        """What earlier steps of the rows' blocks left behind; None when no row keeps any."""
-        if all(row.params.policy != "credit" for row in rows):
-            return None
-        return Evidence.join(
-            [
-                Evidence.none(len(positions), self._device)
-                if row.evidence is None
-                else row.evidence.part((positions - row.block_start).to(self._device))
-                for row, positions in zip(rows, opened, strict=True)
-            ]
-        )
-
-    def _keep(
-        self, rows: Sequence[Row], opened: list[Tensor], evidence: Evidence
-    ) -> list[Evidence | None]:
-        """Each row's evidence, laid out over its whole block."""
-        kept: list[Evidence | None] = []
-        start = 0
-        for row, positions in zip(rows, opened, strict=True):
-            own = evidence.part(slice(start, start + len(positions)))
-            start += len(positions)
-            if row.params.policy != "credit":
-                kept.append(None)
-                continue
-            shape = (row.block_end - row.block_start, own.token.shape[1])
-            block = Evidence(own.token.new_zeros(shape), own.credit.new_zeros(shape))
-            places = (positions - row.block_start).to(self._device)
-            block.token[places], block.credit[places] = own.token, own.credit
-            kept.append(block)
-        return kept
-
     def _verify(
         self,
         accept: Tensor,
@@ -429,21 +334,6 @@ def _passes(rows: Sequence[Row], mask_token_id: int | None) -> list[Pass]:
 
 def _place(span: RowSpan) -> int:
     return -1 if span.cache_offset is None else span.cache_offset
-
-
-def of_rows(
-    told: Logprobs, rows: Sequence[Row], accepted: Sequence[Tensor]
-) -> list[Logprobs | None]:
-    """The log probabilities of what each row writes; None for those that did not ask."""
-    found: list[Logprobs | None] = []
-    start = 0
-    for row, yes in zip(rows, accepted, strict=True):
-        if row.params.top_logprobs is None:
-            found.append(None)
-            continue
-        found.append(told.part(slice(start, start + len(yes))).part(yes))
-        start += len(yes)
-    return found
 
 
 def _twins(rows: Sequence[Row], spans: Sequence[RowSpan]) -> dict[Row, Row]:

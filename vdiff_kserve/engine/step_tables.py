@@ -1,0 +1,154 @@
+"""From the rows of a step to what the sampler takes of them, and from what it gives back to rows.
+
+`opened` are always the rows' open positions, as `Row.open_positions` gives them: int64 [n] each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vdiff_kserve.engine.grammar_rows import GrammarRow
+from vdiff_kserve.engine.row import Row
+from vdiff_kserve.models import to_device
+from vdiff_kserve.sampler import (
+    AllowedTokens,
+    ConstrainedRow,
+    ConstraintTable,
+    Evidence,
+    Logprobs,
+    StepRows,
+    TokenRules,
+)
+
+
+def table_of(
+    rows: Sequence[Row], opened: Sequence[Tensor], vocab_size: int, device: torch.device
+) -> StepRows:
+    """The open positions of all rows, one row's after the other's, and what each row asks."""
+    was_written = [
+        torch.where(row.masked[positions], -1, row.canvas[positions])
+        for row, positions in zip(rows, opened, strict=True)
+    ]
+    counts = torch.tensor([len(positions) for positions in opened])
+    row_of = torch.arange(len(rows)).repeat_interleave(counts)
+    row_index, position, written = to_device(
+        torch.stack([row_of, torch.cat(list(opened)), torch.cat(was_written)]), device
+    )
+    return StepRows(
+        row=row_index,
+        position=position,
+        written=written,
+        params=[row.step_params for row in rows],
+        quotas=[row.quota for row in rows],
+        lengths=[len(row) for row in rows],
+        constraints=constraints_of(rows, opened, vocab_size, device),
+        allowed=_allowed(rows, vocab_size, device),
+        host_row=row_of,
+        targets=_targets(rows, opened, device),
+    )
+
+
+def constraints_of(
+    rows: Sequence[Row], opened: Sequence[Tensor], vocab_size: int, device: torch.device
+) -> ConstraintTable | None:
+    """What rows ask of their tokens; None when none does."""
+    asking = []
+    for i, (row, positions) in enumerate(zip(rows, opened, strict=True)):
+        asked = row.params.constraints
+        if asked is None:
+            continue
+        if row.token_rules is None:
+            row.token_rules = TokenRules.of(asked, row.request.prompt_ids, vocab_size, device)
+        asking.append(
+            ConstrainedRow(
+                i, asked, row.token_rules, row.prompt_length, row.written_answer, positions
+            )
+        )
+    return ConstraintTable.of(asking, len(rows))
+
+
+def _allowed(rows: Sequence[Row], vocab_size: int, device: torch.device) -> AllowedTokens | None:
+    """What grammars let stand at the frontiers of rows that follow one; None when none does."""
+    following = [(i, row) for i, row in enumerate(rows) if isinstance(row, GrammarRow)]
+    if not following:
+        return None
+    places, tokens = zip(*[row.next_allowed(vocab_size) for _, row in following], strict=True)
+    return AllowedTokens(
+        row=torch.tensor([i for i, _ in following], device=device),
+        position=torch.tensor(places, device=device),
+        allowed=torch.stack(tokens).to(device),
+    )
+
+
+def _targets(rows: Sequence[Row], opened: Sequence[Tensor], device: torch.device) -> Tensor | None:
+    """Tokens that rows want to be told of in place of candidates, -1 for none; None when no row
+    scores anything."""
+    given = [row.targets(positions) for row, positions in zip(rows, opened, strict=True)]
+    if all(each is None for each in given):
+        return None
+    targets = [
+        torch.full_like(positions, -1) if each is None else each
+        for each, positions in zip(given, opened, strict=True)
+    ]
+    return torch.cat(targets).to(device)
+
+
+def evidence_of(
+    rows: Sequence[Row], opened: Sequence[Tensor], device: torch.device
+) -> Evidence | None:
+    """What earlier steps of the rows' blocks left behind at their open positions; None when no row
+    keeps any."""
+    if all(row.params.policy != "credit" for row in rows):
+        return None
+    return Evidence.join(
+        [
+            Evidence.none(len(positions), device)
+            if row.evidence is None
+            else row.evidence.part((positions - row.block_start).to(device))
+            for row, positions in zip(rows, opened, strict=True)
+        ]
+    )
+
+
+def keep_evidence(
+    rows: Sequence[Row], opened: Sequence[Tensor], evidence: Evidence
+) -> list[Evidence | None]:
+    """Each row's part of a step's evidence, laid out over its whole block; None for rows that keep
+    none."""
+    kept: list[Evidence | None] = []
+    start = 0
+    for row, positions in zip(rows, opened, strict=True):
+        own = evidence.part(slice(start, start + len(positions)))
+        start += len(positions)
+        if row.params.policy != "credit":
+            kept.append(None)
+            continue
+        shape = (row.block_end - row.block_start, own.token.shape[1])
+        block = Evidence(own.token.new_zeros(shape), own.credit.new_zeros(shape))
+        places = (positions - row.block_start).to(own.token.device)
+        block.token[places], block.credit[places] = own.token, own.credit
+        kept.append(block)
+    return kept
+
+
+def logprobs_by_row(
+    told: Logprobs, rows: Sequence[Row], accepted: Sequence[Tensor]
+) -> list[Logprobs | None]:
+    """The log probabilities of what each row writes; None for those that did not ask.
+
+    Args:
+        told: of the open positions of the rows that asked.
+        accepted: bool [n] each, which of a row's open positions are written.
+    """
+    found: list[Logprobs | None] = []
+    start = 0
+    for row, yes in zip(rows, accepted, strict=True):
+        if row.params.top_logprobs is None:
+            found.append(None)
+            continue
+        found.append(told.part(slice(start, start + len(yes))).part(yes))
+        start += len(yes)
+    return found
