@@ -153,6 +153,21 @@ def test_copy_of_a_prompt_that_is_kept_twice_is_given_back() -> None:
     assert prefixes.idle_tokens == cache.used == 16
 
 
+def test_run_whose_later_copy_made_room_is_given_back() -> None:
+    """Two rows begin alike; the second ends and makes room for others before the first is taken
+    out."""
+    cache = KVCache(CONFIG, 48, torch.device("cpu"), torch.float32)
+    prefixes = PrefixCache(cache, BLOCK)
+    first, second = (prefixes.reserve(16) for _ in range(2))
+    for run in (first, second):
+        prefixes.publish(run, (1,) * 16)
+    prefixes.release(second)
+    other = prefixes.reserve(32)  # in the place of the second
+    prefixes.release(first)
+    prefixes.release(other)
+    assert prefixes.idle_tokens == cache.used == 0
+
+
 def test_hash_of_a_block_depends_on_all_before_it() -> None:
     first = block_hashes((1,) * 8 + (2,) * 8, BLOCK)
     second = block_hashes((3,) * 8 + (2,) * 8, BLOCK)

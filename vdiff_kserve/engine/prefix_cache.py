@@ -81,23 +81,28 @@ class PrefixCache:
         replaced = {self._holder[h] for h in hashes if h in self._holder} - {offset}
         self._holder.update(dict.fromkeys(hashes, offset))
         for run in replaced & self._idle.keys():
-            if all(self._holder[h] != run for h in self._hashes[run]):
+            if not self._is_found(run):
                 self._drop(run)
 
     def release(self, offset: int) -> None:
         """The run's row is gone: keep what is known of it, give back the rest."""
-        hashes = self._hashes.get(offset, [])
-        if all(self._holder[known] != offset for known in hashes):
+        if not self._is_found(offset):
             self._forget(offset)
             self._cache.release(offset)
             return
-        self._idle[offset] = self._block_length * len(hashes)
+        self._idle[offset] = self._block_length * len(self._hashes[offset])
         self._cache.shrink(offset, self._idle[offset])
 
     def clear(self) -> None:
         """Give back every idle run."""
         for offset in list(self._idle):
             self._drop(offset)
+
+    def _is_found(self, offset: int) -> bool:
+        """Whether a row that begins alike would be sent to this run: not where others that hold the
+        same blocks were made known later, be they there still or not."""
+        hashes = self._hashes.get(offset, ())
+        return any(self._holder.get(known) == offset for known in hashes)
 
     def _drop(self, offset: int) -> None:
         del self._idle[offset]
