@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from threading import Barrier, Thread
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vdiff_kserve.sampler import (
     DecodingParams,
+    Policy,
     Proposal,
     SpecialTokens,
     StepRows,
@@ -60,9 +62,7 @@ def on_shards(logits: Tensor, rows: StepRows) -> list[Proposal]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_every_shard_proposes_what_the_whole_does(seed: int) -> None:
-    rows = step_rows(PARAMS)
+def assert_shards_agree(rows: StepRows, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(rows.row), VOCAB, generator=generator) * 4
     logits[:, SPECIAL.mask] += 8
@@ -72,6 +72,21 @@ def test_every_shard_proposes_what_the_whole_does(seed: int) -> None:
         assert torch.equal(proposal.token, expected.token)
         torch.testing.assert_close(proposal.confidence, expected.confidence, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(proposal.score, expected.score, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_shard_proposes_what_the_whole_does(seed: int) -> None:
+    assert_shards_agree(step_rows(PARAMS), seed)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_no_policy_is_misjudged_from_parts_of_the_vocabulary(
+    policy: Policy, temperature: float
+) -> None:
+    rows = step_rows([DecodingParams(policy, temperature=temperature, seed=3)])
+    if can_propose_from_shards(rows):
+        assert_shards_agree(rows, seed=0)
 
 
 @pytest.mark.parametrize(

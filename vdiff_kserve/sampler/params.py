@@ -37,6 +37,9 @@ SCHEDULED_POLICIES: frozenset[Policy] = DREAM_POLICIES | {"low_confidence", "ran
 FILTERED_POLICIES: frozenset[Policy] = DREAM_POLICIES | {"p2"}
 """Policies whose confidence is the probability after temperature and filters."""
 
+ENTROPY_POLICIES: frozenset[Policy] = frozenset({"entropy", "entropy_bound", "entropy_sum"})
+"""Policies that rank positions by the entropy of all their tokens."""
+
 STRICT_POLICIES: frozenset[Policy] = frozenset({"dynamic", "edit"})
 """Policies whose tokens must exceed the threshold, as in the published loops."""
 

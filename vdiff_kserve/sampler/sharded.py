@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.sampler.noise import gumbel
-from vdiff_kserve.sampler.params import FILTERED_POLICIES, DecodingParams
+from vdiff_kserve.sampler.params import ENTROPY_POLICIES, FILTERED_POLICIES, DecodingParams
 from vdiff_kserve.sampler.step import LEAST_SCORE, Proposal, SpecialTokens, StepRows
 
 Gather = Callable[[Tensor], Tensor]
@@ -28,7 +28,8 @@ def can_propose_from_shards(rows: StepRows) -> bool:
 def _needs_whole(p: DecodingParams) -> bool:
     filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
     return (
-        p.policy in ("topk_margin", "entropy", "entropy_bound", "credit", "apd")
+        p.policy in ENTROPY_POLICIES
+        or p.policy in ("topk_margin", "credit", "apd")
         or (p.temperature > 0 and (filtered or _is_confidence_filtered(p)))
         or p.constraints is not None
         or p.top_logprobs is not None

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.sampler.noise import gumbel
-from vdiff_kserve.sampler.params import FILTERED_POLICIES, DecodingParams, Policy
+from vdiff_kserve.sampler.params import (
+    ENTROPY_POLICIES,
+    FILTERED_POLICIES,
+    DecodingParams,
+    Policy,
+)
 
 if TYPE_CHECKING:
     from vdiff_kserve.sampler.constrain import ConstraintTable
@@ -275,7 +280,7 @@ def _score(logits: Tensor, confidence: Tensor, rows: StepRows) -> Tensor:
     if by_margin is not None:
         top = logits.softmax(dim=-1).topk(2, dim=-1).values.double()
         score = torch.where(by_margin, top[:, 0] - top[:, 1], score)
-    by_entropy = rows.with_policy("entropy", "entropy_bound", "entropy_sum")
+    by_entropy = rows.with_policy(*ENTROPY_POLICIES)
     if by_entropy is not None:
         probability = logits.softmax(dim=-1)
         negative_entropy = (probability * (probability + 1e-10).log()).sum(dim=-1).double()
