@@ -19,16 +19,11 @@ from transformers import DiffusionGemmaForBlockDiffusion
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.causal_attention import NAME, AttentionCalls, attending
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError
+from vdiff_kserve.models.chunked_pass import CHUNKS, ChunkedPass
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.spec import ModelSpec, Renoising
-from vdiff_kserve.models.transformers_model import (
-    CHUNKS,
-    TOLERANCE,
-    ChunkedPass,
-    cache_shape,
-    from_folder,
-    relative_difference,
-)
+from vdiff_kserve.models.transformers_folder import from_folder
+from vdiff_kserve.models.transformers_model import TOLERANCE, cache_shape, relative_difference
 
 END_OF_TURN = "<turn|>"
 GENERATION = "generation_config.json"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +12,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.causal_attention import NAME, AttentionCalls, attending
-from vdiff_kserve.models.checkpoint_config import MAX_CONTEXT, CheckpointConfig, CheckpointError
+from vdiff_kserve.models.checkpoint_config import CheckpointError
+from vdiff_kserve.models.chunked_pass import CHUNKS, ChunkedPass, WholePass
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.language_model import ForwardPass
-from vdiff_kserve.models.loader import list_tensors
-from vdiff_kserve.models.matching import COMPUTED, NoInitialValues
-from vdiff_kserve.models.safetensors_file import StoredTensor
-from vdiff_kserve.models.tensor_names import NUMBER
+from vdiff_kserve.models.matching import NoInitialValues
+from vdiff_kserve.models.transformers_folder import from_folder
 
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
-LAYER_FIELDS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
-WIDTH_FIELDS = {"hidden_size", "n_embd", "d_model", "vocab_size"}
-SIZE_ENDINGS = ("intermediate_size", "head_dim", "num_attention_heads", "n_head", "experts")
-SPECULATION = re.compile(r"(^|\.)mtp(_layers|_block)?\.")
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 PROBE_LENGTHS = (13, 9)
 PROBE_CONTINUES = 5
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """How far logits may be from transformers' own, see `relative_difference`."""
-CHUNKS = 8
-"""Parts in which a pass over a long text can run, so that it leaves room for other rows."""
-
-logger = logging.getLogger("kserve.vdiff.model")
-
-
 NOT_EXCHANGED = (ValueError, TypeError, RuntimeError, LookupError)
 """What models raise that cannot do with other attention than their own."""
+
+logger = logging.getLogger("kserve.vdiff.model")
 
 
 class NotCacheableError(Exception):
@@ -115,144 +102,6 @@ class CachedTransformersModel(TransformersModel):
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """Logits of the wanted tokens: [outputs, vocab]."""
         return _run(self._model, batch)[0]
-
-
-@dataclass
-class WholePass:
-    """A forward pass with a single stage."""
-
-    model: Callable[[ForwardBatch], Tensor]
-    batch: ForwardBatch
-    layers_left: int = 1
-    _outputs: Tensor | None = None
-
-    def advance(self, layers: int) -> None:
-        """Run it, unless `layers` is 0."""
-        if layers and self.layers_left:
-            self._outputs = self.model(self.batch)
-            self.layers_left = 0
-
-    @property
-    def outputs(self) -> Tensor:
-        """[outputs, vocab]"""
-        assert self._outputs is not None, "the pass is not complete"
-        return self._outputs
-
-
-class ChunkedPass:
-    """A causal model's pass over one row, a chunk of its tokens after the other: each leaves its
-    keys and values for the next. A row without a cache runs in one piece, with the last chunk.
-
-    Attributes:
-        layers_left: chunks still to run.
-    """
-
-    def __init__(self, model: Callable[[ForwardBatch], Tensor], batch: ForwardBatch) -> None:
-        (self._span,) = batch.spans
-        self._model, self._batch = model, batch
-        self._outputs: Tensor | None = None
-        self.layers_left = CHUNKS
-
-    def advance(self, layers: int) -> None:
-        """Run the next `layers` chunks, or as many as are left."""
-        for _ in range(min(layers, self.layers_left)):
-            done = CHUNKS - self.layers_left
-            self.layers_left -= 1
-            if self._span.cache_offset is not None:
-                self._run(done)
-            elif not self.layers_left:
-                self._outputs = self._model(self._batch)
-
-    def _run(self, number: int) -> None:
-        whole = self._span
-        first_wanted = whole.output_start - whole.start
-        ends = [first_wanted * (i + 1) // CHUNKS for i in range(CHUNKS - 1)] + [whole.queries]
-        begin, end = ends[number - 1] if number else 0, ends[number]
-        if begin == end:
-            return
-        start, keys = whole.start + begin, whole.start + end
-        wanted = (whole.output_start, whole.outputs) if not self.layers_left else (keys - 1, 1)
-        span = RowSpan(start, end - begin, keys, *wanted, whole.cache_offset)
-        ids = self._batch.input_ids[begin:end]
-        outputs = self._model(ForwardBatch(ids, (span,), self._batch.store))
-        if not self.layers_left:
-            self._outputs = outputs
-
-    @property
-    def outputs(self) -> Tensor:
-        """[outputs, ...]"""
-        assert self._outputs is not None, "the pass is not complete"
-        return self._outputs
-
-
-def from_folder(
-    model_class: Any, folder: Path, device: torch.device | str, dtype: torch.dtype
-) -> Any:
-    """What transformers' own `model_class` makes of a folder, in eval mode without gradients.
-
-    No code of the checkpoint is run.
-
-    Raises:
-        CheckpointError: the folder is not sound, transformers cannot load it, or its tensors do not
-            fit its config.
-    """
-    _check_sizes(CheckpointConfig.read(folder), list_tensors(folder))
-    try:
-        model, report = model_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below
-        )
-    except Exception as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {error!r}") from error
-    unread = {key for key in report["unexpected_keys"] if not _is_of_no_use(key, model.config)}
-    found = report | {"unexpected_keys": unread}
-    kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
-    wrong = {name: found[name] for name in kinds if found[name]}
-    if wrong:
-        found = "; ".join(f"{name}: {sorted(map(str, keys))[:8]}" for name, keys in wrong.items())
-        raise CheckpointError(f"{folder}: tensors do not fit config.json. {found}")
-    return model.requires_grad_(False).eval()
-
-
-def _is_of_no_use(name: str, config: Any) -> bool:
-    """Whether a tensor without a place in transformers' model is one that published checkpoints
-    have beside their weights: what follows from the configuration, or heads that predict further
-    tokens for speculation. transformers itself knows those of some models by name, and drops any
-    other tensor with a warning; here any other is taken for a sign of a wrong `config.json`."""
-    if COMPUTED.search(name) or SPECULATION.search(name):
-        return True
-    text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", 0)
-    further = getattr(text, "num_nextn_predict_layers", None) or 0
-    layer = LAYER.search(name)
-    return layer is not None and layers <= int(layer[1]) < layers + further
-
-
-def _check_sizes(config: CheckpointConfig, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuse what transformers would take memory for, to find then that it does not fit.
-
-    Raises:
-        CheckpointError: a size that the files contradict.
-    """
-    layers = max((int(i) for name in stored for i in NUMBER.findall(name)), default=0) + 1
-    sides = {side for tensor in stored.values() for side in tensor.shape}
-    longest = max(sides, default=0)
-    for part in (config, config.part("text_config")):
-        for field, value in part.integers_by_name().items():
-            if field in LAYER_FIELDS and not 0 < value <= layers:
-                raise part.error(field, f"says {value} layers, the files have {layers} at most")
-            if field in WIDTH_FIELDS and value not in sides:
-                raise part.error(field, f"says {value}, and no tensor has a side of that")
-            if field.endswith(SIZE_ENDINGS) and value > longest:
-                raise part.error(field, f"says {value}, the longest side of a tensor is {longest}")
-            if abs(value) > MAX_CONTEXT:
-                raise part.error(field, f"{value} is no size of a model")
 
 
 def load_transformers_model(
