@@ -361,14 +361,49 @@ def _ready(some: Replicas) -> int:
     return sum(link.state is State.READY for link in some.pool.links)
 
 
-async def test_a_stopped_pool_tells_its_requests(monkeypatch) -> None:
-    gates = Gated()
+async def test_a_stopped_pool_tells_its_requests_where_its_batches_come(monkeypatch) -> None:
+    gates, threads, fail = Gated(), set[threading.Thread](), ticket.Ticket.fail
+
+    def noted(each: ticket.Ticket, error: EngineError) -> None:
+        threads.add(threading.current_thread())
+        fail(each, error)
+
+    monkeypatch.setattr(ticket.Ticket, "fail", noted)
     async with replicas(monkeypatch, decoder=gates) as two:
         streams = two.pool.submit(many(12))
         await asyncio.to_thread(two.pool.stop)
+        assert threads == {threading.current_thread()}
         ends = await asyncio.gather(*(tokens_of(s) for s in streams), return_exceptions=True)
         assert all(isinstance(end, EngineStoppedError) for end in ends)
         assert not two.pool.alive
         with pytest.raises(EngineStoppedError):
             two.pool.submit(many(1))
     gates.open()
+
+
+class NoActorsError(Exception):
+    """Of a cluster that starts nothing."""
+
+
+def start_no_actor(*_: object) -> None:
+    raise NoActorsError
+
+
+async def test_a_supervisor_that_fails_takes_the_pool_with_it(monkeypatch) -> None:
+    """A server that replaces no replicas must not be taken for healthy."""
+    gates = Gated()
+    async with replicas(monkeypatch, "1", decoder=gates) as one:
+        (stream,) = one.pool.submit(many(1))
+        monkeypatch.setattr(one.supervisor._resources, "start", start_no_actor)
+        one.actors[0].die()
+        with pytest.raises(EngineStoppedError):
+            await tokens_of(stream)
+        assert not one.pool.alive
+    gates.open()
+
+
+async def test_a_supervisor_that_fails_at_once_says_why(monkeypatch) -> None:
+    monkeypatch.setattr(supervisor.Supervisor, "_start_one", start_no_actor)
+    with pytest.raises(NoActorsError):
+        async with replicas(monkeypatch, "1"):
+            pass

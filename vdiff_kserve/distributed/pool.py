@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import logging
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from threading import Event, get_ident
 
 from vdiff_kserve.distributed.link import ReplicaLink, State
 from vdiff_kserve.distributed.messages import Batch
@@ -31,6 +32,8 @@ logger = logging.getLogger("kserve.vdiff.replicas")
 LOOK_AHEAD = 0.25
 """Requests that a replica has beside those in its batch, as a share of them, so that a slot that
 becomes free is filled before the front end hears of it."""
+STOP_SECONDS = 5.0
+"""How long a loop that is busy may take to end the requests."""
 
 
 def _nothing() -> None:
@@ -66,6 +69,7 @@ class ReplicaPool:
         self._max_queue = max_queue
         self._observer = observer
         self._loop = asyncio.get_running_loop()
+        self._thread = get_ident()
         self._spec: ModelSpec | None = None
         self._keys = itertools.count()
         self._waiting: list[Ticket] = []
@@ -191,16 +195,31 @@ class ReplicaPool:
         if self._closed:
             return
         self._closed = True
+        self._run_on_loop(self._end_requests)
         for link in list(self.links):
-            self._end_all(link.take_tickets())
             link.end()
-        self._end_all(self._waiting)
-        self._waiting = []
         self.on_stop()
 
-    def _end_all(self, tickets: Iterable[Ticket]) -> None:
-        for ticket in tickets:
+    def _end_requests(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        held = [ticket for link in self.links for ticket in link.take_tickets()]
+        for ticket in (*held, *waiting):
             ticket.fail(EngineStoppedError("The replicas were stopped."))
+
+    def _run_on_loop(self, work: Callable[[], None]) -> None:
+        """Do what belongs to the loop, where batches come meanwhile, and wait for it; here when the
+        loop is this thread's own, or runs no more."""
+        if get_ident() == self._thread or not self._loop.is_running():
+            work()
+            return
+        done = Event()
+
+        def run() -> None:
+            work()
+            done.set()
+
+        self._loop.call_soon_threadsafe(run)
+        done.wait(STOP_SECONDS)
 
     def _check_room(self, count: int) -> None:
         slots = self._max_num_seqs * len(self._live)

@@ -74,6 +74,7 @@ class Supervisor:
 
         Raises:
             CheckpointError: none becomes ready.
+            Exception: whatever else keeps the supervisor from starting them.
         """
         self._spawn(self._watch())
         return await self._first
@@ -121,8 +122,20 @@ class Supervisor:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Without one of its tasks the supervisor would keep nothing alive any more: what fails
+        ends the pool, so that the server is not taken for healthy."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None or self._closed:
+            return
+        logger.critical("The replicas are looked after no more.", exc_info=error)
+        if not self._first.done():
+            self._first.set_exception(error)
+        self._pool.stop()
 
     def _let_go(self) -> None:
         for task in self._tasks:
