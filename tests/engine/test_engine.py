@@ -140,14 +140,27 @@ async def test_abort_of_a_waiting_row_gives_its_place_in_the_queue() -> None:
         with pytest.raises(QueueFullError):
             engine.submit([request_of()])
         second.abort()
+        (third,) = engine.submit([request_of()])
         gated.allow(1)
         wait_until(lambda: gated.waiting == 1 and gated.passes == 1)
-        assert engine.num_waiting == 0
-        (third,) = engine.submit([request_of()])
+        assert engine.num_waiting == 1
         gated.allow(31)
         assert tokens_of(await collect(first)) == tokens_of(await collect(third))
         assert_empty(engine)
         assert gated.passes == 32
+
+
+async def test_abort_of_a_running_row_gives_its_place_before_its_pass_ends() -> None:
+    """Else whoever ends an answer at a stop string would be refused the next one."""
+    gated = GatedDecoder.around(DECODER)
+    with running(gated, EngineConfig(max_num_seqs=1, max_queue=0)) as engine:
+        (first,) = engine.submit([request_of()])
+        wait_until(lambda: gated.waiting == 1)
+        first.abort()
+        (second,) = engine.submit([request_of()])
+        gated.allow(17)
+        assert len(tokens_of(await collect(second))) == 16
+        assert_empty(engine)
 
 
 async def test_abort_in_the_middle_of_a_stream_leaves_the_others_alone() -> None:

@@ -86,18 +86,19 @@ class Scheduler:
         return len(self._arrived) + len(self._waiting) if self._closed is None else 0
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Queue rows, all or none of them. Places are counted beyond what free slots take at once.
+        """Queue rows, all or none of them. Those that are over or aborted take no place any more,
+        though they leave with the next round.
 
         Raises:
-            QueueFullError: they do not all fit.
+            QueueFullError: more rows would be unfinished than may run and wait.
             EngineStoppedError: the engine no longer takes requests.
         """
         with self._changed:
             if self._closed is not None:
-                raise self._closed
-            occupied = sum(row.finish_reason is None for row in self._running)
-            free_slots = self._max_num_seqs - occupied
-            if self.num_waiting + len(rows) > free_slots + self._max_queue:
+                raise EngineStoppedError(str(self._closed))
+            held = (*self._running, *self._waiting, *self._arrived)
+            unfinished = sum(not row.aborted and row.finish_reason is None for row in held)
+            if unfinished + len(rows) > self._max_num_seqs + self._max_queue:
                 raise QueueFullError(
                     f"The server is at its limit of {self._max_num_seqs} running and "
                     f"{self._max_queue} waiting requests. Try again later."
