@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -38,6 +39,23 @@ def test_more_prompts_than_places_come_back_in_order(llm: LLM) -> None:
     assert [output.prompt for output in outputs] == prompts
     alone = llm.generate(prompts[7], SamplingParams(max_tokens=4, seed=1), use_tqdm=False)
     assert alone[0].outputs[0].token_ids == outputs[7].outputs[0].token_ids
+
+
+def test_more_lengths_of_holes_than_places_are_tried(llm: LLM) -> None:
+    """Each prompt takes as many places as it has lengths to try."""
+    prompts = [{"prompt": f"Day {i}: Monday, Tuesday,", "suffix": ", Thursday"} for i in range(4)]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=8), use_tqdm=False)
+    assert [output.prompt for output in outputs] == [each["prompt"] for each in prompts]
+    assert all(output.finished for output in outputs)
+
+
+def test_several_threads_share_the_places(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True, stop=["e", " "])
+    prompts = [f"word {i}" for i in range(20)]
+    with ThreadPoolExecutor(3) as threads:
+        found = threads.map(lambda _: llm.generate(prompts, params, use_tqdm=False), range(3))
+        texts = [[output.outputs[0].text for output in outputs] for outputs in found]
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:

@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vdiff_kserve.llm import LLM, AsyncLLM, SamplingParams
+    from vdiff_kserve.llm import LLM, AsyncLLM
+    from vdiff_kserve.llm_values import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]

@@ -6,31 +6,24 @@ Both run the server's own engine and check requests as the server does; the shap
 from __future__ import annotations
 
 import asyncio
-import difflib
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.config import ALL_SETTINGS, DECODING_FLAGS, SETTINGS, ServerConfig
 from vdiff_kserve.distributed.tensor_parallel import load_sharded
-from vdiff_kserve.openai.errors import RequestError, invalid_body
-from vdiff_kserve.openai.logprobs import ScoredToken
-from vdiff_kserve.openai.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    FinishReason,
-    GenerationFields,
-)
+from vdiff_kserve.llm_values import RequestOutput, SamplingParams, add_piece, near, output_of
+from vdiff_kserve.openai.errors import invalid_body
+from vdiff_kserve.openai.infilling import AUTOMATIC_LENGTHS
+from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from vdiff_kserve.openai.service import GenerationService
-from vdiff_kserve.openai.work import Work
 
 Prompt = str | Mapping[str, Any]
 """A text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`; in a mapping also what completions
@@ -47,86 +40,6 @@ TEMPLATE_FIELDS = frozenset(
 SERVER_ONLY = frozenset(
     name for name, each in SETTINGS.items() if each.group in ("server", "replicas")
 )
-
-
-class SamplingParams(GenerationFields):
-    """How answers are generated: the fields of a request, `docs/api.md` says what each does.
-
-    `max_tokens` None is the model's `default_max_tokens`. `logprobs` is how many of the likeliest
-    tokens to tell beside each token's log probability.
-
-    Raises:
-        RequestError: a field that does not exist, or with a value of the wrong type.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_tokens: int | None = None
-    logprobs: int | None = None
-
-    def __init__(self, **fields: Any) -> None:
-        known = type(self).model_fields
-        for name in fields.keys() - known.keys():
-            near = _near(name, known)
-            raise RequestError(f"{name} is not a field of SamplingParams{near}", param=name)
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise invalid_body(error.errors()) from None
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """How likely a token was when the answer's token was committed.
-
-    Attributes:
-        rank: among the tokens that could have been written, from 1.
-        decoded_token: the token alone as text.
-    """
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-@dataclass
-class CompletionOutput:
-    """One answer.
-
-    Attributes:
-        token_ids: its tokens without the end token; where a stop string ended the answer, up to the
-            one that completed it.
-        logprobs: of each token, and of the end token behind them: the token itself, then the
-            likeliest in its place, by token id. None when not asked for.
-        holes: what was written into each hole of a prompt with `infill`; else None.
-        nfe: forward passes of the diffusion model that the answer took part in.
-    """
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    nfe: int = 0
-    logprobs: list[dict[int, Logprob]] | None = None
-    holes: list[str] | None = None
-
-
-@dataclass
-class RequestOutput:
-    """The answers to one prompt, as far as they are written.
-
-    Attributes:
-        prompt: the prompt's text; None for a chat, or when it was given as tokens.
-        num_cached_tokens: prompt tokens that came from the prefix cache.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool = False
-    num_cached_tokens: int = 0
 
 
 class AsyncLLM:
@@ -217,23 +130,35 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         await self._service.prepare([request], endpoint)
         (work,) = self._service.submit([request], endpoint)
-        output = _output_of(work, prompt)
+        output = output_of(work, prompt)
         with work:
             async with aclosing(work.pieces()) as pieces:
                 async for piece in pieces:
-                    answer = output.outputs[piece.index]
-                    answer.text += piece.text
-                    answer.token_ids += piece.token_ids
-                    if answer.logprobs is not None:
-                        answer.logprobs += [_by_token(each) for each in piece.logprobs]
-                    answer.finish_reason = piece.finish_reason
-                    answer.stop_reason = piece.stop_reason
-                    answer.nfe = piece.stats.nfe
-                    answer.holes = None if piece.holes is None else list(piece.holes)
-                    output.num_cached_tokens = piece.stats.cached_tokens
-                    output.finished = work.num_unfinished == 0
+                    add_piece(output, piece, finished=work.num_unfinished == 0)
                     if piece.text or piece.finish_reason is not None:
                         yield output
+
+
+class Places:
+    """Rows that the engine takes at a time; who wants more waits, on the loop that uses it."""
+
+    def __init__(self, number: int) -> None:
+        self._number = self._free = number
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def take(self, rows: int) -> AsyncIterator[None]:
+        """Hold so many of the places, or all of them if there are fewer."""
+        rows = min(rows, self._number)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free >= rows)
+            self._free -= rows
+        try:
+            yield
+        finally:
+            self._free += rows
+            async with self._changed:
+                self._changed.notify_all()
 
 
 class LLM:
@@ -245,6 +170,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         self._model = AsyncLLM(model, **options)
+        self._places = Places(self._model.max_in_flight)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="vdiff-llm", daemon=True
@@ -272,13 +198,15 @@ class LLM:
 
         Raises:
             RequestError: one of the requests cannot be answered.
-        RuntimeError: after `shutdown`.
+            RuntimeError: after `shutdown`.
         """
         one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
         many: list[Any] = [prompts] if one else list(prompts)
         each = _one_each(sampling_params, len(many))
         return self._run_all(
-            [self._model.generate(*pair) for pair in zip(many, each, strict=True)], each, use_tqdm
+            [self._model.generate(*pair) for pair in zip(many, each, strict=True)],
+            [_rows(*pair) for pair in zip(many, each, strict=True)],
+            use_tqdm,
         )
 
     def chat(
@@ -297,7 +225,7 @@ class LLM:
         each = _one_each(sampling_params, len(many))
         return self._run_all(
             [self._model.chat(*pair, **template) for pair in zip(many, each, strict=True)],
-            each,
+            [_rows(*pair) for pair in zip(many, each, strict=True)],
             use_tqdm,
         )
 
@@ -312,23 +240,23 @@ class LLM:
     def _run_all(
         self,
         outputs: Sequence[AsyncGenerator[RequestOutput, None]],
-        params: Sequence[SamplingParams | None],
+        rows: Sequence[int],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        most = max((each.n or 1 for each in params if each is not None), default=1)
-        in_flight = max(1, self._model.max_in_flight // most)
-
         async def run() -> list[RequestOutput]:
-            places = asyncio.Semaphore(in_flight)
             with tqdm(total=len(outputs), unit="prompt", disable=not use_tqdm) as bar:
 
-                async def last(output: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
-                    async with places, aclosing(output):
+                async def last(
+                    output: AsyncGenerator[RequestOutput, None], rows: int
+                ) -> RequestOutput:
+                    async with self._places.take(rows), aclosing(output):
                         result = [each async for each in output][-1]
                     bar.update()
                     return result
 
-                tasks = [asyncio.create_task(last(output)) for output in outputs]
+                tasks = [
+                    asyncio.create_task(last(*each)) for each in zip(outputs, rows, strict=True)
+                ]
                 try:
                     return await asyncio.gather(*tasks)
                 finally:
@@ -361,16 +289,10 @@ def _close(model: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.T
 def _config(model: str | None, options: Mapping[str, Any]) -> ServerConfig:
     allowed = ALL_SETTINGS.keys() - SERVER_ONLY - {"model"}
     for name in options.keys() - allowed:
-        raise TypeError(f"{name!r} is not an option{_near(name, allowed)}")
+        raise TypeError(f"{name!r} is not an option{near(name, allowed)}")
     own = {name: value for name, value in options.items() if name in SETTINGS}
     decoding = {field: options[flag] for flag, field in DECODING_FLAGS.items() if flag in options}
     return ServerConfig(model=model, decoding=decoding, **own)
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    """The known name that was probably meant, as a question."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
@@ -414,16 +336,11 @@ def _one_each(
     return params
 
 
-def _output_of(work: Work, prompt: str | None) -> RequestOutput:
-    told = work.job.tells_logprobs
-    answers = [
-        CompletionOutput(index, logprobs=[] if told else None)
-        for index in range(work.job.num_answers)
-    ]
-    return RequestOutput(work.job.request_id, prompt, list(work.job.prompts[0]), answers)
-
-
-def _by_token(chosen: ScoredToken) -> dict[int, Logprob]:
-    return {
-        each.token_id: Logprob(each.logprob, each.rank, each.text) for each in (chosen, *chosen.top)
-    }
+def _rows(prompt: Prompt | Sequence[Message], params: SamplingParams | None) -> int:
+    """How many rows of the engine a request takes at most: its answers, in every length of a hole
+    that is tried."""
+    lengths = 1
+    if isinstance(prompt, Mapping) and prompt.get("suffix"):
+        named = prompt.get("infill_lengths")
+        lengths = len(named) if isinstance(named, Sequence) else AUTOMATIC_LENGTHS
+    return lengths * ((params and params.n) or 1)
