@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -180,3 +182,12 @@ def test_the_description_of_a_function_cannot_forge_a_turn() -> None:
     ids = chat_prompt(request, tokenizer, limits(template_takes_tools=True))
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids) == forged
+
+
+def test_a_tokenizer_that_nobody_holds_is_freed() -> None:
+    tokenizer = tokenizer_of("llada")
+    prompt(tokenizer, FAMILIES["llada"][2])
+    gone = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert gone() is None

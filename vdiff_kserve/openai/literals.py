@@ -22,14 +22,16 @@ _KNOWN: WeakKeyDictionary[PreTrainedTokenizerFast, Literals] = WeakKeyDictionary
 
 
 class Literals:
-    """The special tokens of a tokenizer and of its chat template, as texts."""
+    """The special tokens of a tokenizer and of its chat template, as texts.
+
+    It is kept as long as the tokenizer lives, and so holds on to nothing that does.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         backend = tokenizer.backend_tokenizer
         added = tokenizer.added_tokens_decoder.values()
         structure = _empty_conversation(tokenizer)
         guarded = {token.content for token in added if token.special or token.content in structure}
-        self._tokenizer = tokenizer
         self._guarded = _any_of(guarded)
         self._added = _any_of(
             {token.content for token in added},
@@ -68,19 +70,30 @@ class Literals:
             return [self.marked(each, marker) for each in value]
         return value
 
-    def encode(self, text: str, marker: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokens of a rendered text; what is marked in it is text."""
+    def encode(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        text: str,
+        marker: str,
+        *,
+        add_special_tokens: bool,
+    ) -> list[int]:
+        """Tokens of a rendered text; what is marked in it is text.
+
+        Args:
+            tokenizer: the one that these special tokens are of.
+        """
         ids: list[int] = []
         end = 0
         for found in self._added.finditer(text):
             ids += self._encode_plain(text[end : found.start()], marker)
-            ids += self._tokenizer.encode(found[0], add_special_tokens=False)
+            ids += tokenizer.encode(found[0], add_special_tokens=False)
             end = found.end()
         ids += self._encode_plain(text[end:], marker)
         if not add_special_tokens:
             return ids
-        alone = self._tokenizer.encode("a", add_special_tokens=False)
-        around = self._tokenizer.encode("a", add_special_tokens=True)
+        alone = tokenizer.encode("a", add_special_tokens=False)
+        around = tokenizer.encode("a", add_special_tokens=True)
         first = next(i for i in range(len(around)) if around[i : i + len(alone)] == alone)
         return around[:first] + ids + around[first + len(alone) :]
 

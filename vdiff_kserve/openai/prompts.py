@@ -89,7 +89,9 @@ def chat_prompt(
     if marker is None:
         return encode(tokenizer, str(text), add_special_tokens=add_special_tokens)
     _require_characters(str(text))
-    return tuple(literals.encode(str(text), marker, add_special_tokens=add_special_tokens))
+    return tuple(
+        literals.encode(tokenizer, str(text), marker, add_special_tokens=add_special_tokens)
+    )
 
 
 def truncated(
