@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vdiff_kserve.openai.answers import Job
 from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.job import Job
 from vdiff_kserve.openai.protocol import (
     ChatCompletionChunk,
     ChatLogprobs,

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from vdiff_kserve import __version__
-from vdiff_kserve.openai.answers import Job, Piece
+from vdiff_kserve.openai.answers import Piece
 from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.job import Job
 from vdiff_kserve.openai.logprobs import ScoredToken, chat_logprobs, completion_logprobs
 from vdiff_kserve.openai.protocol import (
     ChatChoice,

@@ -11,8 +11,9 @@ from typing import Self
 
 from vdiff_kserve.engine import EngineError, GenerationStream
 from vdiff_kserve.observability.requests import RequestRecord
-from vdiff_kserve.openai.answers import Answer, Job, Piece, interleave
+from vdiff_kserve.openai.answers import Answer, Piece, interleave
 from vdiff_kserve.openai.errors import RequestError, from_engine
+from vdiff_kserve.openai.job import Job
 
 
 class Work:
