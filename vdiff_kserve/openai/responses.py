@@ -199,6 +199,16 @@ class ChunkEvents:
         return ("data: [DONE]\n\n",)
 
 
+def _head(prefix: str, job: Job) -> dict[str, Any]:
+    """What every object of a response begins with."""
+    return {
+        "id": f"{prefix}-{job.request_id}",
+        "created": int(time.time()),
+        "model": job.model,
+        "system_fingerprint": FINGERPRINT,
+    }
+
+
 def _prompt_ids(job: Job, index: int) -> list[int] | None:
     """The prompt of answer number `index`, for a request that wants to see tokens."""
     return list(job.prompts[index // job.n]) if job.output.return_token_ids else None
@@ -217,18 +227,14 @@ class ChatWriter:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._id = f"chatcmpl-{job.request_id}"
-        self._created = int(time.time())
+        self._head = _head("chatcmpl", job)
         self._deltas: dict[int, AnswerDeltas] = {}
 
     def response(self, answers: Sequence[FinishedAnswer]) -> ChatCompletion:
         """The whole response."""
         ends = [answer.end for answer in answers]
         return ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._job.model,
-            system_fingerprint=FINGERPRINT,
+            **self._head,
             choices=[self._choice(index, answer) for index, answer in enumerate(answers)],
             usage=usage(self._job, ends),
             vdiff=diffusion_info(self._job, ends),
@@ -287,10 +293,7 @@ class ChatWriter:
         tells_prompt: bool = False,
     ) -> ChatCompletionChunk:
         return ChatCompletionChunk(
-            id=self._id,
-            created=self._created,
-            model=self._job.model,
-            system_fingerprint=FINGERPRINT,
+            **self._head,
             choices=choices,
             usage=usage,
             vdiff=info,
@@ -301,10 +304,7 @@ class ChatWriter:
     def step(self, index: int, view: StepInfo) -> ChatStep:
         """A chunk without text."""
         return ChatStep(
-            id=self._id,
-            created=self._created,
-            model=self._job.model,
-            system_fingerprint=FINGERPRINT,
+            **self._head,
             choices=[ChatChunkChoice(index=index, delta=ChatDelta())],
             vdiff=view,
         )
@@ -315,18 +315,14 @@ class CompletionWriter:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._id = f"cmpl-{job.request_id}"
-        self._created = int(time.time())
+        self._head = _head("cmpl", job)
         self._offsets: dict[int, int] = {}
 
     def response(self, answers: Sequence[FinishedAnswer]) -> Completion:
         """The whole response."""
         ends = [answer.end for answer in answers]
         return Completion(
-            id=self._id,
-            created=self._created,
-            model=self._job.model,
-            system_fingerprint=FINGERPRINT,
+            **self._head,
             choices=[
                 CompletionChoice(
                     index=index,
@@ -366,10 +362,7 @@ class CompletionWriter:
                 )
             ]
         chunk = CompletionChunk(
-            id=self._id,
-            created=self._created,
-            model=self._job.model,
-            system_fingerprint=FINGERPRINT,
+            **self._head,
             choices=choices,
             usage=usage,
             vdiff=info,
@@ -385,10 +378,7 @@ class CompletionWriter:
     def step(self, index: int, view: StepInfo) -> CompletionStep:
         """A chunk without text."""
         return CompletionStep(
-            id=self._id,
-            created=self._created,
-            model=self._job.model,
-            system_fingerprint=FINGERPRINT,
+            **self._head,
             choices=[CompletionChoice(index=index, text="", finish_reason=None)],
             vdiff=view,
         )
