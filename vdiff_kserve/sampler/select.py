@@ -111,10 +111,18 @@ def _near_anchor(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
     anchor = _sure(proposal, rank, rows)
     radius = rows.per_position([p.radius for p in rows.params], torch.int64)
     lower = rows.per_position([p.neighbour_threshold for p in rows.params])
-    distance = (rows.position[:, None] - rows.position).abs()
-    reached = (rows.row[:, None] == rows.row) & (distance <= radius[:, None])
-    near = (reached & anchor).any(dim=-1)
+    near = _distance_to(anchor, rows) <= radius
     return anchor | (near & (proposal.confidence >= lower) & (rows.written < 0))
+
+
+def _distance_to(anchor: Tensor, rows: StepRows) -> Tensor:
+    """How far each position is from the nearest of its row's anchors; huge where there is none:
+    int64 [positions]. Memory grows with the positions, not with their pairs."""
+    far = torch.iinfo(torch.int64).max // 4
+    line = rows.row * (far // len(rows.lengths)) + rows.position  # rows lie far apart on it
+    left = line - torch.where(anchor, line, -far).cummax(0).values
+    right = torch.where(anchor, line, 2 * far).flip(0).cummin(0).values.flip(0) - line
+    return torch.minimum(left, right)
 
 
 def _within_limit(proposal: Proposal, rank: Tensor, rows: StepRows) -> Tensor:
