@@ -278,7 +278,7 @@ async def test_arrival_is_before_the_prompt_is_read(
 ) -> None:
     tiny = service(ScriptedEngine(["ab"]))
     tiny._name = model.name
-    read = tiny._job
+    read = tiny._intake.job
 
     def slowly(request: object) -> object:
         clock.now += 30
@@ -287,7 +287,7 @@ async def test_arrival_is_before_the_prompt_is_read(
     clock = Clock()
     monkeypatch.setattr("vdiff_kserve.openai.service.time", clock)
     monkeypatch.setattr(requests, "time", clock)
-    monkeypatch.setattr(tiny, "_job", slowly)
+    monkeypatch.setattr(tiny._intake, "job", slowly)
     await tiny.respond(chat())
     assert model.timed("vdiff_request_latency_seconds") == (1, 30)
 
