@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +13,7 @@ import httpx
 import psutil
 
 from tests.server.process import ServerProcess
-
-SECONDS = 120
+from tests.waiting import wait_until
 
 
 class ReplicatedServer(ServerProcess):
@@ -50,13 +48,6 @@ def _title(process: psutil.Process) -> str:
         return "".join(process.cmdline())
     except psutil.Error:
         return ""
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.05)
 
 
 def mixed_requests(count: int) -> list[dict[str, Any]]:

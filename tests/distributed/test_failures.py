@@ -19,10 +19,10 @@ from tests.distributed.replicas import (
     long_requests,
     mixed_requests,
     stream,
-    wait_until,
 )
 from tests.distributed.test_replicas import expected
 from tests.distributed.test_tensor_parallel import ranks_of
+from tests.waiting import wait_until
 from vdiff_kserve import LLM
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.distributed.replicas import ReplicatedServer, long_requests, stream, wait_until
+from tests.distributed.replicas import ReplicatedServer, long_requests, stream
 from tests.distributed.test_replicas import expected
+from tests.waiting import wait_until
 from vdiff_kserve import LLM
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ from tests.distributed.replicas import (
     long_requests,
     mixed_requests,
     stream,
-    wait_until,
 )
+from tests.waiting import wait_until
 from vdiff_kserve import LLM, SamplingParams
 
 

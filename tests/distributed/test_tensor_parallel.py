@@ -15,8 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.engine.tiny import wait_until
 from tests.server.process import ServerProcess, free_port
+from tests.waiting import wait_until
 from vdiff_kserve import LLM, SamplingParams
 
 ROOT = Path(__file__).parents[2]

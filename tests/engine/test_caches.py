@@ -13,8 +13,8 @@ from tests.engine.tiny import (
     tiny_auxiliary,
     tiny_decoder,
     tiny_spec,
-    wait_until,
 )
+from tests.waiting import wait_until
 from vdiff_kserve.engine import EngineConfig, GenerationRequest, GenerationResult
 from vdiff_kserve.models import Decoder
 from vdiff_kserve.sampler import Policy

@@ -23,8 +23,8 @@ from tests.engine.tiny import (
     tiny_auxiliary,
     tiny_decoder,
     tiny_spec,
-    wait_until,
 )
+from tests.waiting import wait_until
 from vdiff_kserve.engine import (
     Engine,
     EngineConfig,

@@ -18,7 +18,8 @@ import torch
 from llguidance import LLMatcher
 
 from tests.engine.random_schemas import random_schema
-from tests.engine.tiny import tiny_auxiliary, tiny_decoder, wait_until
+from tests.engine.tiny import tiny_auxiliary, tiny_decoder
+from tests.waiting import wait_until
 from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.engine import (
     Engine,

@@ -17,8 +17,8 @@ from tests.engine.tiny import (
     running,
     tiny_decoder,
     tiny_spec,
-    wait_until,
 )
+from tests.waiting import wait_until
 from vdiff_kserve.engine import EngineConfig, GenerationRequest
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.prefix_cache import PrefixCache, block_hashes

@@ -14,8 +14,8 @@ from tests.engine.tiny import (
     request_of,
     running,
     tiny_decoder,
-    wait_until,
 )
+from tests.waiting import wait_until
 from vdiff_kserve.engine import (
     EngineConfig,
     GenerationStream,

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.engine.tiny import GatedDecoder, request_of, running, tiny_decoder, wait_until
+from tests.engine.tiny import GatedDecoder, request_of, running, tiny_decoder
+from tests.waiting import wait_until
 from vdiff_kserve.engine import EngineConfig, EngineStoppedError, watch
 from vdiff_kserve.engine.watch import FIRST_SECONDS, LEAST_SECONDS, RoundTimes, RoundWatch
 

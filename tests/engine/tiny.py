@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -135,14 +134,6 @@ def request_of(
     """A request with blocks of 8 unless told otherwise, which fills its whole canvas."""
     decoding = {"block_length": 8} | decoding
     return GenerationRequest(prompt, max_tokens, DecodingParams(**decoding))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Return as soon as `condition` holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.001)
 
 
 class GatedDecoder(Decoder):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -49,10 +46,3 @@ class Counts:
         keys = ["/".join([name, *labels.values()]) for name, labels in self._series]
         now = self._read()
         return {k: n - b for k, n, b in zip(keys, now, self._before, strict=True)}
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.02)

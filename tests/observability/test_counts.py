@@ -13,8 +13,9 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from tests.observability.scrape import Counts, Page, wait_until
+from tests.observability.scrape import Counts, Page
 from tests.server.process import ServerProcess
+from tests.waiting import wait_until
 
 LONG = {"prompt": "the tale", "max_tokens": 400, "ignore_eos": True, "profile": "exact"}
 """A request of 400 forward passes: seconds, where an aborted one is gone at once."""

@@ -12,9 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.observability.scrape import Page, wait_until
+from tests.observability.scrape import Page
 from tests.observability.test_page import DOCUMENT
 from tests.server.process import ServerProcess, free_port
+from tests.waiting import wait_until
 
 QUERIES = re.findall(r"^\| [A-Z][^|]*\? \| `([^`]+)` \|$", DOCUMENT, re.MULTILINE)
 CONFIG = """

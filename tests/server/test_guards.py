@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from openai import AuthenticationError, OpenAI, RateLimitError
 from tests.server.conftest import COMMON
 from tests.server.process import ServerProcess
 from tests.server.test_errors import error_of
+from tests.waiting import wait_until
 
 KEYS = ("sk-first-of-two", "sk-second-of-two")
 WRONG = "sk-nobodys"
@@ -322,8 +322,7 @@ def test_the_repository_opens_by_its_flag(http: httpx.Client) -> None:
     assert change("unload", "nope").status_code == 404
     running = threading.Thread(target=ask)
     running.start()
-    while http.get("/load", headers=BEARER).json() != {"server_load": 1}:
-        time.sleep(0.01)
+    wait_until(lambda: http.get("/load", headers=BEARER).json() == {"server_load": 1})
     before = refusals(http)
     assert change("unload").status_code == 200
     running.join()

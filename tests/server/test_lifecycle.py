@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +17,7 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceSt
 
 from tests.server.conftest import COMMON
 from tests.server.process import LISTENING, ServerProcess
+from tests.waiting import wait_until
 
 LONG = {"prompt": "the tale", "max_tokens": 240, "ignore_eos": True, "block_length": 240}
 """A request of 240 forward passes: seconds, where an aborted one is gone at once."""
@@ -26,13 +26,6 @@ LONG = {"prompt": "the tale", "max_tokens": 240, "ignore_eos": True, "block_leng
 def metric(http: httpx.Client, name: str) -> float:
     lines = http.get("/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("kind", ["whole", "stream", "v1", "v2", "grpc"])

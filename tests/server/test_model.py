@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from vdiff_kserve import checkpoint as checkpoints
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.loading import load_model
@@ -86,8 +87,7 @@ async def test_a_stuck_engine_is_told(checkpoint: str, monkeypatch: pytest.Monke
     go_on = threading.Event()
     engine._runner._decoder.register_forward_pre_hook(lambda *_: go_on.wait(60) and None)
     answer = asyncio.create_task(model.create_chat_completion(CHAT))
-    while model.alive:  # noqa: ASYNC110 - nobody tells
-        await asyncio.sleep(0.05)
+    await asyncio.to_thread(wait_until, lambda: not model.alive)
     assert not await model.healthy()
     assert model.not_ready_reason == "The model's engine is stuck."
     assert b'vdiff_engine_stuck{model_name="tiny"} 1.0' in metrics.render()
@@ -96,8 +96,7 @@ async def test_a_stuck_engine_is_told(checkpoint: str, monkeypatch: pytest.Monke
     assert caught.value.status == 503
     go_on.set()
     await answer
-    while not model.alive:  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
+    await asyncio.to_thread(wait_until, lambda: model.alive)
     assert b'vdiff_engine_stuck{model_name="tiny"} 0.0' in metrics.render()
     model.stop()
 
