@@ -135,8 +135,10 @@ class Grammars:
 
 
 def _reason(message: str) -> str:
-    """What llguidance says without the excerpts that it draws: its first line, and the one that
-    says what is wrong with a regular expression."""
+    """What llguidance says without the excerpts that it draws and options that requests have not:
+    its first line, and the one that says what is wrong with a regular expression."""
+    if "coerce_one_of" in message:
+        return "oneOf is supported only where no JSON can match two of its schemas; write anyOf"
     first, *others = message.strip().splitlines()
     named = [line for line in others if line.startswith("error: ")]
     return " ".join([first, *named[:1]])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from vdiff_kserve.engine import GrammarError, Grammars
 from vdiff_kserve.models import ModelSpec
 from vdiff_kserve.openai.errors import RequestError, shorten
+from vdiff_kserve.openai.json_schemas import SchemaError, closed, enforceable
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.protocol import GenerationFields
 from vdiff_kserve.openai.structured_fields import StructuredOutputs
@@ -70,7 +72,8 @@ def answer_format(request: GenerationFields, limits: ServingLimits) -> AnswerFor
             param="structured_outputs",
         )
     if outputs is not None:
-        return AnswerFormat("structured_outputs", _of_outputs(outputs, limits))
+        with impossible_refused("structured_outputs"):
+            return AnswerFormat("structured_outputs", _of_outputs(outputs, limits))
     if form is None or not asks:
         return None
     if form.type == "json_object":
@@ -83,7 +86,8 @@ def answer_format(request: GenerationFields, limits: ServingLimits) -> AnswerFor
         )
     schema = form.json_schema.json_schema
     check_size("response_format", schema, limits)
-    return AnswerFormat("response_format", json_grammar(schema))
+    with impossible_refused("response_format"):
+        return AnswerFormat("response_format", json_grammar(schema))
 
 
 def json_grammar(schema: Mapping[str, Any], options: JsonCompileOptions = AS_DUMPED) -> str:
@@ -91,8 +95,20 @@ def json_grammar(schema: Mapping[str, Any], options: JsonCompileOptions = AS_DUM
 
     Args:
         options: how it is written.
+
+    Raises:
+        SchemaError: it cannot be enforced.
     """
-    return LLMatcher.grammar_from_json_schema(dict(schema), overrides=options)
+    return LLMatcher.grammar_from_json_schema(enforceable(schema), overrides=options)
+
+
+@contextmanager
+def impossible_refused(field: str) -> Iterator[None]:
+    """Tell a schema that cannot be enforced as a `RequestError` that names its field."""
+    try:
+        yield
+    except SchemaError as error:
+        raise _unusable(field, str(error)) from error
 
 
 def check_size(field: str, text: Any, limits: ServingLimits) -> None:
@@ -146,7 +162,7 @@ def _of_outputs(outputs: StructuredOutputs, limits: ServingLimits) -> str:
             raise _unusable(field, str(error)) from error
     schema = {"type": "object"} if kind == "json_object" else _schema(outputs.json_schema)
     if outputs.disable_additional_properties:
-        schema = _closed(schema)
+        schema = closed(schema)
     return json_grammar(schema, _options(outputs))
 
 
@@ -166,21 +182,6 @@ def _schema(given: str | dict[str, Any] | None) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise _unusable("structured_outputs", "json must be an object")
     return schema
-
-
-def _closed(schema: Any) -> Any:
-    """The schema with no other properties than those it names, unless it says something else."""
-    if isinstance(schema, list):
-        return [_closed(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {
-        name: value if name in ("enum", "const", "default", "examples") else _closed(value)
-        for name, value in schema.items()
-    }
-    if schema.get("type") == "object" or isinstance(schema.get("properties"), dict):
-        closed.setdefault("additionalProperties", False)
-    return closed
 
 
 def _unusable(field: str, reason: str) -> RequestError:

@@ -10,9 +10,16 @@ from typing import Any
 from llguidance import LLMatcher
 
 from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.json_schemas import enforceable
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
-from vdiff_kserve.openai.structured import AS_DUMPED, AnswerFormat, check_size, json_grammar
+from vdiff_kserve.openai.structured import (
+    AS_DUMPED,
+    AnswerFormat,
+    check_size,
+    impossible_refused,
+    json_grammar,
+)
 from vdiff_kserve.openai.tool_fields import NamedTool, Tool
 from vdiff_kserve.openai.tool_parsers import CLOSE_TAG, OPEN_TAG, ParserName
 
@@ -86,13 +93,22 @@ def tool_use(request: ChatCompletionRequest, limits: ServingLimits) -> ToolUse |
 
 
 def forced_calls(use: ToolUse) -> AnswerFormat:
-    """The grammar of answers that are calls, in the way that the parser reads."""
+    """The grammar of answers that are calls, in the way that the parser reads.
+
+    Raises:
+        RequestError: a function's parameters are a schema that cannot be enforced.
+    """
+    with impossible_refused("tools"):
+        return AnswerFormat("tools", _calls_grammar(use))
+
+
+def _calls_grammar(use: ToolUse) -> str:
     if use.only_arguments:
-        return AnswerFormat("tools", json_grammar(_parameters(use.tools[0])))
+        return json_grammar(_parameters(use.tools[0]))
     calls, rules = [], []
     for i, tool in enumerate(use.tools):
         head = f'{{"name": {json.dumps(tool.function.name)}, "arguments": '
-        schema = {**_parameters(tool), "x-guidance": AS_DUMPED}
+        schema = {**enforceable(_parameters(tool)), "x-guidance": AS_DUMPED}
         rules.append(f'call_{i}: {_literal(head)} arguments_{i} "}}"')
         rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
         calls.append(f"call_{i}")
@@ -102,7 +118,7 @@ def forced_calls(use: ToolUse) -> AnswerFormat:
     more = f" ({_literal(between)} call)*" if use.many else ""
     start = f"start: {_literal(before)} call{more} {_literal(after)}"
     grammar = "\n".join([start, f"call: {' | '.join(calls)}", *rules])
-    return AnswerFormat("tools", LLMatcher.grammar_from_lark(grammar))
+    return LLMatcher.grammar_from_lark(grammar)
 
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:

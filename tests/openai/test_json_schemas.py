@@ -1,0 +1,75 @@
+"""Schemas that llguidance reads otherwise than the standard means are rewritten or refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.openai.test_structured import accepts, compiled
+from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.json_schemas import closed, enforceable
+
+
+def matcher_of(schema: dict[str, Any]) -> Any:
+    return compiled(structured_outputs={"json": schema})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "allowed", "forbidden"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, ["0.5", "0.25"], ["0", "0.0", "-0"]),
+        ({"exclusiveMinimum": 5, "exclusiveMaximum": 5.5}, ["5.25"], ["5", "5.5", "5.0"]),
+        ({"minimum": 5, "exclusiveMinimum": True, "maximum": 5.5}, ["5.25"], ["5", "5.0"]),
+        ({"exclusiveMaximum": -5, "minimum": -5.5}, ["-5.5", "-5.25"], ["-5", "-5.0", "-6"]),
+        ({"exclusiveMaximum": 0, "minimum": -0.5}, ["-0.5", "-0.25"], ["0", "-0"]),
+        ({"exclusiveMinimum": 0, "maximum": 1}, ["1", "0.999"], ["0"]),
+        ({"exclusiveMaximum": 1, "minimum": 0}, ["0", "0.999"], ["1"]),
+    ],
+)
+def test_a_bound_that_is_not_allowed_is_not_written(
+    bounds: dict[str, Any], allowed: list[str], forbidden: list[str]
+) -> None:
+    for schema in (
+        {"type": "number", **bounds},
+        {"anyOf": [{"type": ["null", "number"], **bounds}]},
+    ):
+        matcher = matcher_of(schema)
+        assert [text for text in allowed if not accepts(matcher, text)] == []
+        assert [text for text in forbidden if accepts(matcher, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "integer", "minimum": 10**30}, "at most 64 bits"),
+        ({"properties": {"a": {"enum": [1, [-(10**30)]]}}}, "at most 64 bits"),
+        ({"const": float("inf")}, "finite"),
+        ({"type": "object", "minProperties": 2}, "minProperties must be at most one more"),
+        ({"anyOf": [{"minProperties": 3, "required": ["a"]}]}, "got 3 and 1"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(schema: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as refusal:
+        compiled(
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        )
+    assert refusal.value.param == "response_format"
+
+
+def test_one_more_property_than_is_required_can_be_asked_for() -> None:
+    matcher = matcher_of({"properties": {"a": {}}, "required": ["a"], "minProperties": 2})
+    assert accepts(matcher, json.dumps({"a": 1, "b": 2}))
+    assert not accepts(matcher, json.dumps({"a": 1}))
+
+
+def test_values_and_names_are_no_keywords() -> None:
+    schema = {
+        "enum": [{"exclusiveMinimum": 0, "maximum": 0.5, "minProperties": 9}],
+        "properties": {"minProperties": {"type": "object"}, "default": {"type": "object"}},
+    }
+    assert enforceable(schema) == schema
+    properties = closed(schema)["properties"]
+    assert properties["default"] == {"type": "object", "additionalProperties": False}
+    assert closed(schema)["enum"] == schema["enum"]
