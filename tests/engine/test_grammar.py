@@ -268,6 +268,7 @@ def test_a_canvas_that_is_too_short_is_refused(random_model: Engine) -> None:
     ("grammar", "pattern"),
     [
         (LLMatcher.grammar_from_regex(r"[0-9]{4}-[a-f]+"), r"[0-9]{4}-[a-f]+"),
+        (LLMatcher.grammar_from_regex(r"\w+@\w+\.com\n"), r"\w+@\w+\.com\n"),
         (LLMatcher.grammar_from_lark('start: "left" | "right" | "up, or"'), "left|right|up, or"),
         (LLMatcher.grammar_from_lark('start: "SELECT " c ("," c)* " FROM t"\nc: /[a-d]{2}/'),
          r"SELECT [a-d]{2}(,[a-d]{2})* FROM t"),

@@ -24,6 +24,7 @@ MAX_TRIES = 8000
 FEW = 24
 """So many allowed tokens are all tried."""
 Mask = NDArray[np.bool_]
+Hint = tuple[int, ...]
 
 
 class ClosingSearch:
@@ -42,26 +43,37 @@ class ClosingSearch:
         """Whether the text may end after these tokens."""
         return matcher.validate_tokens([*tokens, self.end_token]) == len(tokens) + 1
 
-    def find(self, matcher: LLMatcher, limit: int, *, thorough: bool) -> list[int] | None:
+    def find(
+        self, matcher: LLMatcher, limit: int, *, thorough: bool, hints: Sequence[Hint] = ()
+    ) -> list[int] | None:
         """An ending of at most `limit` tokens; None when none was found.
 
         Args:
             thorough: search on when closing what is open, one thing after the other, is too long.
+            hints: texts that bring the end nearer, as tokens.
         """
         found = self._greedy(matcher.deep_copy(), limit)
+        if found is None and hints:
+            found = self._greedy(matcher.deep_copy(), limit, hints)
         if found is None and thorough:
             found = self._best_first(matcher, limit)
         return found if found is not None and self.is_ending(matcher, found) else None
 
-    def _greedy(self, state: LLMatcher, limit: int) -> list[int] | None:
+    def hint(self, text: str) -> Hint:
+        """A text as tokens."""
+        return tuple(self._tokenizer.tokenize_str(text))
+
+    def _greedy(self, state: LLMatcher, limit: int, hints: Sequence[Hint] = ()) -> list[int] | None:
         path: list[int] = []
         seen: set[bytes] = set()
+        was_hint = False
         while not state.is_accepting():
             tokens = state.compute_ff_tokens()
             if tokens:
                 seen.clear()
-            else:
-                tokens = [self._step(state, seen)]
+            hint = None if tokens or was_hint else _fitting(state, hints)
+            was_hint = hint is not None
+            tokens = tokens or list(hint or ()) or [self._step(state, seen)]
             path += tokens
             if len(path) > limit or state.try_consume_tokens(tokens) < len(tokens):
                 return None
@@ -197,6 +209,11 @@ class Words:
             blanks=_those(single, (b" ", b"(", b"Q")),
             zero=single.get(b"0"),
         )
+
+
+def _fitting(state: LLMatcher, hints: Sequence[Hint]) -> Hint | None:
+    """The first of the texts that may come next as a whole."""
+    return next((h for h in hints if state.validate_tokens(list(h)) == len(h)), None)
 
 
 def _allowed(state: LLMatcher) -> Mask:

@@ -25,7 +25,8 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from vdiff_kserve.engine.closing import ClosingSearch
+from vdiff_kserve.engine.closing import ClosingSearch, Hint
+from vdiff_kserve.engine.examples import examples
 from vdiff_kserve.engine.request import EngineError
 
 KEPT_GRAMMARS = 128
@@ -45,12 +46,18 @@ class CompiledGrammar:
     Attributes:
         matcher: at the beginning of a text; it is copied, never moved.
         shortest: a text that matches, the shortest one that was found.
+        hints: texts that its regular expressions match, as tokens.
         search: finds endings.
     """
 
     matcher: LLMatcher
     shortest: tuple[int, ...]
+    hints: tuple[Hint, ...]
     search: ClosingSearch
+
+    def ending(self, matcher: LLMatcher, limit: int, *, thorough: bool) -> list[int] | None:
+        """An ending of a text of this grammar; see `ClosingSearch.find`."""
+        return self.search.find(matcher, limit, thorough=thorough, hints=self.hints)
 
 
 class Grammars:
@@ -98,7 +105,7 @@ class Grammars:
             compiled = self._compile(grammar)
         if room is not None and len(compiled.shortest) > room:
             own = compiled.matcher.deep_copy()  # requests begin from the other one meanwhile
-            shorter = self._search.find(own, room, thorough=True)
+            shorter = compiled.ending(own, room, thorough=True)
             compiled = replace(compiled, shortest=tuple(shorter or compiled.shortest))
         with self._lock:
             self._compiled[grammar] = compiled
@@ -125,13 +132,15 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise GrammarError(_reason(matcher.get_error()))
-        shortest = self._search.find(matcher, self._longest, thorough=True)
+        hints = tuple(self._search.hint(text) for text in examples(grammar))
+        compiled = CompiledGrammar(matcher, (), hints, self._search)
+        shortest = compiled.ending(matcher, self._longest, thorough=True)
         if shortest is None:
             raise GrammarError(
                 f"no text of at most {self._longest} tokens, the model's context, was found that "
                 "matches"
             )
-        return CompiledGrammar(matcher, tuple(shortest), self._search)
+        return replace(compiled, shortest=tuple(shortest))
 
 
 def _reason(message: str) -> str:
@@ -157,8 +166,8 @@ class GrammarCursor:
     """
 
     def __init__(self, grammar: CompiledGrammar, room: int) -> None:
+        self._grammar = grammar
         self._matcher = grammar.matcher.deep_copy()
-        self._search = grammar.search
         self._ending = list(grammar.shortest)
         self.room = room
         self.complete = self._matcher.is_stopped() or room == 0
@@ -231,6 +240,6 @@ class GrammarCursor:
         if after.is_stopped():
             return []
         for start in range(len(self._ending), max(-1, len(self._ending) - room - 1), -1):
-            if self._search.is_ending(after, self._ending[start:]):
+            if self._grammar.search.is_ending(after, self._ending[start:]):
                 return self._ending[start:]
-        return self._search.find(after, room, thorough=False)
+        return self._grammar.ending(after, room, thorough=False)
