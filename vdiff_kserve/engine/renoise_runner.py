@@ -12,7 +12,7 @@ from vdiff_kserve.engine.renoising import CanvasDecision, RenoiseRow
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.step_tables import constraints_of, logprobs_by_row
-from vdiff_kserve.models import ForwardBatch, ModelSpec, RenoisingModel
+from vdiff_kserve.models import ForwardBatch, ModelSpec, RenoisingModel, to_device
 from vdiff_kserve.sampler import (
     Logprobs,
     Proposal,
@@ -95,17 +95,19 @@ class RenoiseRunner(ModelRunner):
     ) -> list[Decision]:
         opened = [torch.arange(row.block_start, row.block_end) for row in rows]
         counts = [len(positions) for positions in opened]
-        positions = torch.cat(opened).to(self._device)
+        positions = to_device(torch.cat(opened), self._device)
+        row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
         step_rows = StepRows(
-            row=torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(self._device),
+            row=to_device(row_of, self._device),
             position=positions,
             written=torch.full_like(positions, -1),
             params=[row.step_params for row in rows],
             quotas=counts,
             lengths=[len(row) for row in rows],
             constraints=constraints_of(rows, opened, self._vocab_size, self._device),
+            host_row=row_of,
         )
-        temperatures = torch.stack([row.temperature for row in rows]).to(self._device)
+        temperatures = to_device(torch.stack([row.temperature for row in rows]), self._device)
         proposal, likeliest, soft, told = self._propose_all(hidden, step_rows, temperatures)
         accept = select(proposal, step_rows).cpu().split(counts)
         drawn, best = proposal.token.cpu().split(counts), likeliest.cpu().split(counts)
@@ -154,5 +156,5 @@ class RenoiseRunner(ModelRunner):
             Proposal.join(parts),
             torch.cat(likeliest),
             torch.cat(soft),
-            Logprobs.join(told).cpu() if told else None,
+            Logprobs.join(told).to_host() if told else None,
         )

@@ -265,7 +265,7 @@ class ModelRunner:
         return (
             Proposal.join(parts),
             Evidence.join(evidence_parts) if evidence_parts else None,
-            Logprobs.join(told).cpu() if told else None,
+            Logprobs.join(told).to_host() if told else None,
         )
 
     def _verify(
@@ -281,7 +281,8 @@ class ModelRunner:
         assert self._auxiliary is not None
         assert self._auxiliary_cache is not None
         drafting = [row for row in rows if isinstance(row, ApdRow)]
-        checked = step_rows.per_position([row.uses_auxiliary for row in rows], torch.bool)
+        own = step_rows.host_places([row.uses_auxiliary for row in rows])
+        checked = to_device(own, self._device)
         drafts = proposal.token[checked].cpu().split([row.draft_length for row in drafting])
         canvases, spans = [], []
         for row, draft in zip(drafting, drafts, strict=True):
@@ -292,7 +293,7 @@ class ModelRunner:
         store = self._auxiliary_cache.store
         batch = ForwardBatch.pack(canvases, spans, store, self._device)
         auxiliary = self._auxiliary.logits(self._auxiliary(batch))
-        part = step_rows.part(checked)
+        part = step_rows.part(own)
         without_prompt = None if unguided is None else unguided[checked]
         diffusion = constrain(self._logits(hidden[checked], without_prompt, part), part)
         auxiliary = constrain(auxiliary[:, : self._vocab_size], part)
@@ -303,7 +304,7 @@ class ModelRunner:
             auxiliary[:, mask] = -torch.inf
         suppressed = part.where(lambda p: p.logits_eos_inf)
         if suppressed is not None:
-            diffusion[suppressed, self._special.eos] = -torch.inf
+            diffusion[:, self._special.eos].masked_fill_(suppressed, -torch.inf)
         accept[checked] = verify(proposal.token[checked], diffusion, auxiliary, part)
 
 

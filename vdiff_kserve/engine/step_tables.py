@@ -77,9 +77,9 @@ def _allowed(rows: Sequence[Row], vocab_size: int, device: torch.device) -> Allo
         return None
     places, tokens = zip(*[row.next_allowed(vocab_size) for _, row in following], strict=True)
     return AllowedTokens(
-        row=torch.tensor([i for i, _ in following], device=device),
-        position=torch.tensor(places, device=device),
-        allowed=torch.stack(tokens).to(device),
+        row=to_device(torch.tensor([i for i, _ in following]), device),
+        position=to_device(torch.tensor(places), device),
+        allowed=to_device(torch.stack(tokens), device),
     )
 
 
@@ -93,7 +93,7 @@ def _targets(rows: Sequence[Row], opened: Sequence[Tensor], device: torch.device
         torch.full_like(positions, -1) if each is None else each
         for each, positions in zip(given, opened, strict=True)
     ]
-    return torch.cat(targets).to(device)
+    return to_device(torch.cat(targets), device)
 
 
 def evidence_of(
@@ -107,7 +107,7 @@ def evidence_of(
         [
             Evidence.none(len(positions), device)
             if row.evidence is None
-            else row.evidence.part((positions - row.block_start).to(device))
+            else row.evidence.part(to_device(positions - row.block_start, device))
             for row, positions in zip(rows, opened, strict=True)
         ]
     )
@@ -128,7 +128,7 @@ def keep_evidence(
             continue
         shape = (row.block_end - row.block_start, own.token.shape[1])
         block = Evidence(own.token.new_zeros(shape), own.credit.new_zeros(shape))
-        places = (positions - row.block_start).to(own.token.device)
+        places = to_device(positions - row.block_start, own.token.device)
         block.token[places], block.credit[places] = own.token, own.credit
         kept.append(block)
     return kept

@@ -22,8 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
-        return normed.to(x.dtype) * self.weight
+        return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
 
 
 class GatedMLP(nn.Module):
@@ -69,9 +68,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if rotary_dim < x.shape[-1]:
         first, rest = x.tensor_split((rotary_dim,), dim=-1)
         return torch.cat((rotate(first, cos, sin), rest), dim=-1)
-    wide = x.to(cos.dtype)
-    swapped = wide.roll(wide.shape[-1] // 2, dims=-1)
-    return (wide * cos).addcmul_(swapped, sin).to(x.dtype)
+    swapped = x.roll(rotary_dim // 2, dims=-1)
+    return (x * cos).addcmul_(swapped, sin).to(x.dtype)
 
 
 def attend(

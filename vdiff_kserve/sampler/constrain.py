@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.sampler.params import Constraints
-from vdiff_kserve.sampler.step import AllowedTokens, Proposal, StepRows
+from vdiff_kserve.sampler.step import AllowedTokens, Proposal, StepRows, beside
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,6 @@ class ConstraintTable:
         if not rows:
             return None
         bias = torch.stack([row.rules.bias for row in rows])
-        device = bias.device
         slot = torch.full((num_rows,), -1)
         slot[[row.row for row in rows]] = torch.arange(len(rows))
         banned = torch.cat([_early_ends(row) for row in rows] + [_word_ends(row) for row in rows])
@@ -116,24 +115,29 @@ class ConstraintTable:
         counted = [_counted(row) for row in rows]
         ends = torch.tensor([row.first for row in rows]) + torch.tensor([len(c) for c in counted])
         if any(row.constraints.penalizes for row in rows):
-            counts = torch.stack(
-                [torch.bincount(c[c >= 0], minlength=bias.shape[-1]).float() for c in counted]
-            ).to(device)
-            none = torch.zeros(bias.shape[-1], dtype=torch.bool, device=device)
+            found = [torch.bincount(c[c >= 0], minlength=bias.shape[-1]) for c in counted]
+            counts = beside(bias, torch.stack(found).float())
+            none = torch.zeros(bias.shape[-1], dtype=torch.bool, device=bias.device)
             in_prompt = torch.stack(
                 [none if row.rules.in_prompt is None else row.rules.in_prompt for row in rows]
             )
-            penalties = torch.tensor([_penalties(row.constraints) for row in rows], device=device)
+            penalties = beside(bias, torch.tensor([_penalties(row.constraints) for row in rows]))
         return cls(
             rows=rows,
-            slot=slot.to(device),
+            slot=beside(bias, slot),
             bias=bias,
             penalties=penalties,
             counts=counts,
-            counted_end=ends.to(device),
+            counted_end=beside(bias, ends),
             in_prompt=in_prompt,
-            banned=banned.T.to(device),
+            banned=beside(bias, banned.T.contiguous()),
         )
+
+    @property
+    def asking(self) -> list[bool]:
+        """Which rows of the step ask for something."""
+        own = {row.row for row in self.rows}
+        return [i in own for i in range(len(self.slot))]
 
 
 def constrain(logits: Tensor, rows: StepRows) -> Tensor:
@@ -143,6 +147,8 @@ def constrain(logits: Tensor, rows: StepRows) -> Tensor:
         logits: [positions, vocab]; those of rows that ask for something are overwritten. A
             vocabulary shorter than the tables', as an auxiliary model's may be, is fine.
     """
+    if len(logits) == 0:
+        return logits
     if rows.constraints is not None:
         logits = _as_asked(logits.float(), rows.constraints, rows)
     if rows.allowed is not None:
@@ -151,9 +157,8 @@ def constrain(logits: Tensor, rows: StepRows) -> Tensor:
 
 
 def _as_asked(logits: Tensor, table: ConstraintTable, rows: StepRows) -> Tensor:
-    slots = table.slot[rows.row]
-    places = (slots >= 0).nonzero().squeeze(-1)
-    slots = slots[places]
+    places = beside(logits, rows.host_places(table.asking))
+    slots = table.slot[rows.row[places]]
     vocab_size = logits.shape[-1]
     own = logits[places] + table.bias[slots, :vocab_size]
     if table.penalties is not None:
@@ -171,8 +176,8 @@ def _penalized(logits: Tensor, table: ConstraintTable, slots: Tensor, written: T
     assert table.counts is not None
     assert table.in_prompt is not None
     counts = table.counts[slots]
-    edited = (written >= 0).nonzero().squeeze(-1)
-    counts[edited, written[edited]] -= 1
+    own = (written >= 0).float()
+    counts.scatter_add_(-1, written.clamp(min=0)[:, None], -own[:, None])
     counts = counts[:, : logits.shape[-1]]
     known = (counts > 0) | table.in_prompt[slots, : logits.shape[-1]]
     repetition, frequency, presence = table.penalties[slots].T[..., None]
@@ -183,28 +188,30 @@ def _penalized(logits: Tensor, table: ConstraintTable, slots: Tensor, written: T
 def _restrict(logits: Tensor, allowed: AllowedTokens, rows: StepRows) -> None:
     """Set all but the allowed tokens to -inf, at positions that are among `rows`."""
     place, here = _places(rows, allowed.row, allowed.position)
-    forbidden = ~allowed.allowed[here, : logits.shape[-1]]
-    logits[place] = logits[place].masked_fill(forbidden, -torch.inf)
+    forbidden = ~allowed.allowed[:, : logits.shape[-1]] & here[:, None]
+    nothing = torch.zeros_like(forbidden, dtype=logits.dtype)
+    logits.index_add_(0, place, nothing.masked_fill_(forbidden, -torch.inf))
 
 
 def _ban(logits: Tensor, banned: Tensor, rows: StepRows) -> None:
     """Set single tokens at single positions to -inf, where these are among `rows`."""
-    row, position, token = banned[:, banned[2] < logits.shape[-1]]
+    row, position, token = banned
     place, here = _places(rows, row, position)
-    logits[place, token[here]] = -torch.inf
+    known = here & (token < logits.shape[-1])
+    nothing = torch.zeros_like(token, dtype=logits.dtype)
+    penalty = nothing.masked_fill_(known, -torch.inf)
+    logits.index_put_((place, token.clamp(max=logits.shape[-1] - 1)), penalty, accumulate=True)
 
 
 def _places(rows: StepRows, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Where canvas positions stand among those of `rows`: int64 [found]; and which of them were
-    found: bool [n]."""
+    """Where canvas positions stand among those of `rows`, int64 [n], and which of them do, bool
+    [n]: adding nothing where one does not needs no count of them, which a GPU would be waited for.
+    """
     stride = max(rows.lengths) + 1
     keys = rows.row * stride + rows.position
     wanted = row * stride + position
-    if len(keys) == 0:
-        return keys, torch.zeros_like(wanted, dtype=torch.bool)
     place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-    here = keys[place] == wanted
-    return place[here], here
+    return place, keys[place] == wanted
 
 
 def _penalties(constraints: Constraints) -> tuple[float, float, float]:

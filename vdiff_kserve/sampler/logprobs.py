@@ -44,14 +44,17 @@ class Logprobs:
             self.chosen[index], self.rank[index], self.top_tokens[index], self.top[index]
         )
 
-    def cpu(self) -> Logprobs:
-        """The same on the CPU."""
-        return Logprobs(self.chosen.cpu(), self.rank.cpu(), self.top_tokens.cpu(), self.top.cpu())
+    def to_host(self) -> Logprobs:
+        """The same on the CPU, without waiting for a GPU: to be looked at after a later copy from
+        it has ended."""
+        parts = (self.chosen, self.rank, self.top_tokens, self.top)
+        return Logprobs(*(part.to("cpu", non_blocking=True) for part in parts))
 
 
 def asked_logprobs(rows: StepRows) -> Tensor | None:
-    """bool [positions]: those of rows that want log probabilities; None when no row does."""
-    return rows.where(lambda p: p.top_logprobs is not None)
+    """int64 [n], indices of the positions of rows that want log probabilities; None when no row
+    does."""
+    return rows.places(lambda p: p.top_logprobs is not None)
 
 
 def raw_logprobs(logits: Tensor, rows: StepRows) -> Tensor | None:

@@ -15,7 +15,7 @@ from vdiff_kserve.sampler.params import (
     STRICT_POLICIES,
     Policy,
 )
-from vdiff_kserve.sampler.step import Proposal, StepRows
+from vdiff_kserve.sampler.step import Proposal, StepRows, beside
 
 
 def select(proposal: Proposal, rows: StepRows) -> Tensor:
@@ -192,11 +192,13 @@ def _break_ties_as_topk(accept: Tensor, priority: Tensor, rows: StepRows, i: int
     Positions whose candidate is a suppressed end token all have confidence 0; which of these equals
     goes first is decided by topk's own order, so that is what gives the published results.
     """
-    here = (rows.row == i).nonzero().squeeze(-1)
+    own = rows.host_places([row == i for row in range(len(rows.params))])
+    here = beside(accept, own)
     canvas = torch.full((rows.lengths[i],), -torch.inf, device=priority.device)
     canvas[rows.position[here]] = priority[here].float()
-    chosen = canvas.topk(min(rows.quotas[i], len(here))).indices
-    accept[here] = torch.isin(rows.position[here], chosen)
+    chosen = canvas.topk(min(rows.quotas[i], len(own))).indices
+    is_chosen = torch.zeros_like(canvas, dtype=torch.bool).index_fill_(0, chosen, True)
+    accept[here] = is_chosen[rows.position[here]]
 
 
 def rank_in_row(priority: Tensor, row: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def propose_from_shards(
         _suppress(logits, special.eos - first, suppressed)
     scores = logits.double()
     if special.mask is not None:
-        _suppress(scores, special.mask - first, slice(None))
+        _suppress(scores, special.mask - first)
     _sample(scores, first, rows)
     best, own = scores.max(dim=-1)
     last = rows.where(lambda p: p.confidence_eos_eot_inf)
@@ -72,15 +72,19 @@ def propose_from_shards(
     return Proposal(token.gather(0, winner)[0].long(), confidence, score)
 
 
-def _suppress(logits: Tensor, column: int, where: Tensor | slice) -> None:
-    """Set a token's logits to -inf at some positions, if the token is this rank's."""
-    if 0 <= column < logits.shape[-1]:
-        logits[where, column] = -torch.inf
+def _suppress(logits: Tensor, column: int, where: Tensor | None = None) -> None:
+    """Set a token's logits to -inf, at some positions or at all, if the token is this rank's."""
+    if not 0 <= column < logits.shape[-1]:
+        return
+    if where is None:
+        logits[:, column] = -torch.inf
+    else:
+        logits[:, column].masked_fill_(where, -torch.inf)
 
 
 def _sample(scores: Tensor, first: int, rows: StepRows) -> None:
     """Heat and shake the scores of rows that sample, with the noise of the whole vocabulary."""
-    sampled = rows.where(lambda p: p.temperature > 0)
+    sampled = rows.places(lambda p: p.temperature > 0)
     if sampled is None:
         return
     drawn = replace(rows, row=rows.row[sampled], position=rows.position[sampled])

@@ -83,17 +83,16 @@ class StepRows:
     targets: Tensor | None = None
 
     def part(self, index: slice | Tensor) -> StepRows:
-        """The same rows, with only some of the positions."""
-        host_row = self.host_row
-        if host_row is not None:
-            host_row = host_row[index if isinstance(index, slice) else index.cpu()]
+        """The same rows, with only some of the positions: a slice of them, or indices on the
+        host."""
+        there = index if isinstance(index, slice) else beside(self.row, index)
         return replace(
             self,
-            row=self.row[index],
-            position=self.position[index],
-            written=self.written[index],
-            host_row=host_row,
-            targets=None if self.targets is None else self.targets[index],
+            row=self.row[there],
+            position=self.position[there],
+            written=self.written[there],
+            host_row=None if self.host_row is None else self.host_row[index],
+            targets=None if self.targets is None else self.targets[there],
         )
 
     def told(self, candidates: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ class StepRows:
 
     def per_position(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
         """One value per row -> one per position."""
-        return _beside(self.row, torch.tensor(values, dtype=dtype))[self.row]
+        return beside(self.row, torch.tensor(values, dtype=dtype))[self.row]
 
     def unless_all(
         self, values: Sequence[float], off: float, dtype: torch.dtype = torch.float64
@@ -119,19 +118,21 @@ class StepRows:
 
     def places(self, condition: Callable[[DecodingParams], bool]) -> Tensor | None:
         """int64 [n], indices of the positions of rows that fulfil `condition`; None when no row
-        does. They are found on the host, so that a GPU is not waited for."""
-        fulfilled = torch.tensor([condition(p) for p in self.params])
-        if not fulfilled.any():
-            return None
-        host_row = self.row if self.host_row is None else self.host_row
-        return _beside(self.row, fulfilled[host_row.cpu()].nonzero().squeeze(-1))
+        does. Unlike what `where` gives, they index without a GPU being waited for."""
+        fulfilled = [condition(p) for p in self.params]
+        return beside(self.row, self.host_places(fulfilled)) if any(fulfilled) else None
+
+    def host_places(self, chosen: Sequence[bool]) -> Tensor:
+        """int64 [n] on the host, indices of the positions of the chosen rows."""
+        host_row = self.row.cpu() if self.host_row is None else self.host_row
+        return torch.tensor(chosen)[host_row].nonzero().squeeze(-1)
 
     def with_policy(self, *policies: Policy) -> Tensor | None:
         """bool [positions]: those of rows with one of `policies`; None when no row has."""
         return self.where(lambda p: p.policy in policies)
 
 
-def _beside(there: Tensor, values: Tensor) -> Tensor:
+def beside(there: Tensor, values: Tensor) -> Tensor:
     """Values made on the host, on the device of `there`, without waiting for it."""
     pinned = values.pin_memory() if there.is_cuda else values
     return pinned.to(there.device, non_blocking=True)
