@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.engine.tiny import request_of, running, tiny_decoder
 from tests.models.test_attention import TOLERANCE, store_for, use_packed
 from vdiff_kserve.engine import EngineConfig
-from vdiff_kserve.models import ForwardBatch, KeyValueStore, ReuseGraphs, RowSpan
-from vdiff_kserve.models.reuse_graphs import bucket_of
+from vdiff_kserve.models import ForwardBatch, KeyValueStore, ReuseGraphs, RowSpan, reuse_graphs
+from vdiff_kserve.models.reuse_graphs import LONGEST, bucket_of
 
 PLACES = 200
 
@@ -96,6 +96,24 @@ def test_the_most_frequent_shape_is_captured_in_the_order_of_the_cache() -> None
     assert graphs_of(tiny_decoder()).choose([spans[0], spans[4]]) == []
     two_blocks = [RowSpan(4, 8, 12, 8, 4, 0)]
     assert graphs_of(tiny_decoder(attention_block=4)).choose(two_blocks) == []
+
+
+def test_long_passes_are_not_captured() -> None:
+    """The shape that is captured is the more seldom one."""
+    spans = [RowSpan(8, LONGEST + 1, 900, 8, 8, 0), RowSpan(8, LONGEST + 1, 900, 8, 8, 1000)]
+    spans.append(RowSpan(8, LONGEST, 900, 8, 8, 2000))
+    assert graphs_of(tiny_decoder()).choose(spans) == [2]
+
+
+@torch.inference_mode()
+def test_the_pass_not_used_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_packed(monkeypatch)
+    monkeypatch.setattr(reuse_graphs, "MAX_GRAPHS", 2)
+    decoder, rng = tiny_decoder(), random.Random(0)
+    graphs, store = graphs_of(decoder), store_for(decoder, PLACES)
+    for rows in (1, 2, 1, 4):
+        graphs.run(*reuse_rows(rows, rng), store)
+    assert [bucket for _, bucket in graphs._captured] == [1, 4]
 
 
 def test_rows_are_rounded_up_to_few_sizes() -> None:

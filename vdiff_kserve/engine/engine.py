@@ -115,6 +115,7 @@ class Engine:
         self.failure: BaseException | None = None
         self.num_steps = 0
         self._has_auxiliary = auxiliary is not None
+        self._device = decoder.device
         if decoder.device.type == "cpu":
             keep_freed_memory()
         decoders = [decoder] if auxiliary is None else [decoder, auxiliary]
@@ -302,6 +303,8 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread
         try:
             while True:
                 self._scheduler.wait_for_work()

@@ -9,6 +9,7 @@ theirs and costs nothing. What the kernel cannot do goes to `layers.attend`, whi
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -178,6 +179,7 @@ def _kernel() -> Callable[..., Any]:
     without a GPU starts a second earlier without it."""
     from torch.nn.attention.varlen import varlen_attn
 
+    logging.getLogger(varlen_attn.__module__).setLevel(logging.WARNING)  # it tells of every call
     return varlen_attn
 
 

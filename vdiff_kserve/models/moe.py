@@ -21,6 +21,9 @@ EXPERTS_PER_GROUP_SCORE = 2
 """A group of experts is as good as its best two together."""
 GROUPED_DTYPES = (torch.bfloat16,)
 """What `torch.nn.functional.grouped_mm` multiplies on every GPU that it runs on."""
+GROUPED_CAPABILITIES = (9, 10)
+"""Major ones of GPUs on which it is one kernel; elsewhere torch reads the groups' ends on the host
+and multiplies one by one."""
 WIDENED_BYTES = 256 << 20
 """Weights in fewer bits are made whole again in pieces of at most this, so that a pass of many
 experts takes no more memory than others."""
@@ -253,6 +256,13 @@ class Experts(nn.Module):
             return F.linear(hidden, self.down_proj[expert])
         gate_up, down = self._packed[expert]
         return self._linear(_activate(self._linear(x, gate_up)), down)
+
+
+def has_expert_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU computes experts without asking the host which tokens are whose."""
+    if device.type != "cuda" or dtype not in GROUPED_DTYPES or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
 
 def _activate(gate_up: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +18,13 @@ from torch import Tensor
 from vdiff_kserve.models.attention import PackedRows, VarlenCall, has_kernel, sequences_of
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan, ranges
 from vdiff_kserve.models.decoder import Decoder
+from vdiff_kserve.models.moe import has_expert_kernel
 
 MAX_GRAPHS = 48
-"""Captured passes that are kept; further shapes run without."""
+"""Captured passes that are kept; a further one takes the place of the one not used for longest."""
+LONGEST = 256
+"""Most queries of a row whose pass is captured. Longer passes keep a GPU busy by themselves, and
+come in too many lengths: with the cache `prefix`, every block of every request has its own."""
 
 Pass = Callable[[], Tensor]
 Recorder = Callable[[Pass], tuple[Tensor, Callable[[], None]]]
@@ -46,8 +48,8 @@ class ReuseShape:
 
     @classmethod
     def of(cls, span: RowSpan) -> ReuseShape | None:
-        """The shape of a row's pass; None when it is not a cached one."""
-        if span.cache_offset is None or span.queries == span.keys:
+        """The shape of a row's pass; None when it is not a short cached one."""
+        if span.cache_offset is None or span.queries == span.keys or span.queries > LONGEST:
             return None
         return cls(span.queries, span.output_start - span.start, span.outputs)
 
@@ -90,8 +92,8 @@ class CapturedReuse:
         bounds = 3, 2 * bucket + 1
         self._staged_bounds = torch.zeros(bounds, dtype=torch.int32, pin_memory=pinned)
         self._copied = torch.cuda.Event() if pinned else None
-        self._inputs = self._staged.to(device)
-        self._bounds = self._staged_bounds.to(device)
+        self._inputs = torch.zeros_like(self._staged, device=device)
+        self._bounds = torch.zeros_like(self._staged_bounds, device=device)
         self._fill([], [])
         batch = self._batch(store, longest)
         self._output, self._replay = record(lambda: decoder(batch))
@@ -171,25 +173,33 @@ class CapturedReuse:
         )
 
 
-def record_cuda(run: Pass, pool: Any) -> tuple[Tensor, Callable[[], None]]:
-    """Capture `run` as a CUDA graph, after running it once so that its libraries are set up.
+class CudaRecorder:
+    """Captures passes as CUDA graphs, all on one stream and in one pool of memory: only one of them
+    runs at a time, and libraries keep a workspace for every stream that they have seen."""
 
-    Args:
-        pool: memory that captured passes share; only one of them runs at a time.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-        output = run()
-    return output, graph.replay
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Pass) -> tuple[Tensor, Callable[[], None]]:
+        """Capture `run`, after running it once so that its libraries are set up."""
+        stream, outside = self._stream, torch.cuda.current_stream(self._stream.device)
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(stream):
+                run()
+            outside.wait_stream(stream)
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                output = run()
+        finally:
+            torch.cuda.set_stream(outside)  # where a capture that fails does not return
+        return output, graph.replay
 
 
 class ReuseGraphs:
-    """The captured passes of a model, made when first needed.
+    """The captured passes of a model, made when first needed. `_captured` has the one used last at
+    its end.
 
     Args:
         longest: most tokens of a canvas.
@@ -206,12 +216,15 @@ class ReuseGraphs:
     @classmethod
     def for_model(cls, decoder: object, longest: int) -> ReuseGraphs | None:
         """Those of a model whose passes can be captured; None when they cannot: graphs need a GPU
-        and its attention kernel, and experts are chosen on the host."""
-        if not isinstance(decoder, Decoder) or decoder.config.moe is not None:
+        and kernels that ask the host for nothing, for attention and for experts."""
+        if not isinstance(decoder, Decoder):
             return None
-        if not has_kernel(decoder.device, decoder.dtype, decoder.config.head_dim):
+        config, device = decoder.config, decoder.device
+        if not has_kernel(device, decoder.dtype, config.head_dim):
             return None
-        return cls(decoder, longest, partial(record_cuda, pool=torch.cuda.graph_pool_handle()))
+        if config.moe is not None and not has_expert_kernel(device, decoder.dtype):
+            return None
+        return cls(decoder, longest, CudaRecorder(device))
 
     def choose(self, spans: Sequence[RowSpan]) -> list[int]:
         """Which rows of a pass to run captured: those of the most frequent shape, in the order of
@@ -238,17 +251,20 @@ class ReuseGraphs:
         """Hidden states of rows that `choose` chose; None when they must run without a graph."""
         shape = ReuseShape.of(spans[0])
         assert shape is not None, "only cached passes are captured"
+        if self._failed:
+            return None
         key = shape, bucket_of(len(spans))
-        captured = self._captured.get(key)
-        if captured is None:
-            if self._failed or len(self._captured) >= MAX_GRAPHS:
-                return None
-            try:
-                captured = CapturedReuse(self._decoder, store, *key, self._longest, self._record)
-            except Exception as error:  # noqa: BLE001 - whatever the capture raised
-                self._failed = True
-                self._captured.clear()
-                logger.warning("No CUDA graphs, since a pass cannot be captured: %s", error)
-                return None
-            self._captured[key] = captured
+        try:
+            captured = self._captured.pop(key, None) or self._capture(store, *key)
+        except Exception as error:  # noqa: BLE001 - whatever the capture raised
+            self._failed = True
+            self._captured.clear()
+            logger.warning("No CUDA graphs, since a pass cannot be captured: %s", error)
+            return None
+        self._captured[key] = captured  # behind those used before
         return captured.run(canvases, spans)
+
+    def _capture(self, store: KeyValueStore, shape: ReuseShape, bucket: int) -> CapturedReuse:
+        if len(self._captured) >= MAX_GRAPHS:
+            del self._captured[next(iter(self._captured))]
+        return CapturedReuse(self._decoder, store, shape, bucket, self._longest, self._record)

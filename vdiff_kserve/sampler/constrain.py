@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.sampler.params import Constraints
-from vdiff_kserve.sampler.step import AllowedTokens, Proposal, StepRows, beside
+from vdiff_kserve.sampler.step import AllowedTokens, Proposal, StepRows, on_device
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class TokenRules:
         if constraints.repetition_penalty != 1:
             in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
             in_prompt[list(prompt)] = True
-            in_prompt = in_prompt.to(device)
-        return cls(bias.to(device), in_prompt)
+            in_prompt = on_device(in_prompt, device)
+        return cls(on_device(bias, device), in_prompt)
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class ConstraintTable:
         if not rows:
             return None
         bias = torch.stack([row.rules.bias for row in rows])
+        device = bias.device
         slot = torch.full((num_rows,), -1)
         slot[[row.row for row in rows]] = torch.arange(len(rows))
         banned = torch.cat([_early_ends(row) for row in rows] + [_word_ends(row) for row in rows])
@@ -116,21 +117,23 @@ class ConstraintTable:
         ends = torch.tensor([row.first for row in rows]) + torch.tensor([len(c) for c in counted])
         if any(row.constraints.penalizes for row in rows):
             found = [torch.bincount(c[c >= 0], minlength=bias.shape[-1]) for c in counted]
-            counts = beside(bias, torch.stack(found).float())
-            none = torch.zeros(bias.shape[-1], dtype=torch.bool, device=bias.device)
+            counts = on_device(torch.stack(found).float(), device)
+            none = torch.zeros(bias.shape[-1], dtype=torch.bool, device=device)
             in_prompt = torch.stack(
                 [none if row.rules.in_prompt is None else row.rules.in_prompt for row in rows]
             )
-            penalties = beside(bias, torch.tensor([_penalties(row.constraints) for row in rows]))
+            penalties = on_device(
+                torch.tensor([_penalties(row.constraints) for row in rows]), device
+            )
         return cls(
             rows=rows,
-            slot=beside(bias, slot),
+            slot=on_device(slot, device),
             bias=bias,
             penalties=penalties,
             counts=counts,
-            counted_end=beside(bias, ends),
+            counted_end=on_device(ends, device),
             in_prompt=in_prompt,
-            banned=beside(bias, banned.T.contiguous()),
+            banned=on_device(banned.T.contiguous(), device),
         )
 
     @property
@@ -157,7 +160,7 @@ def constrain(logits: Tensor, rows: StepRows) -> Tensor:
 
 
 def _as_asked(logits: Tensor, table: ConstraintTable, rows: StepRows) -> Tensor:
-    places = beside(logits, rows.host_places(table.asking))
+    places = on_device(rows.host_places(table.asking), logits.device)
     slots = table.slot[rows.row[places]]
     vocab_size = logits.shape[-1]
     own = logits[places] + table.bias[slots, :vocab_size]

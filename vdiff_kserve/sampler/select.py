@@ -15,7 +15,7 @@ from vdiff_kserve.sampler.params import (
     STRICT_POLICIES,
     Policy,
 )
-from vdiff_kserve.sampler.step import Proposal, StepRows, beside
+from vdiff_kserve.sampler.step import Proposal, StepRows, on_device
 
 
 def select(proposal: Proposal, rows: StepRows) -> Tensor:
@@ -193,7 +193,7 @@ def _break_ties_as_topk(accept: Tensor, priority: Tensor, rows: StepRows, i: int
     goes first is decided by topk's own order, so that is what gives the published results.
     """
     own = rows.host_places([row == i for row in range(len(rows.params))])
-    here = beside(accept, own)
+    here = on_device(own, accept.device)
     canvas = torch.full((rows.lengths[i],), -torch.inf, device=priority.device)
     canvas[rows.position[here]] = priority[here].float()
     chosen = canvas.topk(min(rows.quotas[i], len(own))).indices

@@ -85,7 +85,7 @@ class StepRows:
     def part(self, index: slice | Tensor) -> StepRows:
         """The same rows, with only some of the positions: a slice of them, or indices on the
         host."""
-        there = index if isinstance(index, slice) else beside(self.row, index)
+        there = index if isinstance(index, slice) else on_device(index, self.row.device)
         return replace(
             self,
             row=self.row[there],
@@ -103,7 +103,7 @@ class StepRows:
 
     def per_position(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
         """One value per row -> one per position."""
-        return beside(self.row, torch.tensor(values, dtype=dtype))[self.row]
+        return on_device(torch.tensor(values, dtype=dtype), self.row.device)[self.row]
 
     def unless_all(
         self, values: Sequence[float], off: float, dtype: torch.dtype = torch.float64
@@ -120,7 +120,9 @@ class StepRows:
         """int64 [n], indices of the positions of rows that fulfil `condition`; None when no row
         does. Unlike what `where` gives, they index without a GPU being waited for."""
         fulfilled = [condition(p) for p in self.params]
-        return beside(self.row, self.host_places(fulfilled)) if any(fulfilled) else None
+        if not any(fulfilled):
+            return None
+        return on_device(self.host_places(fulfilled), self.row.device)
 
     def host_places(self, chosen: Sequence[bool]) -> Tensor:
         """int64 [n] on the host, indices of the positions of the chosen rows."""
@@ -132,10 +134,10 @@ class StepRows:
         return self.where(lambda p: p.policy in policies)
 
 
-def beside(there: Tensor, values: Tensor) -> Tensor:
-    """Values made on the host, on the device of `there`, without waiting for it."""
-    pinned = values.pin_memory() if there.is_cuda else values
-    return pinned.to(there.device, non_blocking=True)
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values made on the host, on `device`, without waiting for it."""
+    pinned = values.pin_memory() if device.type == "cuda" else values
+    return pinned.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
