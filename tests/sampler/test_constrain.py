@@ -18,7 +18,6 @@ from vdiff_kserve.sampler import (
     ConstraintTable,
     DecodingParams,
     Policy,
-    Proposal,
     StepRows,
     TokenRules,
     constrain,
@@ -197,8 +196,7 @@ def held(
     places = [p - FIRST for p in row.positions]
     token = torch.tensor([candidates.get(place, 7) for place in places])
     accept = torch.tensor([place in candidates for place in places])
-    sure = torch.ones(len(places), dtype=torch.float64)
-    kept = hold_back(accept, Proposal(token, sure, sure), step)
+    kept = hold_back(accept, token, step)
     return [place for place, yes in zip(places, kept.tolist(), strict=True) if yes]
 
 
@@ -262,8 +260,7 @@ def test_rows_are_held_back_each_on_its_own() -> None:
     ]
     step = with_constraints(rows, [[-1, -1, -1]] * 3)
     token = torch.tensor([1, 2, 1] * 3)
-    sure = torch.ones(9, dtype=torch.float64)
-    kept = hold_back(torch.ones(9, dtype=torch.bool), Proposal(token, sure, sure), step)
+    kept = hold_back(torch.ones(9, dtype=torch.bool), token, step)
     assert kept.reshape(3, 3).tolist() == [
         [True, True, True],
         [True, False, True],

@@ -122,12 +122,12 @@ class ModelRunner:
         drafted = [i for i, row in enumerate(rows) if row.uses_auxiliary]
         if drafted:
             self._verify(accept, proposal, hidden, unguided, step_rows, rows)
-        accept = hold_back(accept, proposal, step_rows)
         chosen, proposed = torch.stack([accept.long(), proposal.token]).cpu()
+        chosen = hold_back(chosen.bool(), proposed, step_rows)
         tokens = proposed.split(counts)
         accepted = [
             row.review(*of_row)
-            for row, *of_row in zip(rows, opened, chosen.bool().split(counts), tokens, strict=True)
+            for row, *of_row in zip(rows, opened, chosen.split(counts), tokens, strict=True)
         ]
         kept = [None] * len(rows) if evidence is None else keep_evidence(rows, opened, evidence)
         logprobs = [None] * len(rows) if told is None else logprobs_by_row(told, rows, accepted)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.sampler.params import Constraints
-from vdiff_kserve.sampler.step import AllowedTokens, Proposal, StepRows, on_device
+from vdiff_kserve.sampler.step import AllowedTokens, StepRows, on_device
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def _compare(row: ConstrainedRow, answer: Tensor, words: Tensor) -> tuple[Tensor
     return begins, windows[:, None] == words
 
 
-def hold_back(accept: Tensor, proposal: Proposal, rows: StepRows) -> Tensor:
+def hold_back(accept: Tensor, tokens: Tensor, rows: StepRows) -> Tensor:
     """`accept` without the positions that would complete a bad word together.
 
     Of these an edit waits before a mask, and else the rightmost; for a draft that must be accepted
@@ -294,20 +294,18 @@ def hold_back(accept: Tensor, proposal: Proposal, rows: StepRows) -> Tensor:
     have written something still does.
 
     Args:
-        accept: bool [positions].
+        accept: bool [positions], on the host; as `tokens`, the candidates, int64.
     """
     table = rows.constraints
     if table is None or not any(_by_length(row.constraints.bad_words) for row in table.rows):
         return accept
-    starts = torch.searchsorted(rows.row, torch.arange(len(rows.params) + 1).to(rows.row.device))
     accept = accept.clone()
     for row in table.rows:
         groups = _by_length(row.constraints.bad_words)
         if groups:
-            own = slice(int(starts[row.row]), int(starts[row.row + 1]))
+            own = rows.host_places([i == row.row for i in range(len(rows.params))])
             as_run = rows.params[row.row].policy == "apd"
-            kept = _held_back(row, groups, accept[own].cpu(), proposal.token[own].cpu(), as_run)
-            accept[own] = kept.to(accept.device)
+            accept[own] = _held_back(row, groups, accept[own], tokens[own], as_run)
     return accept
 
 
