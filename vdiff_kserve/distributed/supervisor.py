@@ -8,8 +8,6 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
-import ray
-
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.distributed.autoscale import Autoscaler
 from vdiff_kserve.distributed.cluster import ReplicaResources
@@ -187,7 +185,7 @@ class Supervisor:
     async def _bring_up(self, link: ReplicaLink) -> None:
         try:
             facts = await link.load()
-        except (ray.exceptions.RayError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever its process, or Ray, came to
             self._start_failed(link, error)
             return
         if link.state is State.GONE:
