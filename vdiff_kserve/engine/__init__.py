@@ -1,10 +1,11 @@
 """The heart: requests in, committed tokens out, batched at the denoising step."""
 
 from vdiff_kserve.engine.budget import REFRESH_SECONDS, measured_token_budget
-from vdiff_kserve.engine.engine import SCRATCH_BYTES, Engine, EngineConfig
+from vdiff_kserve.engine.engine import Engine
 from vdiff_kserve.engine.grammar import CompiledGrammar, GrammarError, Grammars
 from vdiff_kserve.engine.interface import GenerationEngine, LocalEngine
 from vdiff_kserve.engine.kv_cache import bytes_per_token
+from vdiff_kserve.engine.limits import SCRATCH_BYTES, EngineConfig
 from vdiff_kserve.engine.lockstep import Lockstep
 from vdiff_kserve.engine.prefix_cache import block_hashes
 from vdiff_kserve.engine.report import RoundObserver, RoundReport

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread, current_thread
@@ -14,13 +13,13 @@ import torch
 
 from vdiff_kserve.engine.grammar import GrammarError, Grammars
 from vdiff_kserve.engine.grammar_rows import make_grammar_row
-from vdiff_kserve.engine.kv_cache import KVCache, bytes_per_token, memory_for_cache
-from vdiff_kserve.engine.lockstep import Lockstep
+from vdiff_kserve.engine.kv_cache import KVCache
+from vdiff_kserve.engine.limits import EngineConfig
 from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.engine.memory import RowMemory
 from vdiff_kserve.engine.prefix_cache import PrefixCache
 from vdiff_kserve.engine.renoise_runner import RenoiseRunner
-from vdiff_kserve.engine.report import RoundClock, RoundObserver
+from vdiff_kserve.engine.report import RoundClock
 from vdiff_kserve.engine.request import (
     EngineError,
     EngineStoppedError,
@@ -45,48 +44,7 @@ from vdiff_kserve.models import (
 
 Inbox = SimpleQueue[GenerationEvent | EngineError]
 
-SCRATCH_BYTES = 1 << 30
-"""GPU memory left to a round: 256 MiB of logits, and activations."""
-
 logger = logging.getLogger("kserve.vdiff.engine")
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Limits of an engine.
-
-    Attributes:
-        max_num_seqs: most rows in one forward pass.
-        max_queue: most rows waiting for a slot; beyond it, `submit` raises `QueueFullError`.
-        max_num_batched_tokens: most tokens that a round spends on passes over whole canvases,
-            beside the short ones of rows that use a cache.
-        kv_cache_tokens: canvas tokens that the key-value cache holds; None is room for
-            `max_num_seqs` canvases of the model's full length, as far as memory allows.
-        kv_cache_memory: the same in bytes, for the models together; None is what is free.
-        gpu_memory_utilization: share of a GPU's memory that the process may use in all.
-        cpu_memory_utilization: share of the host memory free now that the caches may take.
-        enable_prefix_caching: whether a block-causal model keeps finished requests' keys and
-            values for others that begin alike.
-        enforce_eager: whether a GPU runs cached passes without CUDA graphs.
-        round_timeout: seconds after which a round counts as stuck; None compares it with earlier
-            ones, 0 waits for ever.
-        observer: told of every round.
-        lockstep: the ranks that run this engine together, each with a shard of the model; None when
-            the model is whole. All else in the configuration must be the same on every rank.
-    """
-
-    max_num_seqs: int = 8
-    max_queue: int = 256
-    max_num_batched_tokens: int = 2048
-    kv_cache_tokens: int | None = None
-    kv_cache_memory: int | None = None
-    gpu_memory_utilization: float = 0.9
-    cpu_memory_utilization: float = 0.5
-    enable_prefix_caching: bool = True
-    enforce_eager: bool = False
-    round_timeout: float | None = None
-    observer: RoundObserver | None = None
-    lockstep: Lockstep | None = None
 
 
 class Engine:
@@ -263,23 +221,8 @@ class Engine:
 
     def _cache_tokens(self, decoders: Sequence[LanguageModel]) -> int:
         """Canvas tokens for which all models' caches have room, on every rank."""
-        tokens, lockstep = self._own_cache_tokens(decoders), self.config.lockstep
+        tokens, lockstep = self.config.cache_tokens(decoders, self.spec), self.config.lockstep
         return tokens if lockstep is None else lockstep.least(tokens)
-
-    def _own_cache_tokens(self, decoders: Sequence[LanguageModel]) -> int:
-        config = self.config
-        if config.kv_cache_tokens is not None:
-            return config.kv_cache_tokens
-        memory = config.kv_cache_memory
-        if memory is None:
-            memory = memory_for_cache(
-                decoders[0].device,
-                config.gpu_memory_utilization,
-                config.cpu_memory_utilization,
-                SCRATCH_BYTES,
-            )
-        affordable = memory // sum(bytes_per_token(each.config, each.dtype) for each in decoders)
-        return min(config.max_num_seqs * self.spec.max_model_len, affordable)
 
     def _queue(
         self, requests: Sequence[GenerationRequest], sinks: Sequence[EventSink]
