@@ -47,6 +47,16 @@ def test_no_value_of_any_field_of_a_golden_config_is_a_traceback(family: str) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_several_end_tokens_all_end_an_answer(family: str) -> None:
+    path = GOLDEN_DIR / family / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": [7, 9, 8]}
+    config = CheckpointConfig(path, fields)
+    spec = find_family(config).read_spec(config)
+    assert spec.eos_token_id == 7
+    assert set(spec.end_token_ids) >= {7, 8, 9}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_size_that_the_files_contradict_is_built(family: str, tmp_path: Path) -> None:
     """Neither a million layers nor experts: the message comes as fast as any other."""
     golden = GOLDEN_DIR / family

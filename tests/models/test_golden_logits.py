@@ -59,9 +59,14 @@ def test_golden_apd_logits(case: GoldenCase) -> None:
     torch.testing.assert_close(logits, case.tensor("logits").flatten(0, 1), **DENSE)
 
 
+def longest_case(family: str, prefix: str = "") -> GoldenCase:
+    cases = golden_cases(family, "logits", prefix)
+    return max(cases, key=lambda case: case.tensor("input_ids").shape[1])
+
+
 @torch.inference_mode()
 def test_golden_llada_wanted_outputs_equal_the_whole() -> None:
-    case = golden_cases("llada", "logits")[0]
+    case = longest_case("llada")
     decoder, _ = load_decoder(case.folder)
     row = case.tensor("input_ids")[0]
     whole = decoder(ForwardBatch.pack([row, row[:7]]))
@@ -75,7 +80,7 @@ def test_golden_llada_wanted_outputs_equal_the_whole() -> None:
 @torch.inference_mode()
 def test_golden_reuse_of_an_unchanged_canvas_equals_the_whole(family: str) -> None:
     """Cached and uncached rows share a pass; a window of a canvas sees the rest in the cache."""
-    case = golden_cases(family, "logits")[0]
+    case = longest_case(family)
     decoder, _ = load_decoder(case.folder)
     row = case.tensor("input_ids")[0]
     length, config = len(row), decoder.config
@@ -101,7 +106,7 @@ def test_golden_reuse_of_an_unchanged_canvas_equals_the_whole(family: str) -> No
 
 @torch.inference_mode()
 def test_golden_apd_causal_continuation_equals_the_whole() -> None:
-    case = golden_cases("apd", "logits", "ar_logits")[0]
+    case = longest_case("apd", "ar_logits")
     decoder = load_causal_decoder(GOLDEN_DIR / "apd" / "ar")
     row = case.tensor("input_ids")[0]
     length, config = len(row), decoder.config

@@ -57,6 +57,13 @@ def test_mask_outside_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
         load_decoder(folder, hints=Hints(mask_token_id=64))
 
 
+def test_mask_that_nothing_names_is_asked_for(tmp_path: Path) -> None:
+    config = CONFIG | {"mask_token_id": None}
+    folder = write_single(tmp_path, config, tensors_of(config))
+    with pytest.raises(CheckpointError, match=r"missing.* 126336, is beyond.* by --mask_token_id"):
+        load_decoder(folder)
+
+
 @pytest.mark.parametrize(
     ("hints", "in_config", "expected"),
     [

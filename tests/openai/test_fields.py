@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.fields import (
     IGNORED,
+    NAMED_ELSEWHERE,
     REFUSED,
     SUPPORTED,
     refuse_unsupported,
@@ -83,3 +84,22 @@ def test_a_refused_field_may_hold_its_neutral_value(field: str, value: Any) -> N
 
 def test_an_unknown_field_is_ignored() -> None:
     refuse_unsupported(CompletionRequest.model_validate({"prompt": "x", "store": True}))
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [("treshold", "threshold"), ("Block_Length", "block_length"), *NAMED_ELSEWHERE.items()],
+)
+def test_decoding_field_by_another_name_is_refused_with_its_own(field: str, meant: str) -> None:
+    with pytest.raises(RequestError, match=f"no field {field}. Did you mean {meant}[?]"):
+        refuse_unsupported(CompletionRequest.model_validate({"prompt": "x", field: 1}))
+
+
+def test_names_from_elsewhere_stand_for_fields_and_are_none_themselves() -> None:
+    assert set(NAMED_ELSEWHERE.values()) <= SUPPORTED.keys()
+    assert NAMED_ELSEWHERE.keys().isdisjoint(SUPPORTED.keys() | IGNORED.keys() | REFUSED.keys())
+
+
+@pytest.mark.parametrize("body", [{"foo": 1}, {"block_size": None}, {"top_a": 0.5}])
+def test_other_unknown_fields_and_empty_ones_are_ignored(body: dict[str, Any]) -> None:
+    refuse_unsupported(CompletionRequest.model_validate({"prompt": "x", **body}))

@@ -183,10 +183,20 @@ class CheckpointConfig:
     def token_id(self, field: str, vocab_size: int, default: int | None = None) -> int:
         """A token id inside the vocabulary."""
         value = self._require(field, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+        if not _is_token_id(value, vocab_size):
             allowed = f"must be a token id from 0 to {vocab_size - 1}"
             raise self.error(field, f"{allowed}, not {_told(value)}")
         return value
+
+    def end_token_ids(self, vocab_size: int, default: int | None = None) -> tuple[int, ...]:
+        """The tokens that end a text, of which `eos_token_id` may list several; at least one."""
+        field = "eos_token_id"
+        value = self._require(field, default)
+        ends = tuple(value) if isinstance(value, list) else (value,)
+        if not ends or not all(_is_token_id(end, vocab_size) for end in ends):
+            allowed = f"must be a token id from 0 to {vocab_size - 1}, or a list of them"
+            raise self.error(field, f"{allowed}, not {_told(value)}")
+        return ends
 
     def rotary_base(self) -> float:
         """The base of rotary positions."""
@@ -223,6 +233,12 @@ class CheckpointConfig:
         if told is not None:
             return told
         of_tokenizer = self.hints.tokenizer_mask_token_id
+        if of_tokenizer is None and self.get("mask_token_id") is None and default >= vocab_size:
+            raise self.error(
+                "mask_token_id",
+                f"missing, the tokenizer names no mask, and the family's own, {default}, is beyond "
+                f"this vocabulary of {vocab_size}; name it by --mask_token_id",
+            )
         fallback = default if of_tokenizer is None else of_tokenizer
         return self.token_id("mask_token_id", vocab_size, default=fallback)
 
@@ -240,6 +256,10 @@ class CheckpointConfig:
         if value is not None and value not in allowed:
             names = " or ".join(repr(choice) for choice in allowed)
             raise self.error(field, f"{_told(value)} is not supported, only {names}")
+
+
+def _is_token_id(value: object, vocab_size: int) -> bool:
+    return type(value) is int and 0 <= value < vocab_size
 
 
 def _told(value: object) -> str:

@@ -39,16 +39,18 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
         raise config.error("bd_size", f"must be a multiple of {SUB_BLOCK_LENGTH}, not {block}")
     decoder = read_qwen_decoder(config, qkv_bias=True, qk_norm=False, attention_block=block)
     vocab_size = decoder.vocab_size
+    end, *more_ends = config.end_token_ids(vocab_size)
     return ModelSpec(
         family="fast_dllm_v2",
         decoder=decoder,
         mask_token_id=config.mask_token_id(vocab_size, default=MASK_TOKEN_ID),
-        eos_token_id=config.token_id("eos_token_id", vocab_size),
+        eos_token_id=end,
         eot_token_id=END_OF_TEXT_TOKEN_ID if vocab_size > END_OF_TEXT_TOKEN_ID else None,
         max_model_len=context,
         block_length=block,
         profiles=PROFILES,
         eot_token="<|endoftext|>",
+        more_end_token_ids=tuple(more_ends),
         shifted_logits=True,
         sub_blocks=True,
     )

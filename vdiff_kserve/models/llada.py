@@ -66,6 +66,7 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
         raise config.error("d_model", f"{hidden_size} is no even multiple of n_heads = {num_heads}")
     embedding_size = config.integer("embedding_size", default=config.integer("vocab_size"))
     is_illada = "iLLaDA" in config.hints.name
+    end, *more_ends = config.end_token_ids(embedding_size)
     decoder = DecoderConfig(
         vocab_size=embedding_size,
         hidden_size=hidden_size,
@@ -85,10 +86,11 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
         mask_token_id=config.mask_token_id(
             embedding_size, default=ILLADA_MASK_TOKEN_ID if is_illada else MASK_TOKEN_ID
         ),
-        eos_token_id=config.token_id("eos_token_id", embedding_size),
+        eos_token_id=end,
         eot_token_id=None if is_illada or embedding_size <= EOT_TOKEN_ID else EOT_TOKEN_ID,
         max_model_len=config.context("max_sequence_length"),
         block_length=BLOCK_LENGTH,
         profiles=PROFILES,
         eot_token="<|eot_id|>",
+        more_end_token_ids=tuple(more_ends),
     )

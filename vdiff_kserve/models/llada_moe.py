@@ -212,17 +212,17 @@ def _spec(
     profiles: Mapping[str, Mapping[str, Any]],
 ) -> ModelSpec:
     vocab_size = decoder.vocab_size
-    end = config.get("pad_token_id")
+    pad = config.get("pad_token_id")
+    end, *more_ends = config.end_token_ids(vocab_size, default=EOS_TOKEN_ID if pad is None else pad)
     return ModelSpec(
         family=family,
         decoder=decoder,
         mask_token_id=config.mask_token_id(vocab_size, default=MASK_TOKEN_ID),
-        eos_token_id=config.token_id(
-            "eos_token_id", vocab_size, default=EOS_TOKEN_ID if end is None else end
-        ),
+        eos_token_id=end,
         eot_token_id=None,
         max_model_len=config.context("max_position_embeddings"),
         block_length=decoder.attention_block or BLOCK_LENGTH,
         profiles=profiles,
         eot_token=END_OF_TURN,
+        more_end_token_ids=tuple(more_ends),
     )

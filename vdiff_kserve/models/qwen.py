@@ -63,7 +63,7 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
     """Translate the `config.json` of Dream and its relatives."""
     decoder = read_qwen_decoder(config, qkv_bias=True, qk_norm=False, attention_block=None)
     vocab_size = decoder.vocab_size
-    end = config.token_id("eos_token_id", vocab_size, default=config.get("pad_token_id"))
+    end, *more_ends = config.end_token_ids(vocab_size, default=config.get("pad_token_id"))
     return ModelSpec(
         family="dream",
         decoder=decoder,
@@ -74,6 +74,7 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
         block_length=DREAM_BLOCK_LENGTH,
         profiles=DREAM_PROFILES,
         eot_token="<|im_end|>",
+        more_end_token_ids=tuple(more_ends),
         shifted_logits=True,
     )
 

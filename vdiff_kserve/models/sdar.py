@@ -62,14 +62,16 @@ def _read(
         dense_layers=dense_layers,
     )
     vocab_size = decoder.vocab_size
+    end, *more_ends = config.end_token_ids(vocab_size)
     return ModelSpec(
         family=family,
         decoder=decoder,
         mask_token_id=config.mask_token_id(vocab_size, default=MASK_TOKEN_ID),
-        eos_token_id=config.token_id("eos_token_id", vocab_size),
+        eos_token_id=end,
         eot_token_id=END_OF_TURN_TOKEN_ID if vocab_size > END_OF_TURN_TOKEN_ID else None,
         max_model_len=context,
         block_length=block,
         profiles=PROFILES,
         eot_token="<|im_end|>",
+        more_end_token_ids=tuple(more_ends),
     )

@@ -7,6 +7,7 @@ neutral value, which asks for nothing. `python -m vdiff_kserve.openai.fields` wr
 
 from __future__ import annotations
 
+import difflib
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -130,8 +131,27 @@ REFUSED = {
 }
 
 
+NAMED_ELSEWHERE = {
+    "alg": "policy",
+    "block_size": "block_length",
+    "confidence_threshold": "threshold",
+    "denoising_steps": "steps",
+    "diffusion_steps": "steps",
+    "enable_apd": "apd",
+    "gen_length": "max_tokens",
+    "kv_window": "apd_window",
+    "max_new_tokens": "max_tokens",
+    "remasking_strategy": "policy",
+    "small_block_size": "block_length",
+}
+"""Names that the models' own scripts and this server's flags have for request fields."""
+MISSPELLED = 0.85
+"""Unknown fields this similar to a decoding field are taken for it."""
+
+
 def refuse_unsupported(request: BaseModel) -> None:
-    """Refuse the first field that asks for what this server cannot do.
+    """Refuse the first field that asks for what this server cannot do, or that is unknown but was
+    meant to be a decoding field.
 
     Raises:
         RequestError: naming the field and the reason.
@@ -141,6 +161,16 @@ def refuse_unsupported(request: BaseModel) -> None:
         if _is_neutral(value, REFUSED[field].neutral):
             continue
         raise RequestError(f"`{field}` is not supported: {REFUSED[field].reason}.", param=field)
+    for field, value in (request.model_extra or {}).items():
+        if value is not None and (meant := _meant_by(field)):
+            raise RequestError(f"There is no field {field}. Did you mean {meant}?", param=field)
+
+
+def _meant_by(unknown: str) -> str | None:
+    if unknown in NAMED_ELSEWHERE:
+        return NAMED_ELSEWHERE[unknown]
+    near = difflib.get_close_matches(unknown.lower(), _OWN, n=1, cutoff=MISSPELLED)
+    return near[0] if near else None
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
