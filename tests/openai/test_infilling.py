@@ -20,14 +20,18 @@ def ids(text: str) -> tuple[int, ...]:
     return tuple(TOKENIZER.encode(text, add_special_tokens=False))
 
 
+@pytest.mark.parametrize("shortest", [1, 3])
 @pytest.mark.parametrize("longest", [1, 2, 12, 13, 64, 4096])
 @pytest.mark.parametrize("count", [1, 2, 12])
-def test_automatic_lengths_reach_from_one_to_the_longest(longest: int, count: int) -> None:
-    lengths = automatic_lengths(longest, count)
+def test_automatic_lengths_reach_from_the_shortest_to_the_longest(
+    shortest: int, longest: int, count: int
+) -> None:
+    shortest = min(shortest, longest)
+    lengths = automatic_lengths(shortest, longest, count)
     assert len(lengths) <= count
     assert lengths == sorted(set(lengths))
     assert lengths[-1] == longest
-    assert lengths[0] == (1 if count > 1 else longest)
+    assert lengths[0] == (shortest if count > 1 else longest)
 
 
 def test_marked_holes_become_masks_between_the_texts() -> None:
@@ -67,6 +71,16 @@ async def test_a_suffix_asks_the_engine_for_every_length_at_once() -> None:
     assert answer.choices[0].logprobs is None
     assert answer.usage.prompt_tokens == len(ids("xy")) + len(suffix)
     assert answer.vdiff.decoding["infill_lengths"] == [1, 2, 3]
+
+
+async def test_no_hole_is_shorter_than_the_answer_must_be() -> None:
+    engine = ScriptedEngine(["abc"], ["abcd"])
+    await service(engine).respond(completion(suffix="z", max_tokens=4, min_tokens=3))
+    assert [r.given.count(-1) for r in engine.requests] == [3, 4]
+    with pytest.raises(RequestError, match=r"lengths in \[3, 4\]"):
+        await service(ScriptedEngine()).respond(
+            completion(suffix="z", max_tokens=4, min_tokens=3, infill_lengths=[2])
+        )
 
 
 async def test_one_length_is_not_judged() -> None:

@@ -96,28 +96,30 @@ def suffix_infilling(
         RequestError: a length out of range.
     """
     suffix = encode(tokenizer, request.suffix or "", add_special_tokens=False)
+    shortest = min(max(1, request.min_tokens or 0), longest)
     if request.infill_lengths is None:
-        lengths = automatic_lengths(longest, min(AUTOMATIC_LENGTHS, most_candidates))
+        lengths = automatic_lengths(shortest, longest, min(AUTOMATIC_LENGTHS, most_candidates))
     else:
         lengths = sorted(set(request.infill_lengths))
         if not 1 <= len(lengths) <= MAX_INFILL_LENGTHS:
             allowed = f"1 to {MAX_INFILL_LENGTHS} different lengths"
             raise out_of_range("infill_lengths", allowed, len(lengths))
-        if not 1 <= lengths[0] <= lengths[-1] <= longest:
-            allowed = f"lengths in [1, {longest}], the room for the hole"
+        if not shortest <= lengths[0] <= lengths[-1] <= longest:
+            allowed = f"lengths in [{shortest}, {longest}], the room for the hole"
             raise out_of_range("infill_lengths", allowed, lengths)
     candidates = tuple((-1,) * length + suffix for length in lengths)
     return Infilling(candidates, longest=longest)
 
 
-def automatic_lengths(longest: int, count: int) -> list[int]:
-    """At most `count` lengths from 1 to `longest`: all of them, or ones that are equally far apart
-    as ratios."""
-    if longest <= count:
-        return list(range(1, longest + 1))
+def automatic_lengths(shortest: int, longest: int, count: int) -> list[int]:
+    """At most `count` lengths between the two: all of them, or ones that are equally far apart as
+    ratios."""
+    if longest - shortest < count:
+        return list(range(shortest, longest + 1))
     if count == 1:
         return [longest]
-    return sorted({round(longest ** (i / (count - 1))) for i in range(count)})
+    ratio = longest / shortest
+    return sorted({round(shortest * ratio ** (i / (count - 1))) for i in range(count)})
 
 
 def holes_of(
