@@ -108,6 +108,7 @@ async def test_what_looks_like_a_hole_stays_text_without_infill() -> None:
         ({"suffix": "z", "infill_lengths": list(range(1, 16)), "n": 3}, "infill_lengths"),
         ({"suffix": "z", "prediction": {"content": "x"}}, "prediction"),
         ({"suffix": "z", "stream": True, "stream_canvas": True}, "stream_canvas"),
+        ({"suffix": "z", "echo": True, "logprobs": 1, "max_tokens": 0}, "max_tokens"),
         ({"infill": True, "prompt": [1, 2]}, "prompt"),
         ({"infill": True, "prompt": "a<|mask:1|>", "echo": True}, "echo"),
         ({"infill": True, "prompt": "a<|mask:1|>", "logprobs": 0}, "logprobs"),

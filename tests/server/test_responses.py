@@ -178,6 +178,7 @@ def test_what_was_asked_for_is_told_again(http: httpx.Client) -> None:
         ("prompt", {"id": "p"}, "no stored prompts"),
         ("truncation", "auto", "refused, not cut"),
         ("n", 2, "one answer"),
+        ("stream_canvas", True, "no place for steps"),
         ("max_output_tokens", 0, "max_output_tokens must be in"),
         ("max_output_tokens", "many", "integer"),
         ("temperature", -1, "temperature"),

@@ -98,6 +98,7 @@ class Intake:
         wanted = self._format(request)
         if wanted is not None:
             self._formats.check_room(wanted, min(canvases.lengths), length_field(request))
+            _check_it_can_be_followed(wanted, decoding, self._limits)
             _check_it_is_free(canvases, request)
         draft, pinned = foreknown(request, self._tokenizer, self._limits, spec.mask_token_id)
         check_something_is_left(pinned, min(canvases.lengths))
@@ -164,6 +165,28 @@ def _tools(
 ) -> ToolUse | None:
     """How the request's answers may call functions."""
     return tool_use(request, limits) if isinstance(request, ChatCompletionRequest) else None
+
+
+def _check_it_can_be_followed(
+    wanted: AnswerFormat, decoding: DecodingParams, limits: ServingLimits
+) -> None:
+    """Refuse decoding that does not go from left to right where an answer must match something.
+
+    Raises:
+        RequestError: naming the policy, or the model's way.
+    """
+    if limits.traits.renoises:
+        raise RequestError(
+            "This model writes whole canvases, which cannot follow a format that the answer must "
+            "match.",
+            param=wanted.field,
+        )
+    if decoding.policy == "p2":
+        raise RequestError(
+            "policy p2 takes back what it wrote, which cannot follow a format that the answer must "
+            "match; name another policy.",
+            param="policy",
+        )
 
 
 def _check_it_is_free(

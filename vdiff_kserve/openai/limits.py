@@ -132,7 +132,8 @@ def answer_length(
     most = limits.max_model_len
     field = length_field(request)
     wanted = getattr(request, field)
-    least = int(not (isinstance(request, CompletionRequest) and request.echo))
+    scores = isinstance(request, CompletionRequest) and request.echo and not request.suffix
+    least = 0 if scores else 1
     if wanted is not None and not least <= wanted <= most:
         raise out_of_range(field, f"in [{least}, {most}], the model's context length", wanted)
     if wanted == 0 and prompt_length <= most:

@@ -24,6 +24,7 @@ REFUSED = {
     "previous_response_id": Refused(NOT_STORED),
     "prompt": Refused("this server has no stored prompts"),
     "response_format": Refused("this route has `text.format`"),
+    "stream_canvas": Refused("its events have no place for steps", (None, False)),
     "truncation": Refused("an input that is too long is refused, not cut", (None, "disabled")),
 }
 """Fields of the route that are refused, unless they ask for nothing."""

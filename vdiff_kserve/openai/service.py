@@ -155,13 +155,14 @@ class GenerationService:
             groups = [job.engine_requests() for job in jobs]
             rows = [row for group in groups for answer in group for row in answer]
             streams = iter(self._engine.submit(rows))
-        self.active += len(jobs)
-        return [
+        works = [
             self._work(
                 job, [[(row, next(streams)) for row in rows] for rows in group], endpoint, arrived
             )
             for job, group in zip(jobs, groups, strict=True)
         ]
+        self.active += len(jobs)
+        return works
 
     @contextmanager
     def _refusals(self, endpoint: str, count: int) -> Iterator[None]:
