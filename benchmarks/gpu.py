@@ -9,10 +9,13 @@ Needs torch, transformers and safetensors only, no server and no checkpoint. Pri
 - the device's own rates: bytes per second of a copy, and operations per second of a large product;
 - cached passes ("reuse") of 1, 4, 16 and 64 rows with a block of 32, and whole passes ("refresh")
   of 1,024 to 8,192 tokens: milliseconds, and the roofline's time over the measured one;
-- tokens per second of whole answers at 1, 8 and 32 requests at once, two tokens committed per step.
+- tokens per second of whole answers at 1, 8 and 32 requests at once, two tokens committed per step,
+  and milliseconds of a round: its pass, logits, sampler and what the host does.
 
 The roofline's time is the longer of moving every weight and cached key and value once, and of the
-matrix products, attention's included, at the measured rates.
+matrix products, attention's included, at the measured rates. Passes are queued behind each other,
+so that the device is timed and not the host that waits for it. What the memory has no room for is
+left out.
 """
 
 from __future__ import annotations
@@ -24,13 +27,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, measured_token_budget
+from vdiff_kserve.engine import (
+    Engine,
+    EngineConfig,
+    EngineError,
+    GenerationRequest,
+    measured_token_budget,
+)
 from vdiff_kserve.models import (
     Decoder,
     DecoderConfig,
@@ -50,6 +60,8 @@ REFRESH_TOKENS = (1024, 2048, 4096, 8192)
 CONCURRENCY = (1, 8, 32)
 TARGETS = {"reuse of 1 row": 0.7, "refresh": 0.6}
 MEASURE_S = 1.0
+QUEUED = 8
+"""Runs between two looks at the clock: the host's wait for the device is spread over them."""
 COPIED_BYTES = 1 << 30
 SQUARE = 8192
 
@@ -133,14 +145,16 @@ def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dty
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """The median of the runs that fit in `MEASURE_S`, three at least, after two that do not count.
-    On a GPU the host waits for each."""
+    On a GPU a run is one of `QUEUED` that follow each other without the host."""
+    count = QUEUED if device.type == "cuda" else 1
 
     def once() -> float:
         started = time.perf_counter()
-        run()
+        for _ in range(count):
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - started
+        return (time.perf_counter() - started) / count
 
     once(), once()
     began, times = time.perf_counter(), []
@@ -179,15 +193,20 @@ def roofline(
 def cache_for(decoder: Decoder, places: int) -> KeyValueStore:
     config = decoder.config
     shape = (config.num_layers, places + 1, config.num_kv_heads, config.head_dim)
-    keys, values = (torch.zeros(shape, device=decoder.device, dtype=decoder.dtype) for _ in "kv")
-    return KeyValueStore(keys, values)
+    keys, values = (torch.empty(shape, device=decoder.device, dtype=decoder.dtype) for _ in "kv")
+    return KeyValueStore(keys.normal_(), values.normal_())
+
+
+def random_tokens(config: DecoderConfig, count: int) -> torch.Tensor:
+    """Zeros would take a GPU less power, and so less time."""
+    return torch.randint(config.vocab_size, (count,))
 
 
 def measure_reuse(
     decoder: Decoder, rates: Rates, rows: int, context: int, graphs: ReuseGraphs | None
 ) -> Timing:
     """A pass over one block of each row, the rest of its canvas in the cache."""
-    canvases = [torch.zeros(context, dtype=torch.long)] * rows
+    canvases = [random_tokens(decoder.config, context) for _ in range(rows)]
     start = context // 2
     spans = [
         RowSpan(start, BLOCK, context, start, BLOCK, cache_offset=row * context)
@@ -207,7 +226,7 @@ def measure_reuse(
 
 def measure_refresh(decoder: Decoder, rates: Rates, tokens: int) -> Timing:
     """A pass over a whole canvas that keeps its keys and values; one block's states are wanted."""
-    canvas = torch.zeros(tokens, dtype=torch.long)
+    canvas = random_tokens(decoder.config, tokens)
     span = RowSpan(0, tokens, tokens, tokens - BLOCK, BLOCK, cache_offset=0)
     store = cache_for(decoder, tokens)
     seconds = seconds_of(
@@ -226,41 +245,69 @@ def started(engine: Engine) -> Iterator[Engine]:
         engine.stop()
 
 
-def measure_generation(decoder: Decoder, answer: int, args: argparse.Namespace) -> list[float]:
-    """Tokens per second at each concurrency, each request of its own prompt, cache `dual`."""
+def measure_generation(
+    decoder: Decoder, answer: int, args: argparse.Namespace
+) -> dict[int, tuple[float, float]]:
+    """Tokens per second and seconds of a round by concurrency, each request of its own prompt,
+    cache `dual`. Everything runs twice: the first time captures passes."""
     vocabulary = decoder.config.vocab_size
     spec = ModelSpec("llada", decoder.config, vocabulary - 1, vocabulary - 2, None, CONTEXT, BLOCK)
-    levels = CONCURRENCY[:1] if args.quick else CONCURRENCY
-    config = EngineConfig(
-        max_num_seqs=max(levels),
-        max_num_batched_tokens=measured_token_budget(decoder, CONTEXT),
-        kv_cache_tokens=max(levels) * (PROMPT + answer),
-        enforce_eager=args.enforce_eager,
-    )
+    budget = measured_token_budget(decoder, CONTEXT)
     rng = random.Random(0)
     decoding = DecodingParams(
         steps=answer // TOKENS_PER_STEP, block_length=BLOCK, cache="dual", logits_eos_inf=True
     )
 
-    def requests(count: int, tokens: int) -> list[GenerationRequest]:
+    def requests(count: int) -> list[GenerationRequest]:
         prompts = [tuple(rng.choices(range(vocabulary - 2), k=PROMPT)) for _ in range(count)]
-        return [GenerationRequest(prompt, tokens, decoding) for prompt in prompts]
+        return [GenerationRequest(prompt, answer, decoding) for prompt in prompts]
 
-    rates = []
-    with started(Engine(decoder, spec, config)) as engine:
-        for level in tqdm(levels, desc="Generating", unit="level"):
-            engine.generate(requests(level, BLOCK))
-            began = time.perf_counter()
-            results = engine.generate(requests(level, answer))
-            seconds = time.perf_counter() - began
-            rates.append(sum(result.stats.completion_tokens for result in results) / seconds)
-    return rates
+    def measure(level: int) -> tuple[float, float]:
+        config = EngineConfig(
+            max_num_seqs=level,
+            max_num_batched_tokens=budget,
+            kv_cache_tokens=level * (PROMPT + answer),
+            enforce_eager=args.enforce_eager,
+        )
+        with started(Engine(decoder, spec, config)) as engine:
+            engine.generate(requests(level))
+            began, rounds = time.perf_counter(), engine.num_steps
+            results = engine.generate(requests(level))
+            seconds, rounds = time.perf_counter() - began, engine.num_steps - rounds
+        tokens = sum(result.stats.completion_tokens for result in results)
+        return tokens / seconds, seconds / rounds
+
+    measured = {}
+    for level in tqdm(CONCURRENCY[: 1 if args.quick else None], desc="Generating", unit="level"):
+        try:
+            measured[level] = measure(level)
+        except EngineError as error:
+            tqdm.write(f"{level} at once: {error}")
+    return measured
+
+
+def those_that_fit(
+    measure: Callable[[int], Timing], sizes: Sequence[int], what: str
+) -> list[Timing]:
+    """The timings of all sizes for which there is memory, each also told at once."""
+    timings = []
+    for size in tqdm(sizes, desc=what, unit="size"):
+        try:
+            timings.append(measure(size))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            tqdm.write(f"{what} {size}: no room")
+        else:
+            tqdm.write(line_of(timings[-1]))
+    return timings
 
 
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_arguments(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     began = time.perf_counter()
     rates = measure_rates(device, dtype, args.quick)
     decoder = random_decoder(config_of(args), device, dtype)
@@ -268,14 +315,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not args.enforce_eager:
         graphs = ReuseGraphs.for_model(decoder, CONTEXT)
     one = slice(0, 1 if args.quick else None)
-    timings = [
-        measure_reuse(decoder, rates, rows, args.context, graphs)
-        for rows in tqdm(REUSE_ROWS[one], desc="Reuse", unit="size")
-    ]
-    timings += [
-        measure_refresh(decoder, rates, tokens)
-        for tokens in tqdm(REFRESH_TOKENS[one], desc="Refresh", unit="size")
-    ]
+    reuse = partial(measure_reuse, decoder, rates, context=args.context, graphs=graphs)
+    refresh = partial(measure_refresh, decoder, rates)
+    timings = those_that_fit(reuse, REUSE_ROWS[one], "Reuse")
+    timings += those_that_fit(refresh, REFRESH_TOKENS[one], "Refresh")
+    captured = graphs is not None and not graphs.failed
     generated = measure_generation(decoder, BLOCK if args.quick else ANSWER, args)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     report: dict[str, Any] = {
@@ -283,11 +327,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "dtype": args.dtype,
         "parameters": sum(p.numel() for p in decoder.parameters()),
-        "cuda_graphs": graphs is not None,
+        "cuda_graphs": captured,
         "bandwidth": rates.bandwidth,
         "matrix_rate": rates.matrix,
         "passes": [vars(timing) | {"share": timing.share} for timing in timings],
-        "tokens_per_second": dict(zip(map(str, CONCURRENCY), generated, strict=False)),
+        "tokens_per_second": {str(n): rate for n, (rate, _) in generated.items()},
+        "round_seconds": {str(n): seconds for n, (_, seconds) in generated.items()},
+        "memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "seconds": time.perf_counter() - began,
     }
     show(report, timings)
@@ -308,14 +354,18 @@ def show(report: dict[str, Any], timings: Sequence[Timing]) -> None:
     )
     print(f"{'pass':<24} {'ms':>9} {'roofline ms':>12} {'share':>7}")
     for timing in timings:
-        print(
-            f"{timing.name:<24} {timing.seconds * 1e3:9.2f} {timing.best * 1e3:12.2f} "
-            f"{timing.share:7.1%}"
-        )
+        print(line_of(timing))
     targets = ", ".join(f"{name} {share:.0%}" for name, share in TARGETS.items())
-    print(f"targets: {targets}\n\n{'at once':<24} {'tokens/s':>9}")
+    print(f"targets: {targets}\n\n{'at once':<24} {'tokens/s':>9} {'ms a round':>12}")
     for level, rate in report["tokens_per_second"].items():
-        print(f"{level:<24} {rate:9.1f}")
+        print(f"{level:<24} {rate:9.1f} {report['round_seconds'][level] * 1e3:12.2f}")
+
+
+def line_of(timing: Timing) -> str:
+    return (
+        f"{timing.name:<24} {timing.seconds * 1e3:9.2f} {timing.best * 1e3:12.2f} "
+        f"{timing.share:7.1%}"
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu import BLOCK, Rates, config_of, main, parse_arguments, roofline
+from benchmarks.gpu import (
+    BLOCK,
+    Rates,
+    Timing,
+    config_of,
+    main,
+    parse_arguments,
+    roofline,
+    those_that_fit,
+)
 
 SMALL = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--width", "128"]
 SMALL += ["--vocabulary", "300", "--quick"]
@@ -41,9 +51,23 @@ def test_every_figure_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert [each["name"] for each in report["passes"]] == ["reuse, 1 rows", "refresh, 1024 tokens"]
     assert all(each["share"] > 0 for each in report["passes"])
     assert report["tokens_per_second"]["1"] > 0
+    assert report["round_seconds"]["1"] > 0
     printed = capsys.readouterr().out
     assert "roofline ms" in printed
     assert "tokens/s" in printed
+
+
+def test_sizes_without_room_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(size: int) -> Timing:
+        if size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Timing(f"{size} rows", 0.01, 0.005)
+
+    assert [timing.name for timing in those_that_fit(measure, [1, 16, 4], "Reuse")] == [
+        "1 rows",
+        "4 rows",
+    ]
+    assert "Reuse 16: no room" in capsys.readouterr().out
 
 
 def test_it_needs_no_server_packages() -> None:

@@ -198,8 +198,10 @@ class CudaRecorder:
 
 
 class ReuseGraphs:
-    """The captured passes of a model, made when first needed. `_captured` has the one used last at
-    its end.
+    """The captured passes of a model, made when first needed.
+
+    Attributes:
+        failed: whether a pass could not be captured; then none is any more.
 
     Args:
         longest: most tokens of a canvas.
@@ -211,7 +213,7 @@ class ReuseGraphs:
         self._longest = longest
         self._record = record
         self._captured: dict[tuple[ReuseShape, int], CapturedReuse] = {}
-        self._failed = False
+        self.failed = False
 
     @classmethod
     def for_model(cls, decoder: object, longest: int) -> ReuseGraphs | None:
@@ -230,7 +232,7 @@ class ReuseGraphs:
         """Which rows of a pass to run captured: those of the most frequent shape, in the order of
         their places in the cache. Block-causal rows whose queries are of two blocks need a mask and
         are not among them."""
-        if self._failed:
+        if self.failed:
             return []
         by_shape: dict[ReuseShape, list[int]] = {}
         block = self._decoder.config.attention_block
@@ -251,13 +253,13 @@ class ReuseGraphs:
         """Hidden states of rows that `choose` chose; None when they must run without a graph."""
         shape = ReuseShape.of(spans[0])
         assert shape is not None, "only cached passes are captured"
-        if self._failed:
+        if self.failed:
             return None
         key = shape, bucket_of(len(spans))
         try:
             captured = self._captured.pop(key, None) or self._capture(store, *key)
         except Exception as error:  # noqa: BLE001 - whatever the capture raised
-            self._failed = True
+            self.failed = True
             self._captured.clear()
             logger.warning("No CUDA graphs, since a pass cannot be captured: %s", error)
             return None
