@@ -44,6 +44,8 @@ def requirement_names(requirements: list[str]) -> set[str]:
 
 DISTRIBUTIONS = {"grpc": "grpcio", "yaml": "pyyaml"}
 """Packages that are installed under another name than they are imported by."""
+OF_TORCH = {"triton"}
+"""What torch's builds for GPUs bring along, and is imported there only."""
 
 
 def imported_packages(folder: Path = PACKAGE) -> set[str]:
@@ -69,7 +71,7 @@ def test_every_package_imported_is_a_declared_dependency():
     declared = requirement_names(project()["dependencies"])
     extras = project()["optional-dependencies"]
     optional = requirement_names([*extras["ray"], *extras["quantization"]])
-    assert imported_packages() - declared == optional == {"ray", "torchao"}
+    assert imported_packages() - declared - OF_TORCH == optional == {"ray", "torchao"}
 
 
 def test_only_replicas_need_ray():

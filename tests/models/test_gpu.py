@@ -8,14 +8,16 @@ from typing import TypeVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.engine.tiny import request_of, running, tiny_decoder, tiny_spec
 from tests.models.test_attention import mixed_rows, store_for
 from tests.models.test_reuse_graphs import PLACES, reuse_rows
 from vdiff_kserve.engine import EngineConfig
 from vdiff_kserve.engine.make_row import make_row
-from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, ReuseGraphs
+from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, ReuseGraphs, fused
 from vdiff_kserve.models.attention import has_kernel
+from vdiff_kserve.models.layers import RMSNorm
 from vdiff_kserve.models.moe import MoEConfig, Router, has_expert_kernel
 from vdiff_kserve.sampler import Constraints
 
@@ -52,6 +54,20 @@ def test_the_kernel_computes_what_the_reference_computes(
     monkeypatch.setattr("vdiff_kserve.models.decoder.has_kernel", lambda *_: False)
     plain = decoder(ForwardBatch.pack(canvases, spans, on_gpu(store), CUDA))
     torch.testing.assert_close(packed, plain, **BFLOAT16)
+
+
+def test_fused_kernels_are_used_and_right() -> None:
+    """That Triton compiles them here; `fused.works` compares what they compute."""
+    with torch.inference_mode():
+        assert fused.agrees(CUDA)
+        x = torch.randn(40, 4096, device=CUDA, dtype=torch.bfloat16)
+        assert fused.usable(x)
+        assert not fused.usable(x.float())
+        for size in (4096, 128):
+            rows = x.view(-1, size)
+            norm = RMSNorm(size, 1e-5).to(CUDA, torch.bfloat16)
+            plain = F.rms_norm(rows, (size,), None, norm.eps) * norm.weight
+            torch.testing.assert_close(norm(rows), plain, atol=0.02, rtol=0.01)
 
 
 @pytest.mark.parametrize(("queries", "first", "outputs"), [(8, 0, 8), (9, 0, 8)])

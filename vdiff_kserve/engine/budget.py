@@ -35,6 +35,8 @@ def measured_token_budget(decoder: LanguageModel, longest: int) -> int:
         keep_freed_memory()
     tokens = min(SAMPLE_TOKENS, longest)
     batch = ForwardBatch.dense(torch.zeros(1, tokens, dtype=torch.long, device=decoder.device))
+    if decoder.device.type == "cuda":
+        _seconds(decoder, batch)  # loads libraries and compiles kernels, for seconds
     tried: list[float] = []
     while len(tried) < TRIES and sum(tried) < ENOUGH_SECONDS:
         tried.append(_seconds(decoder, batch))

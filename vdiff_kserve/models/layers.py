@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdiff_kserve.models import fused
 from vdiff_kserve.models.batch import AttentionGroup
 from vdiff_kserve.models.matmul_attention import attend_row, prefers_products
 from vdiff_kserve.models.packed_linear import multiplied_linear, silu_linear
@@ -22,6 +23,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.usable(x):
+            return fused.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
 
 
@@ -35,6 +38,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.usable(x):
+            return self.down_proj(fused.silu_product(self.gate_proj(x), self.up_proj(x)))
         gate = silu_linear(self.gate_proj, x)
         return self.down_proj(multiplied_linear(self.up_proj, x, gate))
 
@@ -64,6 +69,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: [tokens, 1, rotary_dim], as `sin`: those of `rotary_angles`. Dimensions beyond
             `rotary_dim` stay as they are.
     """
+    if fused.usable(x):
+        return fused.rotate(x, cos, sin)
     rotary_dim = cos.shape[-1]
     if rotary_dim < x.shape[-1]:
         first, rest = x.tensor_split((rotary_dim,), dim=-1)
