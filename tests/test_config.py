@@ -80,6 +80,13 @@ def test_the_last_flag_given_wins():
     assert parse("--port", "1", "--port", "2").port == 2
 
 
+@pytest.mark.parametrize("flag", ["--diffusion_steps", "--steps"])
+def test_decoding_default_has_the_name_of_the_request_field_too(flag: str) -> None:
+    config = parse_args([flag, "7", "--block-length", "16"], {})
+    assert config.decoding["steps"] == 7
+    assert config.decoding["block_length"] == 16
+
+
 @pytest.mark.parametrize("flag", ["--port", "--http_port", "--http-port"])
 def test_the_port_has_the_name_of_kserve_too(flag):
     assert parse(flag, "0").port == 0

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -677,7 +677,8 @@ SETTINGS: dict[str, Setting] = {
 DECODING_FLAGS = {field.flag or name: name for name, field in DECODING_FIELDS.items()}
 """Flag -> request field."""
 ALL_SETTINGS: dict[str, Setting] = SETTINGS | {
-    flag: DECODING_FIELDS[name].setting for flag, name in DECODING_FLAGS.items()
+    flag: replace(DECODING_FIELDS[name].setting, aliases=() if flag == name else (name,))
+    for flag, name in DECODING_FLAGS.items()
 }
 GROUPS = {
     "model": "model",

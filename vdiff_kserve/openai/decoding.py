@@ -277,7 +277,7 @@ def _check_fields_fit(fields: Mapping[str, Any], policy: str) -> None:
         if used_by is not None and policy not in used_by:
             allowed = ", ".join(sorted(used_by))
             raise RequestError(
-                f"{name} belongs to policy {allowed}, and the policy of this request is {policy}. "
+                f"{name} belongs to policy {allowed}, and the policy here is {policy}. "
                 f"Leave {name} out or choose another policy.",
                 param=name,
             )
@@ -321,7 +321,7 @@ def _check_cache(
     for name in ("refresh_interval", "vicinity"):
         if fields.get(name):
             raise RequestError(
-                f"{name} needs cache prefix or dual, and the cache of this request is {cache}.",
+                f"{name} needs cache prefix or dual, and the cache here is {cache}.",
                 param=name,
             )
 
