@@ -33,6 +33,7 @@ from tqdm import tqdm
 from benchmarks import serving_report
 from benchmarks.load import Client, Load, Prompt, closed_loop, workload
 from benchmarks.serving_checkpoint import parse_sizes, read_checkpoint, write_random_checkpoint
+from benchmarks.serving_compare import compare
 from benchmarks.serving_engine import BareEngine, decoding_of, long_prompt
 from benchmarks.serving_machine import (
     attention_flops,
@@ -83,6 +84,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--compare", type=int, nargs="*", metavar="N",
         help="also one after the other and without a server, at these levels (16)",
     )  # fmt: skip
+    add("--turns", type=int, default=2, help="how often the compared ways take turns")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args(argv)
     if args.random and args.dtype == "auto":
@@ -91,6 +93,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.compare = [COMPARED if COMPARED in args.concurrency else max(args.concurrency)]
     if args.compare and not set(args.compare) <= set(args.concurrency):
         parser.error("--compare takes levels of --concurrency")
+    if args.turns < 1:
+        parser.error("--turns takes a number from 1")
     if args.scenario == "long_prompt" and args.base_url:
         parser.error("--scenario long_prompt watches an engine of its own; leave --base_url out")
     return args
@@ -210,68 +214,26 @@ def run_load(benchmark: Benchmark) -> dict[str, Any]:
         lambda: matrix_rates(benchmark.spec.decoder, benchmark.device, benchmark.dtype)
     )
     peak = best_layer_rate(rates)
-    compared = args.compare or []
-    runs = len(args.concurrency) + bool(compared) + len(compared)
-    with tqdm(total=runs * args.requests, unit="request") as bar:
-        with contextlib.ExitStack() as stack:
-            url, budget = args.base_url, None
-            if url is None:
-                server = stack.enter_context(benchmark.server(max(args.concurrency)))
-                url, budget = server.url, server.token_budget
-            decoding = benchmark.warm_up(url)
-            levels = []
-            for concurrency in args.concurrency:
-                bar.set_description(f"concurrency {concurrency}")
-                level = benchmark.level(url, concurrency, bar.update)
-                levels.append(level.summary(benchmark.spec, peak))
-        data: dict[str, Any] = {"matrix_rates": rates, "decoding": decoding, "levels": levels}
-        if compared:
-            data["compared"] = compare(benchmark, levels, decoding, budget, bar)
-    return data
-
-
-def compare(
-    benchmark: Benchmark,
-    levels: Sequence[dict[str, Any]],
-    decoding: dict[str, Any],
-    budget: int | None,
-    bar: tqdm[None],
-) -> dict[str, Any]:
-    """The same requests one after the other, and straight into the engine."""
-    args = benchmark.args
-    bar.set_description("one after the other")
+    runs = len(args.concurrency)
+    if args.compare:
+        runs += args.turns * (1 + 2 * len(args.compare))
     with contextlib.ExitStack() as stack:
-        url = args.base_url or stack.enter_context(benchmark.server(1)).url
-        benchmark.warm_up(url)
-        alone = benchmark.level(url, 1, bar.update).load
-    bare = benchmark.bare_engine(decoding, budget)
-    rate_alone = alone.tokens / alone.seconds
-    ratios = []
-    for level in levels:
-        rows = level["concurrency"]
-        if rows not in args.compare:
-            continue
-        bar.set_description(f"bare engine, {rows} rows")
-        prompts = benchmark.prompts
-        run = bare.run(prompts[: args.requests], rows, prompts[args.requests :])
-        bar.update(args.requests)
-        ratios.append(
-            {
-                "concurrency": rows,
-                "tokens_per_second": level["tokens_per_second"],
-                "engine_tokens_per_second": run.tokens_per_second,
-                "engine_forward_passes": run.passes,
-                "engine_bookkeeping": run.bookkeeping,
-                "forward_passes": level["forward_passes"],
-                "to_one_after_the_other": level["tokens_per_second"] / rate_alone,
-                "to_bare_engine": level["tokens_per_second"] / run.tokens_per_second,
-            }
-        )
-    return {
-        "one_after_the_other": alone.summary(),
-        "token_budget": bare.token_budget,
-        "levels": ratios,
-    }
+        bar = stack.enter_context(tqdm(total=runs * args.requests, unit="request"))
+        url, budget = args.base_url, None
+        if url is None:
+            server = stack.enter_context(benchmark.server(max(args.concurrency)))
+            url, budget = server.url, server.token_budget
+        decoding = benchmark.warm_up(url)
+        levels = []
+        for concurrency in args.concurrency:
+            bar.set_description(f"concurrency {concurrency}")
+            level = benchmark.level(url, concurrency, bar.update)
+            levels.append(level.summary(benchmark.spec, peak))
+        data: dict[str, Any] = {"matrix_rates": rates, "decoding": decoding, "levels": levels}
+        if args.compare:
+            bar.set_description("baselines")
+            data["compared"] = compare(benchmark, (url, budget), decoding, bar.update)
+    return data
 
 
 def run_short_among_long(benchmark: Benchmark) -> dict[str, Any]:

@@ -227,14 +227,14 @@ def test_the_command_compares_and_ends_with_a_line_of_json(
     report = serving.main(
         [
             *("--base_url", server.url, "--model_dir", str(checkpoint), "--dtype", "float32"),
-            *("--concurrency", "1", "2", "--requests", "3", "--compare", "2"),
+            *("--concurrency", "1", "2", "--requests", "3", "--compare", "2", "--turns", "2"),
             *("--prompt_tokens", "4", "16", "--new_tokens", "8", "16"),
         ]
     )
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == json.loads(json.dumps(report))
     assert [level["concurrency"] for level in report["levels"]] == [1, 2]
-    assert {level["tokens"] for level in report["levels"]} == {
+    assert {2 * level["tokens"] for level in report["levels"]} == {
         report["compared"]["one_after_the_other"]["tokens"]
     }
     for level in report["levels"]:
@@ -246,3 +246,7 @@ def test_the_command_compares_and_ends_with_a_line_of_json(
     (compared,) = report["compared"]["levels"]
     assert compared["concurrency"] == 2
     assert compared["engine_forward_passes"] == compared["forward_passes"]
+    assert compared["forward_passes"] == 2 * report["levels"][1]["forward_passes"]
+    by_turn = compared["to_bare_engine_by_turn"]
+    assert len(by_turn) == 2
+    assert min(by_turn) <= compared["to_bare_engine"] <= max(by_turn)
