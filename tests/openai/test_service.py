@@ -160,6 +160,13 @@ async def test_ignore_eos_leaves_only_the_requests_own_end_tokens() -> None:
     assert [r.end_token_ids for r in engine.requests] == [(7,), (314, 319, 7)]
 
 
+async def test_answers_that_ignore_the_end_are_not_filled_with_end_of_text_tokens() -> None:
+    engine = ScriptedEngine(["a"], ["a"], ["a"])
+    for fields in ({"ignore_eos": True}, {"ignore_eos": True, "logits_eos_inf": False}, {}):
+        await service(engine).respond(completion(**fields))
+    assert [r.decoding.logits_eos_inf for r in engine.requests] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("refusal", "status"), [(QueueFullError("full"), 429), (EngineStoppedError("off"), 503)]
 )

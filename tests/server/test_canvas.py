@@ -110,7 +110,7 @@ def test_steps_come_as_chunks_that_the_sdk_takes_for_nothing(client: OpenAI) -> 
     )  # fmt: skip
     whole = client.chat.completions.create(**request)
     chunks = list(client.chat.completions.create(**request, stream=True))
-    steps = [c for c in chunks if "step" in (c.vdiff or {})]
+    steps = [c for c in chunks if "step" in (getattr(c, "vdiff", None) or {})]
     text = "".join(c.choices[0].delta.content or "" for c in chunks)
     assert text == whole.choices[0].message.content
     assert all(c.choices[0].delta.content is None for c in steps)

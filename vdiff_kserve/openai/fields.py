@@ -30,7 +30,8 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "echo": "the prompt goes before the answer; in chats, the last message when the assistant's is "
     "continued",
     "frequency_penalty": "in [-2, 2], for every time the answer has the token; see below",
-    "ignore_eos": "the model's end tokens do not end the answer",
+    "ignore_eos": "the model's end tokens do not end the answer, and models with a mask token "
+    "write no end-of-text token unless `logits_eos_inf` is false",
     "include_stop_str_in_output": "the stop string, or the end token's text, ends the text",
     "infill": "the prompt has holes `<|mask:n|>` to be filled together: [infilling](infilling.md)",
     "infill_lengths": "lengths to try for the hole before `suffix`: [infilling](infilling.md)",

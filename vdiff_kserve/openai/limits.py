@@ -187,9 +187,13 @@ def decoding_params(request: GenerationFields, limits: ServingLimits) -> Decodin
             raise out_of_range(f"vllm_xargs.{MAX_STEPS}", "a positive integer", steps)
         given.setdefault("steps", steps)
     params = resolve(given, limits.decoding, limits.profiles, limits.traits)
+    has_masks = not (limits.traits.autoregressive or limits.traits.renoises)
+    if request.ignore_eos and has_masks:
+        # Else the rest of the answer would be end-of-text tokens, whole blocks of them in one step.
+        params = replace(params, logits_eos_inf=True)
     for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
         if (value := getattr(request, name)) is not None:
-            if value and (limits.traits.autoregressive or limits.traits.renoises):
+            if value and not has_masks:
                 raise RequestError(f"{name} is for models with a mask token.", param=name)
             params = replace(params, **{name: value})
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
