@@ -25,6 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
 from vdiff_kserve.models import (
     choose_device,
@@ -35,7 +36,6 @@ from vdiff_kserve.models import (
 )
 from vdiff_kserve.sampler import DecodingParams
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "vdiff_kserve" / "embedded"
 PROMPTS = (
     "What is 17 + 25?",
     "Sort 5, 3, 9.",

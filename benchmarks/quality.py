@@ -20,6 +20,7 @@ from tqdm import tqdm
 from benchmarks import sweep
 from hack.embedded.corpus import held_out_suite
 from hack.embedded.example import Example
+from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
 from vdiff_kserve.models import (
     QUANTIZATIONS,
@@ -31,7 +32,6 @@ from vdiff_kserve.models import (
 )
 from vdiff_kserve.sampler.params import DecodingParams
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "vdiff_kserve" / "embedded"
 CHUNK = 64
 BONUS_TASKS = ("three_digits",)
 

@@ -19,6 +19,7 @@ from typing import Any
 import reasoning_gym
 from tqdm import tqdm
 
+from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
 from vdiff_kserve.models import (
     choose_device,
@@ -29,7 +30,6 @@ from vdiff_kserve.models import (
 )
 from vdiff_kserve.sampler import DecodingParams
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "vdiff_kserve" / "embedded"
 ROWS = 32
 Metadata = dict[str, Any]
 

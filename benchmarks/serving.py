@@ -44,9 +44,9 @@ from benchmarks.serving_machine import (
 )
 from benchmarks.serving_scenarios import short_among_long
 from benchmarks.serving_server import Rounds, Server, model_name, scrape_at_rest
+from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.models import ModelSpec, choose_device, choose_dtype
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "vdiff_kserve" / "embedded"
 SCENARIOS = ("load", "short_among_long", "long_prompt")
 WARM_UP = 4
 COMPARED = 16

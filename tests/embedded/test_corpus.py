@@ -4,7 +4,6 @@ import json
 import random
 from collections import defaultdict
 from itertools import islice
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -23,8 +22,7 @@ from hack.embedded.tasks import (
     sum_answer,
 )
 from hack.embedded.tokenizer import chat_message, chat_prompt
-
-EMBEDDED = Path(__file__).resolve().parents[2] / "vdiff_kserve" / "embedded"
+from vdiff_kserve.checkpoint import EMBEDDED
 
 
 def count_parameters(folder):

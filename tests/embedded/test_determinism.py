@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import torch
 
 from hack.embedded.corpus import held_out_suite
+from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
 from vdiff_kserve.models import load_decoder, load_tokenizer, with_end_of_turn
 from vdiff_kserve.sampler import DecodingParams
 
-EMBEDDED = Path(__file__).parents[2] / "vdiff_kserve" / "embedded"
 POLICIES = ("low_confidence", "threshold", "factor", "entropy_bound", "local", "topk_margin")
 
 
