@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vdiff_kserve.engine.kv_cache import KVCache
+from vdiff_kserve.engine.passes import Pass, passes_of, twins_of
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
 from vdiff_kserve.engine.step_tables import (
@@ -143,7 +142,7 @@ class ModelRunner:
         """Run the next layers of a row's pass; `step` takes it up when all of them have run."""
         with self._timed("forward"):
             if row.begun_pass is None:
-                batch = self._pack(_passes([row], self._mask_token_id))
+                batch = self._pack(passes_of([row], self._mask_token_id))
                 row.begun_pass = self._decoder.begin(batch)
             row.begun_pass.advance(layers)
 
@@ -152,46 +151,56 @@ class ModelRunner:
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states that predict the open positions, with the prompt and (for guidance)
         without it. Rows without guidance have their own state in both."""
-        begun = [row for row in rows if row.begun_pass is not None]
-        twins = _twins(rows, spans)
-        leaders = [row for row in rows if row.begun_pass is None and row not in twins]
-        parts = self._run(_passes(leaders, self._mask_token_id)) if leaders else []
-        for row in begun:
-            assert row.begun_pass is not None
-            row.begun_pass.advance(row.begun_pass.layers_left)
-            parts.append((_passes([row], self._mask_token_id), row.begun_pass.outputs))
-        hidden = parts[0][1] if len(parts) == 1 else torch.cat([states for _, states in parts])
-        starts: dict[tuple[Row, bool], int] = {}
-        total = 0
-        for each in (each for passes, _ in parts for each in passes):
-            starts[each.row, each.guided] = total
-            total += each.span.outputs
-        for twin, leader in twins.items():
-            for guided in (False, True):
-                if (leader, guided) in starts:
-                    starts[twin, guided] = starts[leader, guided]
-            for own, source in zip(twin.cache_offsets, leader.cache_offsets, strict=True):
-                self._cache.copy(source, own, leader.next_span().queries)
+        hidden, starts = self._compute(rows, spans)
         places = torch.cat(opened)
         counts = torch.tensor([len(positions) for positions in opened])
 
-        def states(guided: bool) -> Tensor:
+        def states(*, without_prompt: bool) -> Tensor:
+            begins = [starts.get((row, without_prompt), starts[row, False]) for row in rows]
             shifts = [
-                starts.get((row, guided), starts[row, False]) - row.shift - span.output_start
-                for row, span in zip(rows, spans, strict=True)
+                begin - row.shift - span.output_start
+                for begin, row, span in zip(begins, rows, spans, strict=True)
             ]
             own = places + torch.tensor(shifts).repeat_interleave(counts, output_size=len(places))
             return hidden[to_device(own, self._device)]
 
         is_guided = any(row.params.cfg_scale > 0 for row in rows)
-        return states(guided=False), states(guided=True) if is_guided else None
+        unguided = states(without_prompt=True) if is_guided else None
+        return states(without_prompt=False), unguided
+
+    def _compute(
+        self, rows: Sequence[Row], spans: Sequence[RowSpan]
+    ) -> tuple[Tensor, dict[tuple[Row, bool], int]]:
+        """Run the rows' passes: all hidden states that they want, and where those of a row begin,
+        by row and whether its pass was the one without a prompt."""
+        begun = [row for row in rows if row.begun_pass is not None]
+        twins = twins_of(rows, spans)
+        leaders = [row for row in rows if row.begun_pass is None and row not in twins]
+        parts = self._run(passes_of(leaders, self._mask_token_id)) if leaders else []
+        for row in begun:
+            assert row.begun_pass is not None
+            row.begun_pass.advance(row.begun_pass.layers_left)
+            parts.append((passes_of([row], self._mask_token_id), row.begun_pass.outputs))
+        starts: dict[tuple[Row, bool], int] = {}
+        total = 0
+        for each in (each for passes, _ in parts for each in passes):
+            starts[each.row, each.without_prompt] = total
+            total += each.span.outputs
+        for twin, leader in twins.items():
+            for without_prompt in (False, True):
+                if (leader, without_prompt) in starts:
+                    starts[twin, without_prompt] = starts[leader, without_prompt]
+            for own, source in zip(twin.cache_offsets, leader.cache_offsets, strict=True):
+                self._cache.copy(source, own, leader.next_span().queries)
+        hidden = parts[0][1] if len(parts) == 1 else torch.cat([states for _, states in parts])
+        return hidden, starts
 
     def _run(self, passes: list[Pass]) -> list[tuple[list[Pass], Tensor]]:
         """Passes and their hidden states: captured ones of one shape, and all others in one go."""
         if self._graphs is None:
             return [(passes, self._decoder(self._pack(passes)))]
         # Rows that lie in the cache as they come in the pass take one attention call.
-        passes = sorted(passes, key=lambda each: _place(each.span))
+        passes = sorted(passes, key=lambda each: each.place)
         parts = []
         chosen = [passes[i] for i in self._graphs.choose([each.span for each in passes])]
         if chosen:
@@ -306,49 +315,3 @@ class ModelRunner:
         if suppressed is not None:
             diffusion[:, self._special.eos].masked_fill_(suppressed, -torch.inf)
         accept[checked] = verify(proposal.token[checked], diffusion, auxiliary, part)
-
-
-class Pass(NamedTuple):
-    """One forward pass over a canvas of a row: its own, or the one without a prompt that guidance
-    compares it with."""
-
-    row: Row
-    guided: bool
-    canvas: Tensor
-    span: RowSpan
-
-
-def _passes(rows: Sequence[Row], mask_token_id: int | None) -> list[Pass]:
-    """The rows' passes: a guided row has a second one, whose prompt is masked, behind its own."""
-    passes = []
-    for row in rows:
-        span = row.next_span()
-        passes.append(Pass(row, False, row.canvas, span))
-        if row.params.cfg_scale > 0:
-            canvas = row.canvas.clone()
-            assert mask_token_id is not None, "guidance masks the prompt"
-            canvas[: row.prompt_length] = mask_token_id
-            offset = row.cache_offsets[1] if row.cache_offsets else None
-            passes.append(Pass(row, True, canvas, replace(span, cache_offset=offset)))
-    return passes
-
-
-def _place(span: RowSpan) -> int:
-    return -1 if span.cache_offset is None else span.cache_offset
-
-
-def _twins(rows: Sequence[Row], spans: Sequence[RowSpan]) -> dict[Row, Row]:
-    """Rows whose first pass is that of an earlier row: the choices of one request. They differ in
-    their seeds only, and so not before the first step is sampled."""
-    twins: dict[Row, Row] = {}
-    leaders: dict[tuple[object, ...], Row] = {}
-    for row, span in zip(rows, spans, strict=True):
-        if not row.is_fresh or row.begun_pass is not None or row.cached_tokens:
-            continue
-        guided = row.params.cfg_scale > 0
-        shape = replace(span, cache_offset=None)
-        same = (*row.first_canvas, len(row), shape, guided, len(row.cache_offsets))
-        leader = leaders.setdefault(same, row)
-        if leader is not row:
-            twins[row] = leader
-    return twins

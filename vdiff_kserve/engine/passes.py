@@ -1,0 +1,59 @@
+"""The forward passes that the rows of a step need, and which rows can share one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vdiff_kserve.engine.row import Row
+from vdiff_kserve.models import RowSpan
+
+
+class Pass(NamedTuple):
+    """One forward pass over a canvas of a row: its own, or the one without a prompt that guidance
+    compares it with."""
+
+    row: Row
+    without_prompt: bool
+    canvas: Tensor
+    span: RowSpan
+
+    @property
+    def place(self) -> int:
+        """Where its keys and values lie in the cache; -1 when they are in none."""
+        return -1 if self.span.cache_offset is None else self.span.cache_offset
+
+
+def passes_of(rows: Sequence[Row], mask_token_id: int | None) -> list[Pass]:
+    """The rows' passes: a guided row has a second one, whose prompt is masked, behind its own."""
+    passes = []
+    for row in rows:
+        span = row.next_span()
+        passes.append(Pass(row, False, row.canvas, span))
+        if row.params.cfg_scale > 0:
+            canvas = row.canvas.clone()
+            assert mask_token_id is not None, "guidance masks the prompt"
+            canvas[: row.prompt_length] = mask_token_id
+            offset = row.cache_offsets[1] if row.cache_offsets else None
+            passes.append(Pass(row, True, canvas, replace(span, cache_offset=offset)))
+    return passes
+
+
+def twins_of(rows: Sequence[Row], spans: Sequence[RowSpan]) -> dict[Row, Row]:
+    """Rows whose first pass is that of an earlier row: the choices of one request. They differ in
+    their seeds only, and so not before the first step is sampled."""
+    twins: dict[Row, Row] = {}
+    leaders: dict[tuple[object, ...], Row] = {}
+    for row, span in zip(rows, spans, strict=True):
+        if not row.is_fresh or row.begun_pass is not None or row.cached_tokens:
+            continue
+        guided = row.params.cfg_scale > 0
+        shape = replace(span, cache_offset=None)
+        same = (*row.first_canvas, len(row), shape, guided, len(row.cache_offsets))
+        leader = leaders.setdefault(same, row)
+        if leader is not row:
+            twins[row] = leader
+    return twins
