@@ -72,7 +72,9 @@ def test_both_images_are_ubi_9_and_the_last_has_no_compiler():
     assert ARGUMENTS["BASE_IMAGE"].split("/")[1:] == ["ubi9", "ubi-minimal:latest"]
     assert (BUILD.base, FINAL.base) == ("${BUILD_IMAGE}", "${BASE_IMAGE}")
     installed = re.findall(r"microdnf install (.*?) &&", " ".join(FINAL.all("RUN")))
-    assert [[w for w in each.split() if w[0] != "-"] for each in installed] == [["python3.11"]]
+    packages = [[word for word in each.split() if word[0] != "-"] for each in installed]
+    assert packages == [["python3.11", "${EXTRA_PACKAGES}"]]
+    assert FINAL.pairs("ARG")["EXTRA_PACKAGES"] == ""
     copied = [text.split() for text in FINAL.all("COPY")]
     assert copied[0] == ["--from=build", "/opt/vdiff", "/opt/vdiff"]
 
