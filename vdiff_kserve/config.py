@@ -322,8 +322,8 @@ class ServerConfig:
         group="decoding",
         metavar="N",
         low=1,
-        help="Answer length of a chat request that sets no max_tokens, or less where the context "
-        "has less room.",
+        help="Answer length of a chat request that sets no max_tokens, and of a completion that "
+        "sets it to null (16 where it names none); less where the context has less room.",
     )
     profile: str = _setting(
         str,

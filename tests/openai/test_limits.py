@@ -51,7 +51,7 @@ def test_lengths() -> None:
     assert answer_length(chat, 10, limits()) == 50
     assert answer_length(chat, 80, limits()) == 20
     assert answer_length(request(), 10, limits()) == 16
-    assert answer_length(request(max_tokens=None), 10, limits()) == 16
+    assert answer_length(request(max_tokens=None), 10, limits()) == 50
     both = ChatCompletionRequest(messages=MESSAGES, max_tokens=5, max_completion_tokens=7)
     assert answer_length(both, 10, limits()) == 7
 

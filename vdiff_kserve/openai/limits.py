@@ -11,7 +11,6 @@ from vdiff_kserve.openai.decoding import REQUEST_FIELDS, ModelTraits, resolve
 from vdiff_kserve.openai.errors import RequestError, out_of_range
 from vdiff_kserve.openai.fields import refuse_unsupported
 from vdiff_kserve.openai.protocol import (
-    DEFAULT_COMPLETION_TOKENS,
     INT64_MAX,
     ChatCompletionRequest,
     CompletionRequest,
@@ -30,7 +29,8 @@ class ServingLimits:
 
     Attributes:
         max_model_len: most tokens of prompt and answer together.
-        default_max_tokens: answer length of a chat that sets none.
+        default_max_tokens: answer length of a request in which it is null; a completion that does
+            not name it has OpenAI's 16.
         max_choices: most answers that one request may ask for, over all its prompts.
         vocab_size: token ids lie below it.
         decoding: the decoding of a request that says nothing about it.
@@ -150,10 +150,7 @@ def answer_length(
 def wanted_length(request: CompletionRequest | ChatCompletionRequest, limits: ServingLimits) -> int:
     """How long the answers may be if there is room."""
     wanted: int | None = getattr(request, length_field(request))
-    if wanted is not None:
-        return wanted
-    is_chat = isinstance(request, ChatCompletionRequest)
-    return limits.default_max_tokens if is_chat else DEFAULT_COMPLETION_TOKENS
+    return limits.default_max_tokens if wanted is None else wanted
 
 
 def room_beside_answer(
