@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.engine.tiny import request_of, tiny_auxiliary, tiny_decoder, tiny_spec
 from tests.gpu_stand_in import GPU, GpuStandIn, RemoteTensor, gpu_stand_in, move_there
 from tests.models.test_attention import plain_kernel
-from vdiff_kserve.engine import Engine, EngineConfig
+from vdiff_kserve.engine import Engine, EngineConfig, runner
 from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.engine.row import Row
 from vdiff_kserve.engine.runner import ModelRunner
@@ -28,6 +28,7 @@ from vdiff_kserve.sampler import (
     Policy,
     StepRows,
     constrain,
+    draw,
 )
 
 STEPS = 4
@@ -58,6 +59,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> GpuStandIn:
     monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
     monkeypatch.setattr(packed_attention, "run_kernel", kernel)
     monkeypatch.setattr(fused, "usable", lambda _: False)
+    monkeypatch.setattr(draw, "usable", lambda _: False)
+    monkeypatch.setattr(runner, "draws_by_kernel", lambda _: False)
     with gpu_stand_in(monkeypatch) as stand_in, torch.inference_mode():
         yield stand_in
 

@@ -19,7 +19,7 @@ from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, ReuseGraph
 from vdiff_kserve.models.attention import has_kernel
 from vdiff_kserve.models.layers import RMSNorm
 from vdiff_kserve.models.moe import MoEConfig, Router, has_expert_kernel
-from vdiff_kserve.sampler import Constraints
+from vdiff_kserve.sampler import Constraints, draw
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,6 +68,12 @@ def test_fused_kernels_are_used_and_right() -> None:
             norm = RMSNorm(size, 1e-5).to(CUDA, torch.bfloat16)
             plain = F.rms_norm(rows, (size,), None, norm.eps) * norm.weight
             torch.testing.assert_close(norm(rows), plain, atol=0.02, rtol=0.01)
+
+
+def test_tokens_are_drawn_by_the_kernel() -> None:
+    with torch.inference_mode():
+        assert draw.agrees(CUDA), "it draws other tokens than the plain operations"
+        assert draw.usable(torch.zeros(2, 100, device=CUDA))
 
 
 @pytest.mark.parametrize(("queries", "first", "outputs"), [(8, 0, 8), (9, 0, 8)])

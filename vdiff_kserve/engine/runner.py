@@ -37,6 +37,7 @@ from vdiff_kserve.sampler import (
     accumulate,
     can_propose_from_shards,
     constrain,
+    draws_by_kernel,
     fuse,
     guide,
     hold_back,
@@ -52,9 +53,10 @@ LOGITS_PER_CHUNK = 1 << 22
 """Most logits at a time: 16 MiB in float32. Sampling keeps at most seven tensors of that many
 float64 numbers, so a step's scratch stays under 256 MiB."""
 
-GREEDY_LOGITS_PER_CHUNK = 1 << 24
-"""The same on a GPU where all rows take the likeliest token: that keeps three float32 numbers for
-each, and every chunk reads the model's head anew. A CPU's caches are too small to gain from it."""
+ROOMY_LOGITS_PER_CHUNK = 1 << 24
+"""The same on a GPU where all rows take the likeliest token, or draw it by a kernel: that keeps
+three float32 numbers for each, and every chunk reads the model's head anew. A CPU's caches are too
+small to gain from it."""
 
 
 class ModelRunner:
@@ -85,6 +87,9 @@ class ModelRunner:
         self._auxiliary_cache = auxiliary_cache
         self._graphs = graphs
         self._device = decoder.device
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                draws_by_kernel(self._device)  # is compiled now, not in a round
         self.seconds = {"forward": 0.0, "sample": 0.0}
         self._mask_token_id = spec.mask_token_id
         self._special = SpecialTokens(spec.mask_token_id, spec.eos_token_id, spec.eot_token_id)
@@ -236,9 +241,15 @@ class ModelRunner:
         return guide(logits, logits_of(unguided), scale)
 
     def _positions_per_chunk(self, rows: StepRows, guided: bool) -> int:
-        greedy = can_propose_from_shards(rows) and all(p.temperature == 0 for p in rows.params)
-        roomy = self._device.type == "cuda" and greedy and not guided
-        return max(1, (GREEDY_LOGITS_PER_CHUNK if roomy else LOGITS_PER_CHUNK) // self._vocab_size)
+        greedy = all(p.temperature == 0 for p in rows.params)
+        shared = self._decoder.vocab_shard is not None
+        roomy = (
+            self._device.type == "cuda"
+            and not guided
+            and can_propose_from_shards(rows)
+            and (greedy or (not shared and draws_by_kernel(self._device)))
+        )
+        return max(1, (ROOMY_LOGITS_PER_CHUNK if roomy else LOGITS_PER_CHUNK) // self._vocab_size)
 
     def _propose_from_shards(
         self, hidden: Tensor, unguided: Tensor | None, rows: StepRows, shard: VocabShard

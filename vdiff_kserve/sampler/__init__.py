@@ -9,6 +9,7 @@ from vdiff_kserve.sampler.constrain import (
     hold_back,
 )
 from vdiff_kserve.sampler.credit import Evidence, accumulate, fuse
+from vdiff_kserve.sampler.draw import works as draws_by_kernel
 from vdiff_kserve.sampler.logprobs import Logprobs, raw_logprobs, tell
 from vdiff_kserve.sampler.noise import random_tokens, seed_of_draw
 from vdiff_kserve.sampler.params import (
@@ -53,6 +54,7 @@ __all__ = [
     "block_steps",
     "can_propose_from_shards",
     "constrain",
+    "draws_by_kernel",
     "fuse",
     "guide",
     "hold_back",

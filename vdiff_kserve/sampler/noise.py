@@ -57,10 +57,20 @@ def uniform(
     Returns:
         float64 [n, count].
     """
-    key = _mix(_mix(seeds + _STREAM_KEYS[stream]) + positions * _signed(_INCREMENT))
+    key = _key(seeds, positions, stream)
     lanes = torch.arange(first + 1, first + count + 1, device=key.device) * _signed(_INCREMENT)
     bits = _shift_right(_mix(key[:, None] + lanes), 12)
     return (bits.double() + 0.5) * 2.0**-52
+
+
+def token_key(seeds: Tensor, positions: Tensor) -> Tensor:
+    """What the numbers of `gumbel` are made of: int64 [n]. The number of token `t` is the hash of
+    the key plus `t + 1` increments."""
+    return _key(seeds, positions, "token")
+
+
+def _key(seeds: Tensor, positions: Tensor, stream: Stream) -> Tensor:
+    return _mix(_mix(seeds + _STREAM_KEYS[stream]) + positions * _signed(_INCREMENT))
 
 
 def gumbel_of(uniforms: Tensor) -> Tensor:

@@ -13,8 +13,14 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.sampler.noise import gumbel
-from vdiff_kserve.sampler.params import ENTROPY_POLICIES, FILTERED_POLICIES, DecodingParams
-from vdiff_kserve.sampler.step import LEAST_SCORE, Proposal, SpecialTokens, StepRows
+from vdiff_kserve.sampler.params import ENTROPY_POLICIES, DecodingParams
+from vdiff_kserve.sampler.step import (
+    LEAST_SCORE,
+    Proposal,
+    SpecialTokens,
+    StepRows,
+    is_filtered,
+)
 
 Gather = Callable[[Tensor], Tensor]
 """What each rank has, on every rank: [...] -> [ranks, ...]."""
@@ -26,18 +32,13 @@ def can_propose_from_shards(rows: StepRows) -> bool:
 
 
 def _needs_whole(p: DecodingParams) -> bool:
-    filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
     return (
         p.policy in ENTROPY_POLICIES
         or p.policy in ("topk_margin", "credit", "apd")
-        or (p.temperature > 0 and (filtered or _is_confidence_filtered(p)))
+        or is_filtered(p)
         or p.constraints is not None
         or p.top_logprobs is not None
     )
-
-
-def _is_confidence_filtered(p: DecodingParams) -> bool:
-    return p.filtered_confidence or p.policy in FILTERED_POLICIES
 
 
 def propose_from_shards(

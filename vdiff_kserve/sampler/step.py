@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vdiff_kserve.sampler import draw
 from vdiff_kserve.sampler.noise import gumbel
 from vdiff_kserve.sampler.params import (
     ENTROPY_POLICIES,
@@ -229,6 +230,11 @@ def _sample(
     drawn = replace(rows, row=rows.row[sampled], position=rows.position[sampled])
     params = rows.params
     temperature = drawn.per_position([p.temperature for p in params])
+    seeds = drawn.per_position([p.seed for p in params], torch.int64)
+    token = greedy.clone()
+    if not any(map(is_filtered, params)) and draw.usable(logits):
+        token[sampled] = draw.draw(logits, sampled, temperature, seeds, drawn.position, mask_token)
+        return token, logits
     scores = logits[sampled].double() / temperature[:, None]
     if mask_token is not None:
         scores[:, mask_token] = -torch.inf
@@ -238,14 +244,19 @@ def _sample(
         top_p=drawn.unless_all([p.top_p for p in params], 1.0),
         min_p=drawn.unless_all([p.min_p for p in params], 0.0),
     )
-    seeds = drawn.per_position([p.seed for p in params], torch.int64)
     noise = gumbel(seeds, drawn.position, scores.shape[-1])
-    token = greedy.clone()
     token[sampled] = (scores + noise).argmax(dim=-1)
     filtered = drawn.where(lambda p: p.policy in FILTERED_POLICIES or p.filtered_confidence)
     if filtered is not None:
         logits[sampled] = torch.where(filtered[:, None], scores.float(), logits[sampled])
     return token, logits
+
+
+def is_filtered(p: DecodingParams) -> bool:
+    """Whether a row samples from a part of the distribution, or its confidence is not of the plain
+    softmax."""
+    partial = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+    return p.temperature > 0 and (partial or p.filtered_confidence or p.policy in FILTERED_POLICIES)
 
 
 def filter_tokens(
