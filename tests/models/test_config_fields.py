@@ -56,6 +56,13 @@ def test_several_end_tokens_all_end_an_answer(family: str) -> None:
     assert set(spec.end_token_ids) >= {7, 8, 9}
 
 
+def test_dream_decodes_any_answer_as_one_block_like_its_authors() -> None:
+    config = CheckpointConfig.read(GOLDEN_DIR / "dream")
+    spec = find_family(config).read_spec(config)
+    assert spec.profiles["exact"]["block_length"] >= spec.max_model_len
+    assert "block_length" not in spec.profiles["quality"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_size_that_the_files_contradict_is_built(family: str, tmp_path: Path) -> None:
     """Neither a million layers nor experts: the message comes as fast as any other."""

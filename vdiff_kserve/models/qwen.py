@@ -60,9 +60,14 @@ MOE_TENSORS = TensorNames(
 
 
 def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
-    """Translate the `config.json` of Dream and its relatives."""
+    """Translate the `config.json` of Dream and its relatives.
+
+    The authors decode the whole answer as one block.
+    """
     decoder = read_qwen_decoder(config, qkv_bias=True, qk_norm=False, attention_block=None)
     vocab_size = decoder.vocab_size
+    context = config.context("max_position_embeddings")
+    one_block = {"exact": {**DREAM_PROFILES["exact"], "block_length": context}}
     end, *more_ends = config.end_token_ids(vocab_size, default=config.get("pad_token_id"))
     return ModelSpec(
         family="dream",
@@ -70,9 +75,9 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
         mask_token_id=config.mask_token_id(vocab_size, default=DREAM_MASK_TOKEN_ID),
         eos_token_id=end,
         eot_token_id=DREAM_EOT_TOKEN_ID if vocab_size > DREAM_EOT_TOKEN_ID else None,
-        max_model_len=config.context("max_position_embeddings"),
+        max_model_len=context,
         block_length=DREAM_BLOCK_LENGTH,
-        profiles=DREAM_PROFILES,
+        profiles={**DREAM_PROFILES, **one_block},
         eot_token="<|im_end|>",
         more_end_token_ids=tuple(more_ends),
         shifted_logits=True,
