@@ -34,9 +34,16 @@ def test_an_example_matches(pattern: str) -> None:
     assert re.fullmatch(pattern, text)
 
 
-@pytest.mark.parametrize("pattern", [r"(a", r"a)", r"x{3000}", r"(a{900}){900}", r"[a&&[b]]"])
+@pytest.mark.parametrize(
+    "pattern", [r"(a", r"a)", r"x{3000}", r"(a{900}){900}", r"[a&&[b]]", r"\UFFFFFFFF"]
+)
 def test_what_is_not_understood_has_none(pattern: str) -> None:
     assert example(pattern) is None
+
+
+def test_digits_behind_a_code_are_members_of_their_own() -> None:
+    """They would be a code that no character has."""
+    assert example(r"[\xFFFFFFFF]") == "F"
 
 
 def test_properties_have_members() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import string
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,7 +89,7 @@ def example(pattern: str) -> str | None:
     reader = _Reader(pattern)
     try:
         text = reader.alternatives()
-    except (ValueError, RecursionError, re.error):
+    except (ValueError, OverflowError, RecursionError, re.error):
         return None
     return text if reader.is_at_end() and len(text) <= LONGEST else None
 
@@ -162,11 +163,12 @@ def _member(atom: str) -> str:
     plain = PROPERTY.sub(lambda found: PROPERTIES.get(found[1] or found[2], "a"), atom)
     if plain != atom and not atom.startswith("["):
         return plain
-    named = [int(code, 16) for code in re.findall(r"\\[xuU]\{?([0-9a-fA-F]{2,8})", plain)]
+    codes = [int(code, 16) for code in re.findall(r"\\[xuU]\{?([0-9a-fA-F]{2,8})", plain)]
+    named = [chr(code) for code in codes if code <= sys.maxunicode]
     if SET_OPERATION.search(plain, 1):
         raise ValueError("a class made of classes")
     matches = re.compile(re.sub(r"\\[xu]\{([^}]*)\}", _as_python, plain)).fullmatch
-    for character in [*MEMBERS, *map(chr, named), *plain]:
+    for character in [*MEMBERS, *named, *plain]:
         if matches(character):
             return character
     raise ValueError("no member was found")
