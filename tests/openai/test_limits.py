@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tests.openai.engine import limits
+from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.limits import (
     answer_length,
+    check,
     decoding_params,
     time_allowed,
     with_seed_of,
@@ -62,3 +64,15 @@ def test_lengths() -> None:
 )
 def test_time_is_the_shorter_of_the_requests_and_the_servers(own, server, allowed) -> None:
     assert time_allowed(request(timeout=own), limits(request_timeout=server)) == allowed
+
+
+@pytest.mark.parametrize("fields", [{"policy": "random"}, {"policy": "entropy", "alg_temp": 0.5}])
+def test_several_answers_at_temperature_0_need_another_draw_than_of_tokens(fields) -> None:
+    check(request(n=2, temperature=0, **fields), limits())
+    with pytest.raises(RequestError, match="n must be 1"):
+        check(request(n=2, temperature=0), limits())
+
+
+def test_several_answers_at_temperature_0_may_begin_from_random_tokens() -> None:
+    traits = replace(limits().traits, renoises=True)
+    check(request(n=2, temperature=0), limits(traits=traits))

@@ -69,7 +69,7 @@ def check(request: GenerationFields, limits: ServingLimits) -> None:
     """
     if request.n is not None and not 1 <= request.n <= limits.max_choices:
         raise out_of_range("n", f"in [1, {limits.max_choices}]", request.n)
-    _check_choices(request)
+    _check_choices(request, limits)
     if request.timeout is not None and not 0 < request.timeout < math.inf:
         raise out_of_range("timeout", "a number of seconds above 0", request.timeout)
     if any(not stop for stop in stop_strings(request)):
@@ -82,9 +82,10 @@ def check(request: GenerationFields, limits: ServingLimits) -> None:
     refuse_unsupported(request)
 
 
-def _check_choices(request: GenerationFields) -> None:
-    draws_positions = "random" in (request.remasking, request.policy) or request.alg_temp
-    if (request.n or 1) > 1 and request.temperature == 0 and not draws_positions:
+def _check_choices(request: GenerationFields, limits: ServingLimits) -> None:
+    draws = "random" in (request.remasking, request.policy) or request.alg_temp
+    draws = draws or limits.traits.renoises
+    if (request.n or 1) > 1 and request.temperature == 0 and not draws:
         raise RequestError(
             f"n must be 1 when temperature is 0, since all answers would be the same, "
             f"got {request.n}.",
