@@ -7,12 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.engine.tiny import CONFIG, tiny_decoder
 from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
-from vdiff_kserve.models.attention import VarlenCall, has_kernel, pack_rows, sequences_of
+from vdiff_kserve.models.attention import (
+    VarlenCall,
+    has_kernel,
+    pack_rows,
+    run_kernel,
+    sequences_of,
+)
 
 CPU = torch.device("cpu")
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
@@ -179,3 +186,18 @@ def test_this_torch_knows_the_keywords_that_it_is_given() -> None:
     known = packed_attention._parameters(packed_attention._kernel())
     positional = {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"}
     assert positional | set(packed_attention._options(True, True)) <= known
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@torch.inference_mode()
+def test_this_torch_takes_the_calls(kv_heads: int, causal: bool) -> None:
+    """Shapes and types of tensors on a GPU that have no numbers; keys are a layer of the cache."""
+    with FakeTensorMode():
+        store = torch.empty(3, 200, kv_heads, 64, device="cuda", dtype=torch.bfloat16)
+        query = torch.empty(40, 4, 64, device="cuda", dtype=torch.bfloat16)
+        bounds = torch.empty(2, 9, device="cuda", dtype=torch.int32).unbind()
+        keys = store.select(0, 1)
+        attended = run_kernel(query, keys, keys, VarlenCall(*bounds, 32, 96), causal)
+    assert attended.shape == query.shape
+    assert (attended.dtype, attended.device.type) == (query.dtype, "cuda")
