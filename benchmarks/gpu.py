@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --layers 4 --quick      a few seconds, to see that all of it runs
     python -m benchmarks.gpu --device cpu --layers 2 --width 256 --vocabulary 2304 --quick
 
-Needs torch, transformers and safetensors only, no server and no checkpoint. Prints
+Needs torch, transformers, safetensors and accelerate only, no server and no checkpoint. Prints
 
 - the device's own rates: bytes per second of a copy, and operations per second of a large product;
 - cached passes ("reuse") of 1, 4, 16 and 64 rows with a block of 32, and whole passes ("refresh")

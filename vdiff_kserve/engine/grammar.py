@@ -9,6 +9,8 @@ to a token per pass:
   it likes, as long as the text that this completes can be continued (look-ahead, as in LAVE,
   arXiv 2602.00612), and what turns out wrong when the frontier arrives is masked again;
 - a token is final only when an ending that fits the rest of the canvas is known (see `closing`).
+
+An engine without grammars runs where llguidance is not installed.
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -29,10 +30,11 @@ from vdiff_kserve.engine.closing import ClosingSearch, Hint
 from vdiff_kserve.engine.examples import examples
 from vdiff_kserve.engine.request import EngineError
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
 KEPT_GRAMMARS = 128
 """Compiled grammars that are kept, those used last."""
-LIMITS = LLParserLimits(verbose_errors=False)
-"""llguidance's own bounds on sizes and effort, without grammars in error messages."""
 
 
 class GrammarError(EngineError):
@@ -79,6 +81,8 @@ class Grammars:
         end_token_ids: Sequence[int],
         longest: int,
     ) -> None:
+        from llguidance.hf import from_tokenizer
+
         try:
             self._tokenizer: LLTokenizer = from_tokenizer(
                 tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=list(end_token_ids)
@@ -129,7 +133,11 @@ class Grammars:
         return GrammarCursor(compiled, room)
 
     def _compile(self, grammar: str) -> CompiledGrammar:
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        from llguidance import LLMatcher, LLParserLimits
+
+        # Its own bounds on sizes and effort, without grammars in error messages.
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(_reason(matcher.get_error()))
         hints = tuple(self._search.hint(text) for text in examples(grammar))
