@@ -57,6 +57,11 @@ def test_examples_are_found_in_schemas_and_grammars() -> None:
     assert examples(lark) == ["a/b", "x@", '"y', '\\"y']
 
 
+def test_a_grammar_with_many_has_some() -> None:
+    lark = "\n".join(f"rule_{i}: /{'a' * i}+/" for i in range(1, 500))
+    assert len(examples(lark)) == 32
+
+
 @pytest.mark.parametrize("pattern", [*PATTERNS[:5], r"\w+\s\w+\s\w+@\w+"])
 def test_with_them_an_ending_is_found(pattern: str) -> None:
     tokenizer = load_tokenizer(EMBEDDED)

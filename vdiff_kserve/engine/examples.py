@@ -28,6 +28,8 @@ SET_OPERATION = re.compile(r"(?<!\\)\[|--|&&|\|\||~~")
 GROUP = re.compile(r"\?(?:P?<\w+>|[a-zA-Z-]*:|[a-zA-Z-]+(?=\)))")
 QUANTIFIER = re.compile(r"(?:[*+?]|\{(\d+)(?:,\d*)?\})\??")
 LONGEST = 1000
+MOST = 32
+"""Examples of one grammar: each is tried wherever the search stands."""
 
 
 def examples(grammar: str) -> list[str]:
@@ -41,6 +43,8 @@ def examples(grammar: str) -> list[str]:
         text = example(pattern)
         if text:
             found |= dict.fromkeys((text, json.dumps(text, ensure_ascii=False)[1:-1]))
+        if len(found) >= MOST:
+            break
     return list(found)
 
 
