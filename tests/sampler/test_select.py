@@ -321,3 +321,15 @@ def test_steps_are_shared_out_over_the_blocks(blocks: list[int], steps: int | No
         assert abs(sum(shares) - steps) <= len(blocks)
     if steps is not None and len(set(blocks)) == 1 and steps % len(blocks) == 0:
         assert set(shares) == {steps // len(blocks)}
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.data())
+def test_part_of_a_block_takes_no_more_steps_than_asked_for(
+    answer: int, prompt_tail: int, data: st.DataObject
+) -> None:
+    """A block-causal model's block begins with the prompt's tail and is scheduled as a whole."""
+    params = DecodingParams(steps=data.draw(st.integers(1, answer)))
+    block = answer + prompt_tail
+    steps = block_steps(params, answer, block)
+    quotas = [quota(params, block, 0, steps, step) for step in range(steps)]
+    assert sum(quotas[: params.steps]) >= answer

@@ -14,10 +14,14 @@ def block_steps(params: DecodingParams, answer_length: int, block_length: int) -
     """Steps that a block of `block_length` of the answer's tokens gets.
 
     `params.steps` is for the whole answer and is shared out by length, so a short last block gets
-    its part; with equal blocks this is LLaDA's `steps // blocks`.
+    its part; with equal blocks this is LLaDA's `steps // blocks`. A block that is longer than the
+    answer, since it begins with the prompt's tail, gets no more than leave the answer's part of it
+    `params.steps`.
     """
     if params.steps is None:
         return max(1, block_length)
+    if block_length > answer_length:
+        return max(1, params.steps * block_length // answer_length)
     return max(1, round(params.steps * block_length / answer_length))
 
 
