@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.engine.tiny import request_of, tiny_auxiliary, tiny_decoder, tiny_spec
 from tests.gpu_stand_in import GPU, GpuStandIn, RemoteTensor, gpu_stand_in, move_there
 from tests.models.test_attention import plain_kernel
-from vdiff_kserve.engine import Engine, EngineConfig, runner
+from vdiff_kserve.engine import Engine, EngineConfig, budget, measured_token_budget, runner
 from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.engine.row import Row
 from vdiff_kserve.engine.runner import ModelRunner
@@ -181,3 +181,14 @@ def test_the_stand_in_notices_waits(gpu: GpuStandIn) -> None:
     gpu.waits.clear()
     assert (torch.arange(4).pin_memory().to(GPU, non_blocking=True) + there).device == GPU
     assert gpu.waits == []
+
+
+def test_the_budget_is_not_of_the_first_pass_on_a_gpu(
+    gpu: GpuStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one loads libraries and compiles kernels."""
+    seconds = iter([9.0, 0.02, 0.01, 0.03, 0.02])
+    monkeypatch.setattr(budget, "_seconds", lambda *_: next(seconds))
+    decoder = tiny_decoder()
+    move_there(decoder)
+    assert measured_token_budget(decoder, 1024) == 3840
