@@ -31,13 +31,23 @@ def test_the_end_of_turn_token_is_what_the_tokenizer_says() -> None:
 def test_a_tokenizer_without_one_leaves_the_spec_alone() -> None:
     _, spec = load_decoder(GOLDEN_DIR / "llada")
     spec = replace(spec, eot_token="<|nothing|>")
-    assert with_end_of_turn(spec, make_tokenizer()) is spec
+    assert with_end_of_turn(spec, make_tokenizer()) == spec
 
 
 def test_a_token_that_the_model_lacks_ends_no_turn() -> None:
     _, spec = load_decoder(GOLDEN_DIR / "llada")
     spec = replace(spec, decoder=replace(spec.decoder, vocab_size=315))
-    assert with_end_of_turn(spec, make_tokenizer()) is spec
+    assert with_end_of_turn(spec, make_tokenizer()) == spec
+
+
+def test_what_diffucoder_fills_its_canvas_with_ends_an_answer() -> None:
+    _, spec = load_decoder(GOLDEN_DIR / "dream")
+    spec = replace(spec, decoder=replace(spec.decoder, vocab_size=1000))
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|dlm_pad|>"])
+    filler = tokenizer.get_vocab()["<|dlm_pad|>"]
+    assert filler in with_end_of_turn(spec, tokenizer).end_token_ids
+    assert filler not in with_end_of_turn(spec, make_tokenizer()).end_token_ids
 
 
 def test_the_same_vocabulary_is_accepted_also_with_more_tokens() -> None:

@@ -18,6 +18,8 @@ from vdiff_kserve.models.tensor_names import TensorNames
 DREAM_MASK_TOKEN_ID = 151666
 DREAM_EOT_TOKEN_ID = 151645
 DREAM_BLOCK_LENGTH = 32
+DREAM_FILLER_TOKENS = ("<|dlm_pad|>",)
+"""What DiffuCoder writes behind its answers, where Dream writes the end of the text."""
 
 DREAM_PROFILES: Mapping[str, Mapping[str, Any]] = {
     "exact": {"policy": "entropy", "cache": "none"},
@@ -80,6 +82,7 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
         profiles={**DREAM_PROFILES, **one_block},
         eot_token="<|im_end|>",
         more_end_token_ids=tuple(more_ends),
+        filler_tokens=DREAM_FILLER_TOKENS,
         shifted_logits=True,
     )
 

@@ -53,6 +53,7 @@ class ModelSpec:
         more_end_token_ids: further tokens that end an answer.
         shifted_logits: whether the logits at position i predict token i + 1, not token i.
         eot_token: how the tokenizer writes the token that ends a chat turn.
+        filler_tokens: the same of tokens that the model fills the canvas with behind an answer.
     """
 
     family: str
@@ -70,6 +71,7 @@ class ModelSpec:
     renoising: Renoising | None = None
     more_end_token_ids: tuple[int, ...] = ()
     eot_token: str = ""
+    filler_tokens: tuple[str, ...] = ()
 
     @property
     def block_causal(self) -> bool:

@@ -99,11 +99,17 @@ def _read_template(file: Path) -> str:
 
 
 def with_end_of_turn(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> ModelSpec:
-    """The spec with the id that the tokenizer gives the end-of-turn token, if the model has it."""
-    token_id = tokenizer.get_vocab().get(spec.eot_token)
-    if token_id is None or token_id >= spec.decoder.vocab_size:
-        return spec
-    return replace(spec, eot_token_id=token_id)
+    """The spec with the ids that the tokenizer gives the end-of-turn token and those that fill the
+    canvas behind an answer, of which the model has them."""
+    vocabulary = tokenizer.get_vocab()
+
+    def ids_of(*tokens: str) -> tuple[int, ...]:
+        found = (vocabulary.get(token) for token in tokens)
+        return tuple(i for i in found if i is not None and i < spec.decoder.vocab_size)
+
+    (end_of_turn,) = ids_of(spec.eot_token) or (spec.eot_token_id,)
+    ends = (*spec.more_end_token_ids, *ids_of(*spec.filler_tokens))
+    return replace(spec, eot_token_id=end_of_turn, more_end_token_ids=ends)
 
 
 def check_same_vocabulary(
