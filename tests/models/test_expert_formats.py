@@ -146,7 +146,12 @@ def test_experts_that_are_not_implemented_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"), [("inclusionAI/LLaDA2.1-mini", "edit"), ("LLaDA2.0-mini", "dynamic")]
+    ("name", "policy"),
+    [
+        ("inclusionAI/LLaDA2.1-mini", "edit"),
+        ("llada2.1-flash", "edit"),
+        ("LLaDA2.0-mini", "dynamic"),
+    ],
 )
 def test_only_llada2_1_edits_by_default(name: str, policy: str) -> None:
     _, spec = load_decoder(GOLDEN_DIR / "llada2", hints=Hints(name=name))

@@ -41,7 +41,11 @@ def test_mask_is_the_operators_then_the_configs_then_the_tokenizers(
 
 @pytest.mark.parametrize(
     ("name", "in_config", "expected"),
-    [("GSAI-ML/iLLaDA-8B-Instruct", None, 5), ("GSAI-ML/iLLaDA-8B-Base", 63, 63)],
+    [
+        ("GSAI-ML/iLLaDA-8B-Instruct", None, 5),
+        ("illada-8b", None, 5),
+        ("GSAI-ML/iLLaDA-8B-Base", 63, 63),
+    ],
 )
 def test_illada_has_another_mask(
     tmp_path: Path, name: str, in_config: int | None, expected: int

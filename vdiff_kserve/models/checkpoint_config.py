@@ -96,6 +96,10 @@ class CheckpointConfig:
             raise self.error("architectures", "missing; it names the model class, as a list")
         return names
 
+    def is_called(self, model: str) -> bool:
+        """Whether `model`, given in lower case, is a part of the checkpoint's name."""
+        return model in self.hints.name.lower()
+
     def get(self, field: str) -> Any:
         """The raw value of `field`, None when absent."""
         return self._fields.get(field)

@@ -65,7 +65,7 @@ def read_spec(config: CheckpointConfig) -> ModelSpec:
     if hidden_size % (2 * num_heads):
         raise config.error("d_model", f"{hidden_size} is no even multiple of n_heads = {num_heads}")
     embedding_size = config.integer("embedding_size", default=config.integer("vocab_size"))
-    is_illada = "iLLaDA" in config.hints.name
+    is_illada = config.is_called("illada")
     end, *more_ends = config.end_token_ids(embedding_size)
     decoder = DecoderConfig(
         vocab_size=embedding_size,

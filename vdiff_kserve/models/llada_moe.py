@@ -151,7 +151,7 @@ def read_llada2_spec(config: CheckpointConfig) -> ModelSpec:
             default=BLOCK_LENGTH, most=config.context("max_position_embeddings")
         ),
     )
-    edits = "LLaDA2.1" in config.hints.name
+    edits = config.is_called("llada2.1")
     return _spec(config, decoder, "llada2", EDITING_PROFILES if edits else LLADA2_PROFILES)
 
 
