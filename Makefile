@@ -8,6 +8,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	"$$p" -c "$(IN_RANGE)" 2>/dev/null && echo "$$p" && break; done)
 # Installed before the rest, so that a CPU wheel already chosen is not replaced by a CUDA one.
 TORCH ?= torch==2.13.0
+# Of `make test`: one for each processor and 4 GiB of memory, 4 at most, since each starts servers.
+PROCESSES ?= $(shell $(BIN)/python -c "$(AFFORDABLE)")
+AFFORDABLE := import psutil; memory = psutil.virtual_memory().total; \
+	print(max(1, min(4, psutil.cpu_count() or 1, memory >> 32)))
 ARGS ?=
 
 VENV := .venv
@@ -26,7 +30,8 @@ serve: $(INSTALLED) ## start the server on port 8080 with the embedded model; AR
 	@exec $(BIN)/python -m vdiff_kserve --model_name llada $(ARGS)
 
 test: $(INSTALLED_DEV) ## run the tests with coverage, the slow ones left out
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=85 $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(PROCESSES) --dist loadfile \
+		--cov --cov-report=term --cov-fail-under=85 $(ARGS)
 
 test-all: $(INSTALLED_DEV) ## run every test
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85 $(ARGS)
