@@ -73,3 +73,10 @@ def test_values_and_names_are_no_keywords() -> None:
     properties = closed(schema)["properties"]
     assert properties["default"] == {"type": "object", "additionalProperties": False}
     assert closed(schema)["enum"] == schema["enum"]
+
+
+def test_an_end_is_found_behind_a_number_between_whole_ones() -> None:
+    between = {"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 2}
+    fields = {"a": between, "b": {"type": ["integer", "string"], "maxLength": 4}, "c": between}
+    schema = {"type": "object", "properties": fields, "required": list(fields)}
+    assert accepts(matcher_of(schema), json.dumps({"a": 1.5, "b": 3, "c": 1.01}))

@@ -83,15 +83,19 @@ class ClosingSearch:
         return path
 
     def _step(self, state: LLMatcher, seen: set[bytes]) -> int:
-        """The token that most likely brings the end nearer, in JSON and what looks like it; else
-        one that leads to where the text has not been since tokens were last forced."""
+        """The token that most likely brings the end nearer, in JSON and what looks like it; else,
+        or where a zero did not, one that leads to where the text has not been since tokens were
+        last forced."""
         allowed = _allowed(state)
         closer = self._closer(allowed)
-        if closer is not None:
+        if closer is not None and closer != self._words.zero:
             return closer
         here = _signature(state)
-        if here not in seen:
-            seen.add(here)
+        is_new = here not in seen
+        seen.add(here)
+        if closer is not None and is_new:
+            return closer
+        if closer is not None or is_new:
             for token in self._candidates(allowed):
                 child = state.deep_copy()
                 if child.try_consume_tokens([token]) and _signature(child) not in seen:
