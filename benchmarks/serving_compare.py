@@ -104,5 +104,8 @@ def compare(
             "tokens_per_second": rate_alone,
             "errors": sum(load.errors.total() for load in alone),
         },
-        "levels": [turns.summary(rows, rate_alone) for rows, turns in levels.items()],
+        "levels": [
+            turns.summary(rows, rate_alone) | {"batching": bare.gain(asked[: 2 * rows], rows)}
+            for rows, turns in levels.items()
+        ],
     }

@@ -91,14 +91,15 @@ def _compared(compared: Mapping[str, Any]) -> None:
         f"{alone['tokens_per_second']:.1f} tokens/s, {alone['errors']} errors"
     )
     print(
-        f"{'in flight':>9} {'tokens/s':>9} {'to that':>8} {'bare engine':>11} {'to it':>7} "
-        f"{'by turn':>15} {'passes':>8} {'its passes':>10} {'its plan+apply':>14}"
+        f"{'in flight':>9} {'tokens/s':>9} {'to that':>8} {'batching':>8} {'bare engine':>11} "
+        f"{'to it':>7} {'by turn':>15} {'passes':>8} {'its passes':>10} {'its plan+apply':>14}"
     )
     for level in compared["levels"]:
         by_turn = level["to_bare_engine_by_turn"]
         print(
             f"{level['concurrency']:9d} {level['tokens_per_second']:9.1f} "
-            f"{level['to_one_after_the_other']:7.2f}x {level['engine_tokens_per_second']:11.1f} "
+            f"{level['to_one_after_the_other']:7.2f}x {level['batching']:7.2f}x "
+            f"{level['engine_tokens_per_second']:11.1f} "
             f"{level['to_bare_engine']:7.1%} {min(by_turn):6.1%} - {max(by_turn):6.1%} "
             f"{level['forward_passes']:8d} {level['engine_forward_passes']:10d} "
             f"{level['engine_bookkeeping']:14.1%}"

@@ -247,6 +247,7 @@ def test_the_command_compares_and_ends_with_a_line_of_json(
     assert compared["concurrency"] == 2
     assert compared["engine_forward_passes"] == compared["forward_passes"]
     assert compared["forward_passes"] == 2 * report["levels"][1]["forward_passes"]
+    assert compared["batching"] > 0
     by_turn = compared["to_bare_engine_by_turn"]
     assert len(by_turn) == 2
     assert min(by_turn) <= compared["to_bare_engine"] <= max(by_turn)
