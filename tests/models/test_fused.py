@@ -2,27 +2,20 @@
 them. On a GPU, `test_gpu.py` runs them."""
 
 import logging
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.triton_kernels import compile_for_gpus, needs_triton, run_interpreted
 from vdiff_kserve.models import fused
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 @needs_triton
 def test_kernels_compute_what_layers_compute() -> None:
     """Also that wrong ones are noticed before they are used."""
-    command = [sys.executable, "-m", "tests.models.interpreted_kernels"]
-    subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, check=True)
+    run_interpreted("tests.models.interpreted_kernels")
 
 
 @needs_triton
@@ -35,21 +28,12 @@ def test_kernels_compute_what_layers_compute() -> None:
     ],
 )
 def test_compilers_for_gpus_take_the_kernels(name: str, sizes: dict[str, int]) -> None:
-    """No GPU is needed to compile for one."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from vdiff_kserve.models import fused_kernels
 
     kernel = getattr(fused_kernels, name)
-    pointers = dict.fromkeys(("x", "weight", "out", "gate", "up"), "*bf16")
-    types = pointers | {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
-    signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
-    constants = {(kernel.arg_names.index(size),): value for size, value in sizes.items()}
-    source = ASTSource(kernel, signature | dict.fromkeys(sizes, "constexpr"), constants)
-    for capability in (80, 90, 100):
-        assert triton.compile(source, GPUTarget("cuda", capability, 32)).asm["cubin"]
+    types = dict.fromkeys(("x", "weight", "out", "gate", "up"), "*bf16")
+    types |= {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
+    compile_for_gpus(kernel, {k: v for k, v in types.items() if k in kernel.arg_names}, sizes)
 
 
 def test_a_cpu_takes_the_plain_operations() -> None:

@@ -3,11 +3,6 @@ interpreter, that compilers for GPUs take it, and when it is used. On a GPU,
 `tests/models/test_gpu.py` runs it."""
 
 import logging
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,33 +10,23 @@ import torch
 from torch import Tensor
 
 from tests.sampler.rows import VOCAB, propose_rows, row_of
+from tests.triton_kernels import compile_for_gpus, needs_triton, run_interpreted
 from vdiff_kserve.sampler import DecodingParams, draw
 from vdiff_kserve.sampler.noise import gumbel
-
-ROOT = Path(__file__).parents[2]
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 @needs_triton
 def test_the_kernel_draws_what_the_plain_operations_draw() -> None:
-    command = [sys.executable, "-m", "tests.sampler.interpreted_draw"]
-    subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, check=True)
+    run_interpreted("tests.sampler.interpreted_draw")
 
 
 @needs_triton
 def test_compilers_for_gpus_take_the_kernel() -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from vdiff_kserve.sampler.draw_kernel import draw_kernel
 
-    types = {"logits": "*fp32", "temperature": "*fp64", "best": "*fp64", "BLOCK": "constexpr"}
+    types = {"logits": "*fp32", "temperature": "*fp64", "best": "*fp64"}
     types |= dict.fromkeys(("places", "key", "token"), "*i64")
-    names = draw_kernel.arg_names
-    signature = {name: types.get(name, "i32") for name in names}
-    source = ASTSource(draw_kernel, signature, {(names.index("BLOCK"),): draw.BLOCK})
-    assert triton.compile(source, GPUTarget("cuda", 90, 32)).asm["cubin"]
+    compile_for_gpus(draw_kernel, types, {"BLOCK": draw.BLOCK})
 
 
 @pytest.mark.parametrize(
@@ -99,7 +84,7 @@ def test_tokens_are_drawn_without_a_kernel_that_fails(
     monkeypatch.setattr(draw, "agrees", agrees)
     with caplog.at_level(logging.WARNING):
         assert not draw.works.__wrapped__(torch.device("cpu"))
-    assert ("C compiler" if fault else "draws others") in caplog.text
+    assert ("C compiler" if fault else "wrong numbers") in caplog.text
 
 
 def test_a_cpu_draws_without_a_kernel() -> None:

@@ -12,7 +12,8 @@ from vdiff_kserve.engine.renoising import CanvasDecision, RenoiseRow
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.step_tables import constraints_of, logprobs_by_row
-from vdiff_kserve.models import ForwardBatch, ModelSpec, RenoisingModel, to_device
+from vdiff_kserve.gpu import to_device
+from vdiff_kserve.models import ForwardBatch, ModelSpec, RenoisingModel
 from vdiff_kserve.sampler import (
     Logprobs,
     Proposal,

@@ -19,6 +19,7 @@ from vdiff_kserve.engine.step_tables import (
     logprobs_by_row,
     table_of,
 )
+from vdiff_kserve.gpu import to_device
 from vdiff_kserve.models import (
     ForwardBatch,
     LanguageModel,
@@ -26,7 +27,6 @@ from vdiff_kserve.models import (
     ReuseGraphs,
     RowSpan,
     VocabShard,
-    to_device,
 )
 from vdiff_kserve.sampler import (
     Evidence,

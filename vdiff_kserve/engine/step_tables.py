@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vdiff_kserve.engine.grammar_rows import GrammarRow
 from vdiff_kserve.engine.row import Row
-from vdiff_kserve.models import to_device
+from vdiff_kserve.gpu import to_device
 from vdiff_kserve.sampler import (
     AllowedTokens,
     ConstrainedRow,

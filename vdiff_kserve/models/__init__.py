@@ -16,7 +16,6 @@ from vdiff_kserve.models.served import load_served_model
 from vdiff_kserve.models.sharding import VocabShard
 from vdiff_kserve.models.spec import ModelSpec, Renoising
 from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer, with_end_of_turn
-from vdiff_kserve.models.transfer import to_device
 
 __all__ = [
     "QUANTIZATIONS",
@@ -48,6 +47,5 @@ __all__ = [
     "load_served_model",
     "load_tokenizer",
     "pack_linear_layers",
-    "to_device",
     "with_end_of_turn",
 ]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdiff_kserve.models.transfer import to_device
+from vdiff_kserve.gpu import to_device
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256

@@ -10,8 +10,8 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
+from vdiff_kserve.gpu import to_device
 from vdiff_kserve.models.attention import PackedRows, pack_rows
-from vdiff_kserve.models.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ operations run.
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any
 
@@ -17,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vdiff_kserve.gpu import kernels_work
+
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST = 16384
 """Most elements that one program reads."""
 PRODUCT_BLOCK = 1024
 ELEMENTS_PER_WARP = 512
-
-logger = logging.getLogger("kserve.vdiff.engine")
 
 
 def usable(x: Tensor) -> bool:
@@ -80,14 +79,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 @cache
 def works(device: torch.device) -> bool:
     """Whether the kernels compile for this GPU and compute what they should."""
-    try:
-        correct = agrees(device)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver raises
-        logger.warning("Layers run without fused kernels, for want of Triton: %s", error)
-        return False
-    if not correct:
-        logger.warning("Layers run without fused kernels: on this GPU they compute wrong numbers.")
-    return correct
+    return kernels_work(lambda: agrees(device), "Layers run without fused kernels")
 
 
 def agrees(device: torch.device) -> bool:

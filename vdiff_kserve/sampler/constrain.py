@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vdiff_kserve.gpu import to_device
 from vdiff_kserve.sampler.params import Constraints
-from vdiff_kserve.sampler.step import AllowedTokens, StepRows, on_device
+from vdiff_kserve.sampler.step import AllowedTokens, StepRows
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class TokenRules:
         if constraints.repetition_penalty != 1:
             in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
             in_prompt[list(prompt)] = True
-            in_prompt = on_device(in_prompt, device)
-        return cls(on_device(bias, device), in_prompt)
+            in_prompt = to_device(in_prompt, device)
+        return cls(to_device(bias, device), in_prompt)
 
 
 @dataclass(frozen=True)
@@ -117,23 +118,23 @@ class ConstraintTable:
         ends = torch.tensor([row.first for row in rows]) + torch.tensor([len(c) for c in counted])
         if any(row.constraints.penalizes for row in rows):
             found = [torch.bincount(c[c >= 0], minlength=bias.shape[-1]) for c in counted]
-            counts = on_device(torch.stack(found).float(), device)
+            counts = to_device(torch.stack(found).float(), device)
             none = torch.zeros(bias.shape[-1], dtype=torch.bool, device=device)
             in_prompt = torch.stack(
                 [none if row.rules.in_prompt is None else row.rules.in_prompt for row in rows]
             )
-            penalties = on_device(
+            penalties = to_device(
                 torch.tensor([_penalties(row.constraints) for row in rows]), device
             )
         return cls(
             rows=rows,
-            slot=on_device(slot, device),
+            slot=to_device(slot, device),
             bias=bias,
             penalties=penalties,
             counts=counts,
-            counted_end=on_device(ends, device),
+            counted_end=to_device(ends, device),
             in_prompt=in_prompt,
-            banned=on_device(banned.T.contiguous(), device),
+            banned=to_device(banned.T.contiguous(), device),
         )
 
     @property
@@ -160,7 +161,7 @@ def constrain(logits: Tensor, rows: StepRows) -> Tensor:
 
 
 def _as_asked(logits: Tensor, table: ConstraintTable, rows: StepRows) -> Tensor:
-    places = on_device(rows.host_places(table.asking), logits.device)
+    places = to_device(rows.host_places(table.asking), logits.device)
     slots = table.slot[rows.row[places]]
     vocab_size = logits.shape[-1]
     own = logits[places] + table.bias[slots, :vocab_size]

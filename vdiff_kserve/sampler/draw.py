@@ -7,19 +7,17 @@ draws other tokens than it should, those operations run.
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from vdiff_kserve.gpu import kernels_work
 from vdiff_kserve.sampler.noise import gumbel, token_key
 
 BLOCK = 4096
 """Tokens of one program."""
 NO_TOKEN = -1
-
-logger = logging.getLogger("kserve.vdiff.engine")
 
 
 def usable(logits: Tensor) -> bool:
@@ -74,14 +72,7 @@ def draw(
 @cache
 def works(device: torch.device) -> bool:
     """Whether the kernel compiles for this GPU and draws what it should."""
-    try:
-        correct = agrees(device)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver raises
-        logger.warning("Tokens are drawn without a kernel, for want of Triton: %s", error)
-        return False
-    if not correct:
-        logger.warning("Tokens are drawn without a kernel: on this GPU it draws others.")
-    return correct
+    return kernels_work(lambda: agrees(device), "Tokens are drawn without kernels")
 
 
 def agrees(device: torch.device) -> bool:

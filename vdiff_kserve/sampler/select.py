@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vdiff_kserve.gpu import to_device
 from vdiff_kserve.sampler.noise import gumbel_of, uniform
 from vdiff_kserve.sampler.params import (
     APD_CONFIDENCE,
@@ -15,7 +16,7 @@ from vdiff_kserve.sampler.params import (
     STRICT_POLICIES,
     Policy,
 )
-from vdiff_kserve.sampler.step import Proposal, StepRows, on_device
+from vdiff_kserve.sampler.step import Proposal, StepRows
 
 
 def select(proposal: Proposal, rows: StepRows) -> Tensor:
@@ -193,7 +194,7 @@ def _break_ties_as_topk(accept: Tensor, priority: Tensor, rows: StepRows, i: int
     goes first is decided by topk's own order, so that is what gives the published results.
     """
     own = rows.host_places([row == i for row in range(len(rows.params))])
-    here = on_device(own, accept.device)
+    here = to_device(own, accept.device)
     canvas = torch.full((rows.lengths[i],), -torch.inf, device=priority.device)
     canvas[rows.position[here]] = priority[here].float()
     chosen = canvas.topk(min(rows.quotas[i], len(own))).indices

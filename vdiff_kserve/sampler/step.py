@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vdiff_kserve.gpu import to_device
 from vdiff_kserve.sampler import draw
 from vdiff_kserve.sampler.noise import gumbel
 from vdiff_kserve.sampler.params import (
@@ -86,7 +87,7 @@ class StepRows:
     def part(self, index: slice | Tensor) -> StepRows:
         """The same rows, with only some of the positions: a slice of them, or indices on the
         host."""
-        there = index if isinstance(index, slice) else on_device(index, self.row.device)
+        there = index if isinstance(index, slice) else to_device(index, self.row.device)
         return replace(
             self,
             row=self.row[there],
@@ -104,7 +105,7 @@ class StepRows:
 
     def per_position(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
         """One value per row -> one per position."""
-        return on_device(torch.tensor(values, dtype=dtype), self.row.device)[self.row]
+        return to_device(torch.tensor(values, dtype=dtype), self.row.device)[self.row]
 
     def unless_all(
         self, values: Sequence[float], off: float, dtype: torch.dtype = torch.float64
@@ -123,7 +124,7 @@ class StepRows:
         fulfilled = [condition(p) for p in self.params]
         if not any(fulfilled):
             return None
-        return on_device(self.host_places(fulfilled), self.row.device)
+        return to_device(self.host_places(fulfilled), self.row.device)
 
     def host_places(self, chosen: Sequence[bool]) -> Tensor:
         """int64 [n] on the host, indices of the positions of the chosen rows."""
@@ -133,12 +134,6 @@ class StepRows:
     def with_policy(self, *policies: Policy) -> Tensor | None:
         """bool [positions]: those of rows with one of `policies`; None when no row has."""
         return self.where(lambda p: p.policy in policies)
-
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Values made on the host, on `device`, without waiting for it."""
-    pinned = values.pin_memory() if device.type == "cuda" else values
-    return pinned.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""What models, sampler and engine need of a GPU: copies that do not wait, right kernels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("kserve.vdiff.engine")
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor`, made on the host, on `device`, without waiting for the work that is queued there; a
+    GPU gets it in the order of its stream."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def kernels_work(agrees: Callable[[], bool], otherwise: str) -> bool:
+    """Whether kernels of Triton can be used; if not, the log says why.
+
+    Args:
+        agrees: runs them and compares what they compute.
+        otherwise: what happens without them.
+    """
+    try:
+        correct = agrees()
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver raises
+        logger.warning("%s, for want of Triton: %s", otherwise, error)
+        return False
+    if not correct:
+        logger.warning("%s: on this GPU they compute wrong numbers.", otherwise)
+    return correct
