@@ -240,7 +240,9 @@ def test_the_command_compares_and_ends_with_a_line_of_json(
     for level in report["levels"]:
         assert level["errors"] == {}
         assert level["server_tokens"] == level["tokens"]
-        assert 0 < level["share_of_matrix_rate_by_the_clock"] <= level["share_of_matrix_rate"] < 1
+        # Rounds last a little longer than their answers, so neither share bounds the other.
+        assert 0 < level["share_of_matrix_rate_by_the_clock"] < 1
+        assert 0 < level["share_of_matrix_rate"] < 1
         assert level["share_of_matrix_rate"] < level["share_with_attention"] < 1
         assert 0 < level["bookkeeping"] < 1
     (compared,) = report["compared"]["levels"]
