@@ -128,8 +128,7 @@ class AsyncLLM:
     async def _outputs(
         self, request: CompletionRequest | ChatCompletionRequest, endpoint: str, prompt: str | None
     ) -> AsyncGenerator[RequestOutput, None]:
-        await self._service.prepare([request], endpoint)
-        (work,) = self._service.submit([request], endpoint)
+        (work,) = await self._service.begin([request], endpoint)
         output = output_of(work, prompt)
         with work:
             async with aclosing(work.pieces()) as pieces:

@@ -269,10 +269,11 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
             device=loaded.device,
             max_model_len=str(loaded.limits.max_model_len),
         )
-        self._tokens = Tokens(loaded.tokenizer, loaded.limits)
-        return GenerationService(
+        service = GenerationService(
             loaded.engine, loaded.tokenizer, loaded.limits, self.name, loaded.grammars
         )
+        self._tokens = Tokens(service.tokenizer_thread, loaded.limits)
+        return service
 
     def _ready_service(self) -> GenerationService:
         if self._service is None or self._state is not State.READY:

@@ -280,9 +280,9 @@ async def test_arrival_is_before_the_prompt_is_read(
     tiny._name = model.name
     read = tiny._intake.job
 
-    def slowly(request: object) -> object:
+    async def slowly(request: object) -> object:
         clock.now += 30
-        return read(request)
+        return await read(request)
 
     clock = Clock()
     monkeypatch.setattr("vdiff_kserve.openai.service.time", clock)

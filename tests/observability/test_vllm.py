@@ -92,6 +92,7 @@ def test_denoising_is_counted_in_vllms_units() -> None:
     assert scraped("vllm:diffusion_num_committed_tokens_total", engine="0") == REPORT.committed
 
 
+@pytest.mark.usefixtures("engine")
 def test_names_keep_their_colons() -> None:
     page = metrics.render().decode()
     assert "\nvllm:num_requests_running{" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from threading import Event
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from tests.server.checkpoint import make_tokenizer
 from vdiff_kserve.engine import EngineError, EngineStoppedError, QueueFullError
 from vdiff_kserve.observability import families
 from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.intake import MAX_CHARACTERS_AT_ONCE
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from vdiff_kserve.openai.service import GenerationService
+from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
 
 
 def chat(**fields: Any) -> ChatCompletionRequest:
@@ -246,6 +249,60 @@ async def test_a_closed_service_refuses() -> None:
     with pytest.raises(RequestError, match="stopping") as caught:
         await tiny.respond(chat())
     assert caught.value.status == 503
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Event:
+    """Long prompts are read when it is set."""
+    goes_on = Event()
+    read = TokenizerThread.run
+
+    async def later(self: TokenizerThread, work: Any) -> Any:
+        return await read(self, lambda tokenizer: goes_on.wait(60) and work(tokenizer))
+
+    monkeypatch.setattr(TokenizerThread, "run", later)
+    return goes_on
+
+
+LONG = "x" * (MAX_CHARACTERS_AT_ONCE + 1)
+LONG_TOOL = {"type": "function", "function": {"name": "f", "description": LONG}}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        completion(prompt=LONG),
+        completion(prompt=[LONG[1:], "x"]),
+        completion(prompt="x", suffix=LONG),
+        chat(messages=[{"role": "user", "content": LONG}]),
+        chat(messages=[{"role": "user", "content": [{"type": "text", "text": LONG}]}]),
+        chat(messages=[{"role": "user", "content": "x", "name": LONG}]),
+        chat(tools=[LONG_TOOL]),
+        chat(chat_template_kwargs={"variable": {"of": [LONG]}}),
+    ],
+)
+async def test_short_requests_do_not_wait_for_a_long_one(request_: Any, reading: Event) -> None:
+    engine = ScriptedEngine(*[["ab"]] * 10)
+    tiny = service(engine, max_model_len=100_000)
+    long = asyncio.create_task(tiny.respond(request_))
+    await tiny.respond(chat(messages=[{"role": "user", "content": LONG[:5000]}]))
+    assert len(engine.requests) == 1
+    reading.set()
+    await long
+    assert len(engine.requests) > 1
+
+
+async def test_a_service_that_closes_while_a_prompt_is_read_refuses(reading: Event) -> None:
+    engine = ScriptedEngine(["ab"])
+    tiny = service(engine, max_model_len=100_000)
+    long = asyncio.create_task(tiny.respond(completion(prompt=LONG)))
+    await asyncio.sleep(0)
+    tiny.closed = "The server is stopping."
+    reading.set()
+    with pytest.raises(RequestError, match="stopping"):
+        await long
+    assert not engine.requests
+    assert tiny.active == 0
 
 
 async def test_several_requests_are_answered_together() -> None:

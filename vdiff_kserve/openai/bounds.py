@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
 
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.limits import ServingLimits, stop_strings
@@ -44,15 +47,30 @@ def check_bounds(
     biases = request.logit_bias or {}
     if len(biases) > MAX_LOGIT_BIAS:
         raise _too_many("logit_bias", MAX_LOGIT_BIAS, "entries", len(biases))
-    texts = _texts(request)
     _check_answers(request, limits)
-    for text in texts:
+    for text in _texts(request):
         if text > limits.max_model_len * longest_token:
             raise RequestError(
                 f"This model's maximum context length is {limits.max_model_len} tokens. However, "
                 f"your prompt has {text} characters, which cannot be so few tokens.",
                 param="input_tokens",
             )
+
+
+def tokenized_characters(request: ChatCompletionRequest | CompletionRequest) -> int:
+    """How long the texts are that a request has tokenized, with all that a template may write."""
+    if isinstance(request, CompletionRequest):
+        return sum(_texts(request))
+    written = [request.messages, request.tools, request.chat_template_kwargs, request.prediction]
+    return _characters(written)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, BaseModel | Mapping):
+        return sum(_characters(each) for each in dict(value).values())
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _too_many(field: str, most: int, noun: str, given: int) -> RequestError:

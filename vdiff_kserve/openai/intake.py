@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.engine import GenerationEngine, Grammars
-from vdiff_kserve.openai.bounds import check_bounds
+from vdiff_kserve.openai.bounds import check_bounds, tokenized_characters
 from vdiff_kserve.openai.canvas import Canvases, canvases_of
 from vdiff_kserve.openai.constraints import constraints_of
 from vdiff_kserve.openai.decoding import report
@@ -30,14 +31,19 @@ from vdiff_kserve.openai.prediction import check_something_is_left, foreknown
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from vdiff_kserve.openai.request_ids import clean_id, new_id
 from vdiff_kserve.openai.structured import AnswerFormat, FormatCompiler, answer_format
+from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
 from vdiff_kserve.openai.tools import ToolUse, forced_calls, tool_use
 from vdiff_kserve.sampler import DecodingParams
+
+MAX_CHARACTERS_AT_ONCE = 8192
+"""Of a request that is tokenized on the loop, in a few milliseconds: less than a round takes."""
 
 
 class Intake:
     """Makes jobs of the requests to one model, or refuses them.
 
     Args:
+        thread: tokenizes long texts.
         name: of the model, for requests that name none.
         grammars: compiles what answers must match; None refuses requests that ask for that.
     """
@@ -46,36 +52,41 @@ class Intake:
         self,
         engine: GenerationEngine,
         tokenizer: PreTrainedTokenizerFast,
+        thread: TokenizerThread,
         limits: ServingLimits,
         name: str,
         grammars: Grammars | None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._thread = thread
         self._limits = limits
         self._name = name
         self._formats = FormatCompiler(grammars, limits.grammar_timeout)
         self._longest_token = max(map(len, tokenizer.get_vocab()))
 
-    async def prepare(self, request: ChatCompletionRequest | CompletionRequest) -> None:
-        """Compile what the request's answers must match, so that `job` does not wait for it.
-
-        Raises:
-            RequestError: it cannot be used.
-        """
-        if (wanted := self._format(request)) is not None:
-            room = min(wanted_length(request, self._limits), self._limits.max_model_len)
-            await self._formats.compile(wanted, room)
-
-    def job(self, request: ChatCompletionRequest | CompletionRequest) -> Job:
-        """What a request comes to.
+    async def job(self, request: ChatCompletionRequest | CompletionRequest) -> Job:
+        """What a request comes to. What its answers must match is compiled, and a long prompt
+        tokenized, while the loop goes on.
 
         Raises:
             RequestError: it is refused.
         """
+        if (wanted := self._format(request)) is not None:
+            room = min(wanted_length(request, self._limits), self._limits.max_model_len)
+            await self._formats.compile(wanted, room)
+        if tokenized_characters(request) <= MAX_CHARACTERS_AT_ONCE:
+            return self._read(request, self._tokenizer)
+        return await self._thread.run(partial(self._read, request))
+
+    def _read(
+        self,
+        request: ChatCompletionRequest | CompletionRequest,
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> Job:
         check(request, self._limits)
         check_bounds(request, self._limits, self._longest_token)
-        canvases = canvases_of(request, self._tokenizer, self._limits)
+        canvases = canvases_of(request, tokenizer, self._limits)
         n = request.n or 1
         spec = self._engine.spec
         extra = tuple(request.stop_token_ids or ())
@@ -84,7 +95,7 @@ class Intake:
         unwritten = [spec.mask_token_id, spec.eos_token_id if decoding.logits_eos_inf else None]
         constraints = constraints_of(
             request,
-            self._tokenizer,
+            tokenizer,
             vocab_size=self._limits.vocab_size,
             never_written=frozenset(token for token in unwritten if token is not None),
             end_token_ids=ends,
@@ -100,7 +111,7 @@ class Intake:
             self._formats.check_room(wanted, min(canvases.lengths), length_field(request))
             _check_it_can_be_followed(wanted, decoding, self._limits)
             _check_it_is_free(canvases, request)
-        draft, pinned = foreknown(request, self._tokenizer, self._limits, spec.mask_token_id)
+        draft, pinned = foreknown(request, tokenizer, self._limits, spec.mask_token_id)
         check_something_is_left(pinned, min(canvases.lengths))
         scorer = None
         if isinstance(request, CompletionRequest):
@@ -139,17 +150,7 @@ class Intake:
             pinned=pinned,
             echoes=canvases.echoes,
             scorer=scorer,
-            prompt_text=self._prompt_text(request, canvases),
-        )
-
-    def _prompt_text(
-        self, request: ChatCompletionRequest | CompletionRequest, canvases: Canvases
-    ) -> str | None:
-        """A chat's prompt as the model reads it, when the request wants to see it."""
-        if not isinstance(request, ChatCompletionRequest) or not request.return_prompt_text:
-            return None
-        return self._tokenizer.decode(
-            list(canvases.prompts[0]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            prompt_text=_prompt_text(request, canvases, tokenizer),
         )
 
     def _format(self, request: ChatCompletionRequest | CompletionRequest) -> AnswerFormat | None:
@@ -165,6 +166,19 @@ def _tools(
 ) -> ToolUse | None:
     """How the request's answers may call functions."""
     return tool_use(request, limits) if isinstance(request, ChatCompletionRequest) else None
+
+
+def _prompt_text(
+    request: ChatCompletionRequest | CompletionRequest,
+    canvases: Canvases,
+    tokenizer: PreTrainedTokenizerFast,
+) -> str | None:
+    """A chat's prompt as the model reads it, when the request wants to see it."""
+    if not isinstance(request, ChatCompletionRequest) or not request.return_prompt_text:
+        return None
+    return tokenizer.decode(
+        list(canvases.prompts[0]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
 
 def _check_it_can_be_followed(

@@ -98,7 +98,8 @@ class Literals:
         return around[:first] + ids + around[first + len(alone) :]
 
     def _encode_plain(self, text: str, marker: str) -> list[int]:
-        return self._plain.encode(text.replace(marker, ""), add_special_tokens=False).ids
+        plain = text.replace(marker, "")
+        return self._plain.encode_batch_fast([plain], add_special_tokens=False)[0].ids
 
 
 def _empty_conversation(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -43,6 +43,7 @@ from vdiff_kserve.openai.responses import (
     usage,
 )
 from vdiff_kserve.openai.text import AnswerText, Detokenizer
+from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
 from vdiff_kserve.openai.work import Work
 
 Row = tuple[GenerationRequest, GenerationStream]
@@ -58,6 +59,7 @@ class GenerationService:
     Attributes:
         active: requests that are being answered.
         closed: why new requests are refused; None while they are welcome.
+        tokenizer_thread: tokenizes long texts.
     """
 
     def __init__(
@@ -71,7 +73,8 @@ class GenerationService:
         self._engine = engine
         self._tokenizer = tokenizer
         self._name = name
-        self._intake = Intake(engine, tokenizer, limits, name, grammars)
+        self.tokenizer_thread = TokenizerThread(tokenizer)
+        self._intake = Intake(engine, tokenizer, self.tokenizer_thread, limits, name, grammars)
         self.limits = limits
         self.active = 0
         self.closed: str | None = None
@@ -85,8 +88,7 @@ class GenerationService:
             RequestError: the request cannot be answered.
         """
         endpoint = "chat" if isinstance(request, ChatCompletionRequest) else "completion"
-        await self.prepare([request], endpoint)
-        (work,) = self.submit([request], endpoint)
+        (work,) = await self.begin([request], endpoint)
         writer = _writer(request, work.job)
         if not request.stream:
             return await _whole(work, writer.response)
@@ -104,8 +106,7 @@ class GenerationService:
         with nesting_refused():
             chat = as_chat(request)
         with in_own_names():
-            await self.prepare([chat], "responses")
-            (work,) = self.submit([chat], "responses")
+            (work,) = await self.begin([chat], "responses")
         writer = ResponseWriter(work.job, request)
         if not request.stream:
             return await _whole(work, writer.response)
@@ -120,26 +121,13 @@ class GenerationService:
         Raises:
             RequestError: one of them cannot be answered; none is then.
         """
-        await self.prepare(requests, endpoint)
-        works = self.submit(requests, endpoint)
+        works = await self.begin(requests, endpoint)
         with counted_here(), told_as_request_error(), ExitStack() as stack:
             for work in works:
                 stack.enter_context(work)
             return await _gather_all(works)
 
-    async def prepare(
-        self, requests: Sequence[ChatCompletionRequest | CompletionRequest], endpoint: str
-    ) -> None:
-        """Compile what the requests' answers must match, so that `submit` does not wait for it.
-
-        Raises:
-            RequestError: one of them cannot be used.
-        """
-        with self._refusals(endpoint, len(requests)):
-            for request in requests:
-                await self._intake.prepare(request)
-
-    def submit(
+    async def begin(
         self, requests: Sequence[ChatCompletionRequest | CompletionRequest], endpoint: str
     ) -> list[Work]:
         """Check requests and give them to the engine, all or none. Each work must be entered.
@@ -149,9 +137,9 @@ class GenerationService:
         """
         arrived = time.perf_counter()
         with self._refusals(endpoint, len(requests)):
-            if self.closed is not None:
-                raise unavailable(self.closed)
-            jobs = [self._intake.job(request) for request in requests]
+            self._refuse_if_closed()
+            jobs = [await self._intake.job(request) for request in requests]
+            self._refuse_if_closed()
             groups = [job.engine_requests() for job in jobs]
             rows = [row for group in groups for answer in group for row in answer]
             streams = iter(self._engine.submit(rows))
@@ -163,6 +151,10 @@ class GenerationService:
         ]
         self.active += len(jobs)
         return works
+
+    def _refuse_if_closed(self) -> None:
+        if self.closed is not None:
+            raise unavailable(self.closed)
 
     @contextmanager
     def _refusals(self, endpoint: str, count: int) -> Iterator[None]:

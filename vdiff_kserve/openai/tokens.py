@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +18,7 @@ from vdiff_kserve.openai.fields import refuse_unsupported
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.prompts import chat_prompt
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, Text
+from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
 
 Result = TypeVar("Result")
 OWN_FIELDS = frozenset(("prompt", "return_token_strs"))
@@ -67,13 +65,11 @@ class DetokenizeResponse(BaseModel):
 
 
 class Tokens:
-    """Tokenizes on a thread of its own, with a tokenizer of its own: long texts take seconds, and a
-    tokenizer serves one thread at a time."""
+    """What the two routes answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, limits: ServingLimits) -> None:
-        self._tokenizer = copy.deepcopy(tokenizer)
+    def __init__(self, thread: TokenizerThread, limits: ServingLimits) -> None:
+        self._thread = thread
         self._limits = limits
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vdiff-tokens")
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
         """The tokens of a prompt or a conversation.
@@ -81,27 +77,29 @@ class Tokens:
         Raises:
             RequestError: there is neither, or the chat template refuses.
         """
-        return await self._run(lambda: self._tokenize(request))
+        return await self._run(lambda tokenizer: self._tokenize(request, tokenizer))
 
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeResponse:
         """The text of tokens, special ones included."""
         return await self._run(
-            lambda: DetokenizeResponse(prompt=str(self._tokenizer.decode(request.tokens)))
+            lambda tokenizer: DetokenizeResponse(prompt=str(tokenizer.decode(request.tokens)))
         )
 
-    async def _run(self, work: Callable[[], Result]) -> Result:
+    async def _run(self, work: Callable[[PreTrainedTokenizerFast], Result]) -> Result:
         with told_as_request_error(), nesting_refused():
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            return await self._thread.run(work)
 
-    def _tokenize(self, request: TokenizeRequest) -> TokenizeResponse:
+    def _tokenize(
+        self, request: TokenizeRequest, tokenizer: PreTrainedTokenizerFast
+    ) -> TokenizeResponse:
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("Give either prompt or messages.", param="prompt")
         if request.prompt is None:
-            ids = list(chat_prompt(_as_chat(request), self._tokenizer, self._limits))
+            ids = list(chat_prompt(_as_chat(request), tokenizer, self._limits))
         else:
             special = request.add_special_tokens is not False
-            ids = self._tokenizer.encode(request.prompt, add_special_tokens=special)
-        names = self._tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None
+            ids = tokenizer.encode(request.prompt, add_special_tokens=special)
+        names = tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None
         return TokenizeResponse(
             count=len(ids),
             max_model_len=self._limits.max_model_len,
