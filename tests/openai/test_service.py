@@ -8,10 +8,11 @@ from threading import Event
 from typing import Any
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from tests.openai.engine import ScriptedEngine, limits, service
+from tests.openai.engine import TOKENIZER, ScriptedEngine, limits, service
 from tests.server.checkpoint import make_tokenizer
 from vdiff_kserve.engine import EngineError, EngineStoppedError, QueueFullError
 from vdiff_kserve.observability import families
@@ -32,9 +33,9 @@ def completion(**fields: Any) -> CompletionRequest:
 
 
 async def events(
-    engine: ScriptedEngine, request: ChatCompletionRequest | CompletionRequest
+    engine: ScriptedEngine, request: ChatCompletionRequest | CompletionRequest, **settings: object
 ) -> list[dict[str, Any]]:
-    stream = await service(engine).respond(request)
+    stream = await service(engine, **settings).respond(request)
     texts = [event async for event in stream]
     assert texts[-1] == "data: [DONE]\n\n"
     assert all(t.startswith("data: ") and t.endswith("\n\n") for t in texts)
@@ -154,6 +155,40 @@ async def test_answers_are_interleaved_as_they_come() -> None:
         c["choices"][0]["index"] for c in chunks
     )
     assert [len(c.get("vdiff", {})) > 0 for c in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+async def test_openais_library_keeps_streamed_answers_apart_that_begin_in_another_order() -> None:
+    engine = ScriptedEngine(["", "", "one"], ["two ", "more"], finish_reason="stop")
+    fields = {"n": 2, "temperature": 1, "logprobs": True, "return_token_ids": True}
+    chunks = await events(engine, chat(stream=True, **fields))
+    assert [c["choices"][0]["index"] for c in chunks] == [0, 1, 1, 1, 0]
+    state = ChatCompletionStreamState()
+    for chunk in chunks:
+        state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
+    choices = state.get_final_completion().choices
+    assert [c.message.content for c in choices] == ["one", "two more"]
+    counts = [len(TOKENIZER.encode(c.message.content)) + 1 for c in choices]
+    assert [len(c.logprobs.content) for c in choices] == counts
+    assert [c for c in chunks if "prompt_token_ids" in c] == chunks[:1]
+
+
+async def test_tokens_of_text_that_may_become_a_call_are_told() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    texts = ["<tool_", 'call>{"name": "f", ', '"arguments": {}}</tool_call>']
+    request = chat(stream=True, tools=[tool], return_token_ids=True)
+    chunks = await events(ScriptedEngine(texts), request, tools_in_prompt=False)
+    told = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())]
+    assert TOKENIZER.decode(told) == "".join(texts)
+
+
+async def test_every_chunk_has_the_usage_so_far() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    options = {"continuous_usage_stats": True}
+    call = 'x<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    engine = ScriptedEngine([call], [call])
+    fields = {"n": 2, "temperature": 1, "tools": [tool], "stream_options": options}
+    chunks = await events(engine, chat(stream=True, **fields), tools_in_prompt=False)
+    assert all("usage" in chunk for chunk in chunks)
 
 
 async def test_ignore_eos_leaves_only_the_requests_own_end_tokens() -> None:

@@ -228,7 +228,7 @@ class ChatWriter:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._head = _head("chatcmpl", job)
-        self._deltas: dict[int, AnswerDeltas] = {}
+        self._deltas: list[AnswerDeltas] = []
 
     def response(self, answers: Sequence[FinishedAnswer]) -> ChatCompletion:
         """The whole response."""
@@ -258,48 +258,54 @@ class ChatWriter:
     def chunks(
         self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
     ) -> list[ChatCompletionChunk]:
-        """A chunk for each delta; the first of each answer carries the role beside its text."""
+        """A chunk for each delta; the first of an answer carries the role beside its text."""
         if piece is None:
             return [self._chunk([], usage, info)]
-        tells_prompt = not self._deltas and self._job.tells_prompt
-        answer = self._deltas.setdefault(piece.index, AnswerDeltas(self._job.tools))
-        is_last = piece.finish_reason is not None
+        job = self._job
+        is_first, is_last = not self._deltas, piece.finish_reason is not None
+        choices = self._opening() if is_first else []
+        answer = self._deltas[piece.index]
         deltas = answer.of(piece.text, is_last=is_last)
-        if not deltas and (is_last or self._job.tells_logprobs or tells_prompt):
+        tells_tokens = job.tells_logprobs or job.output.return_token_ids
+        if not deltas and (is_last or tells_tokens or (is_first and job.tells_prompt)):
             deltas = [ChatDelta()]
-        chunks = []
-        for i, delta in enumerate(deltas, start=1):
-            # What belongs to the piece as a whole comes with its last delta.
-            choice = ChatChunkChoice(index=piece.index, delta=delta)
-            if i == len(deltas):
-                choice.logprobs = (
-                    chat_logprobs(piece.logprobs) if self._job.tells_logprobs else None
-                )
-                choice.finish_reason = finish_reason_of(
-                    piece.finish_reason, has_calls=answer.has_calls
-                )
-                choice.stop_reason = piece.stop_reason
-                choice.token_ids = _token_ids(self._job, piece)
-            told = (usage, info) if i == len(deltas) else (None, None)
-            chunks.append(self._chunk([choice], *told, tells_prompt=tells_prompt and i == 1))
+        if deltas:
+            choices += [ChatChunkChoice(index=piece.index, delta=delta) for delta in deltas]
+            self._tell(choices[-1], piece, has_calls=answer.has_calls)
+        chunks = [self._chunk([choice], usage, None) for choice in choices]
+        if chunks:
+            chunks[-1].vdiff = info
+        if is_first and chunks:
+            chunks[0].prompt_token_ids = _prompt_ids(job, 0)
+            chunks[0].prompt_text = job.prompt_text
         return chunks
+
+    def _opening(self) -> list[ChatChunkChoice]:
+        """Begin the answers. Several get a role each, in their order, before one of them has text:
+        OpenAI's library takes any choice that it does not know for the next one."""
+        self._deltas = [AnswerDeltas(self._job.tools) for _ in range(self._job.num_answers)]
+        if len(self._deltas) == 1:
+            return []
+        return [
+            ChatChunkChoice(index=index, delta=answer.open())
+            for index, answer in enumerate(self._deltas)
+        ]
+
+    def _tell(self, choice: ChatChunkChoice, piece: Piece, *, has_calls: bool) -> None:
+        """Add to a piece's last delta what belongs to the piece as a whole."""
+        if self._job.tells_logprobs:
+            choice.logprobs = chat_logprobs(piece.logprobs)
+        choice.finish_reason = finish_reason_of(piece.finish_reason, has_calls=has_calls)
+        choice.stop_reason = piece.stop_reason
+        choice.token_ids = _token_ids(self._job, piece)
 
     def _chunk(
         self,
         choices: list[ChatChunkChoice],
         usage: Usage | None,
         info: DiffusionInfo | None,
-        *,
-        tells_prompt: bool = False,
     ) -> ChatCompletionChunk:
-        return ChatCompletionChunk(
-            **self._head,
-            choices=choices,
-            usage=usage,
-            vdiff=info,
-            prompt_token_ids=_prompt_ids(self._job, 0) if tells_prompt else None,
-            prompt_text=self._job.prompt_text if tells_prompt else None,
-        )
+        return ChatCompletionChunk(**self._head, choices=choices, usage=usage, vdiff=info)
 
     def step(self, index: int, view: StepInfo) -> ChatStep:
         """A chunk without text."""

@@ -49,6 +49,11 @@ class AnswerDeltas:
         self._is_open = False
         self.has_calls = False
 
+    def open(self) -> ChatDelta:
+        """The role, before there is any text."""
+        self._is_open = True
+        return ChatDelta(role="assistant", content="")
+
     def of(self, text: str, *, is_last: bool) -> list[ChatDelta]:
         """The deltas that new text comes to; the answer's first one has the role and text, be it
         empty."""
