@@ -100,6 +100,53 @@ def test_calls_and_their_outputs_are_messages_of_a_chat() -> None:
     assert messages(input=items[:3])[-1]["tool_calls"][1]["id"] == "c2"
 
 
+def test_calls_belong_to_the_assistants_message_before_them() -> None:
+    """Many templates want that roles take turns."""
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    items = [
+        {"role": "user", "content": "go"},
+        {"type": "reasoning", "summary": []},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        {"type": "reasoning", "summary": []},
+        call,
+        {"type": "function_call_output", "call_id": "c", "output": "1"},
+        call,
+        {"type": "function_call_output", "call_id": "c", "output": "2"},
+        {"role": "assistant", "content": "Done."},
+    ]
+    made = messages(input=items)
+    assert [each["role"] for each in made] == [
+        "user", "assistant", "tool", "assistant", "tool", "assistant"
+    ]  # fmt: skip
+    assert [each["content"] for each in made] == ["go", "I look.", "1", "", "2", "Done."]
+    assert [len(each.get("tool_calls", ())) for each in made] == [0, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [("max_tokens", "max_output_tokens"), ("max_completion_tokens", "max_output_tokens"),
+     ("messages", "input"), ("logprobs", "top_logprobs")],
+)  # fmt: skip
+def test_a_chats_name_for_a_field_is_refused_with_the_routes(field: str, told: str) -> None:
+    with pytest.raises(RequestError, match=f"no field {field} here; it is {told}") as caught:
+        chat(**{field: 3})
+    assert caught.value.param == field
+    chat(**{field: None})
+
+
+def test_other_fields_go_on_to_the_chat() -> None:
+    made = chat(treshold=0.5, chat_template="x", prompt_cache_key="k")
+    assert made.chat_template == "x"
+    assert made.model_extra == {"treshold": 0.5, "prompt_cache_key": "k"}
+
+
+def test_what_may_be_included_is_named() -> None:
+    assert not chat(include=["reasoning.encrypted_content"]).logprobs
+    with pytest.raises(RequestError, match=r"logprobs, .*, got zz") as caught:
+        chat(include=["message.output_text.logprobs", "zz"])
+    assert caught.value.param == "include"
+
+
 def test_parts_are_joined_and_refusals_are_text() -> None:
     parts = [{"type": "output_text", "text": "a"}, {"type": "refusal", "refusal": "no"}]
     made = messages(instructions="i", input=[{"role": "assistant", "content": parts}])

@@ -194,6 +194,9 @@ def test_what_was_asked_for_is_told_again(http: httpx.Client) -> None:
         ("user", "\ud800", "lone surrogate"),
         ("tools", [{"type": "web_search"}], "functions only"),
         ("tool_choice", {"type": "mcp"}, "name a function"),
+        ("include", ["zz"], "message.output_text.logprobs"),
+        ("treshold", 0.5, "Did you mean threshold"),
+        ("max_tokens", 5, "it is max_output_tokens"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(
@@ -219,6 +222,7 @@ def test_a_wrong_value_is_refused_by_name(
         ({"role": "user", "content": [3]}, "input.0.content"),
         ({"type": "item_reference", "id": "x"}, "input.0.type"),
         ({"type": "computer_call"}, "input.0.type"),
+        ({"type": ["message"]}, "input.0.type"),
         ({"type": "function_call", "call_id": "c", "name": "f"}, "input.0.arguments"),
         ({"type": "function_call_output", "call_id": "c"}, "input.0.output"),
     ],
@@ -230,6 +234,16 @@ def test_a_wrong_item_is_refused_by_its_place(http: httpx.Client, item: Any, par
 def test_an_input_that_leaves_no_room_is_told_as_in_chats(client: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="maximum context length is 256 tokens"):
         client.responses.create(model="tiny", input="a b " * 300)
+
+
+def test_the_input_is_counted_as_it_would_be_read(client: OpenAI) -> None:
+    asked = {"model": "tiny", "input": "one two", "instructions": "Be brief."}
+    counted = client.responses.input_tokens.count(**asked)
+    assert counted.object == "response.input_tokens"
+    answered = client.responses.create(**asked, max_output_tokens=1)
+    assert counted.input_tokens == answered.usage.input_tokens
+    with pytest.raises(BadRequestError, match="stores no responses"):
+        client.responses.input_tokens.count(input="x", previous_response_id="resp_1")
 
 
 def test_stored_responses_do_not_exist(client: OpenAI) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
+from itertools import takewhile
 from typing import Any
 
 from grpc import StatusCode  # type: ignore[import-untyped]
@@ -28,11 +29,17 @@ logger = logging.getLogger("kserve.vdiff.openai")
 RETRY_AFTER_SECONDS = 1
 MAX_REPORTED_ERRORS = 5
 FORMS = {
-    ("body", "prompt"): "a text, a list of texts, a list of token ids from 0 on, or a list of "
-    "such lists",
-    ("body", "stop"): "a text or a list of texts",
+    "prompt": "a text, a list of texts, a list of token ids from 0 on, or a list of such lists",
+    "stop": "a text or a list of texts",
+    "messages.content": "a text or a list of parts",
+    "prediction.content": "a text or a list of parts",
+    "input": "a text or a list of items",
+    "structured_outputs.json": "a schema, as an object or as text",
+    "tool_choice": "none, auto, required, or an object that names a function",
 }
 """Fields of several forms -> all of them, where pydantic would say of each why it does not fit."""
+FLAT = ("prompt", "stop")
+"""Those in whose forms nothing has a name, so that the forms alone say what is wrong."""
 MAX_INPUT_SHOWN = 80
 
 TYPES = {
@@ -142,33 +149,58 @@ def out_of_range(field: str, allowed: str, value: object) -> RequestError:
 
 def invalid_body(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     """The body does not have the form of the request. `errors` are pydantic's."""
-    lines = list(dict.fromkeys(f"{_location(e)}: {_message(e)}" for e in errors))
+    telling = _telling(errors)
+    lines = list(dict.fromkeys(f"{_location(e)}: {_message(e)}" for e in telling))
     if len(lines) > MAX_REPORTED_ERRORS:
         lines[MAX_REPORTED_ERRORS:] = [f"and {len(lines) - MAX_REPORTED_ERRORS} more"]
     return RequestError(
         "The request is not valid. " + "; ".join(lines),
-        param=_location(errors[0]),
+        param=_location(telling[0]),
         error_type=HTTPStatus.BAD_REQUEST.phrase,
     )
+
+
+def _telling(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of a field of several forms, only the errors that come nearest to what was meant."""
+    best: dict[tuple[int | str, ...], int] = {}
+    for error in errors:
+        best[_field(error)] = max(_nearness(error), best.get(_field(error), 0))
+    return [error for error in errors if _nearness(error) == best[_field(error)]]
+
+
+def _nearness(error: Mapping[str, Any]) -> int:
+    """A form that only this server refuses fits; one with something wrong inside fits nearly."""
+    return 2 if error["type"] == "value_error" else int(_is_inside(error))
+
+
+def _field(error: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Where the field is: a location goes on with the form, and with a place in it."""
+    return tuple(takewhile(lambda part: not _is_type(part), error["loc"]))
+
+
+def _is_inside(error: Mapping[str, Any]) -> bool:
+    return len(error["loc"]) > len(_field(error)) + 1
 
 
 def _location(error: Mapping[str, Any]) -> str:
     if error["type"] == "json_invalid":
         return "body"
-    parts = error["loc"][:2] if _form(error) else error["loc"]
+    parts = _field(error) if _form(error) else error["loc"]
     return shorten(".".join(str(part) for part in parts if not _is_type(part)))
 
 
 def _form(error: Mapping[str, Any]) -> str | None:
-    """What a field of several forms may be; None for other fields."""
-    field, member = error["loc"][:2], error["loc"][2:3]
-    return FORMS.get(field) if member and _is_type(member[0]) else None
+    """What a field of several forms may be; None where something inside it is wrong."""
+    field = _field(error)
+    name = ".".join(part for part in field if isinstance(part, str) and part != "body")
+    is_told = error["type"] == "value_error" or (_is_inside(error) and name not in FLAT)
+    return None if is_told or len(field) == len(error["loc"]) else FORMS.get(name)
 
 
 def _message(error: Mapping[str, Any]) -> str:
     """Pydantic's words, but for those that speak of Python's types to a writer of JSON."""
     if form := _form(error):
-        return f"Input should be {form}"
+        return f"Input should be {form}{'' if _is_inside(error) else _given(error)}"
     if error["type"] in ("model_attributes_type", "model_type", "dict_type"):
         return f"Input should be an object{_given(error)}"
     return f"{error['msg']}{_given(error)}"

@@ -52,8 +52,10 @@ def chat_prompt(
             param="messages",
         )
     use = tool_use(request, limits)
+    knows_developers = "developer" in str(tokenizer.chat_template)
     messages = [
-        read_arguments(_message(message, i), i) for i, message in enumerate(request.messages)
+        read_arguments(_message(message, i, knows_developers=knows_developers), i)
+        for i, message in enumerate(request.messages)
     ]
     tools = None
     if limits.template_takes_tools:
@@ -113,7 +115,9 @@ def truncated(
     return prompt[:most] if request.truncation_side == "right" else prompt[-most:]
 
 
-def _message(message: ChatMessageParam, index: int) -> dict[str, Any]:
+def _message(message: ChatMessageParam, index: int, *, knows_developers: bool) -> dict[str, Any]:
+    """A message as templates read it; OpenAI's role `developer`, where a template has none, is
+    `system`, which it replaced."""
     where = f"messages.{index}.content"
     content = message.content
     if content is None and not (message.model_extra or {}).get("tool_calls"):
@@ -124,6 +128,8 @@ def _message(message: ChatMessageParam, index: int) -> dict[str, Any]:
         fields = message.model_dump(exclude_unset=True)
     except ValueError as error:  # pydantic's limit; its fields are whatever a template may read
         raise nested_too_deep(f"messages.{index}") from error
+    if message.role == "developer" and not knows_developers:
+        fields["role"] = "system"
     return fields | {"content": content or ""}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     StrictStr,
     model_serializer,
+    model_validator,
 )
 
 from vdiff_kserve.openai.structured_fields import ResponseFormat, StructuredOutputs
@@ -209,7 +210,15 @@ class ChatMessageParam(_Request):
 
     role: str
     content: str | list[ContentPart] | None = None
+    refusal: str | None = None
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _take_refusal(self) -> Self:
+        """What the assistant refused with is what it said."""
+        if self.content is None and self.refusal is not None:
+            self.content = self.refusal
+        return self
 
 
 class ChatCompletionRequest(GenerationFields):

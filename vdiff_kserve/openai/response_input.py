@@ -5,13 +5,13 @@ Nothing is stored: whatever an earlier response is needed for is refused with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
 
-from vdiff_kserve.openai.errors import RequestError, invalid_body, shorten
+from vdiff_kserve.openai.errors import RequestError, invalid_body, out_of_range, shorten
 from vdiff_kserve.openai.fields import Refused
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, GenerationFields
 from vdiff_kserve.openai.response_objects import ResponsesRequest
@@ -37,8 +37,27 @@ NAMES = {
 }
 """Fields of a chat, and what the same is called here."""
 
+RENAMED = {
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "logprobs": "top_logprobs",
+}
+"""Fields of chats that clients send here by mistake."""
+
 TEXT_PARTS = ("input_text", "output_text", "text")
 LOGPROBS = "message.output_text.logprobs"
+INCLUDABLE = (
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+"""What `include` may ask for; all but `LOGPROBS` are of items that no answer here has."""
 
 
 def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
@@ -50,10 +69,12 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
     for name, refused in REFUSED.items():
         if name in request.model_fields_set and getattr(request, name) not in refused.neutral:
             raise RequestError(f"`{name}` is not supported: {refused.reason}.", param=name)
+    fields = _chats_own(request.model_extra or {})
     if not request.input:
         raise RequestError("input must be given and not be empty.", param="input")
+    _check_include(request.include or ())
     given = request.model_fields_set & GenerationFields.model_fields.keys()
-    fields = {name: getattr(request, name) for name in given - REFUSED.keys() - {"stream_options"}}
+    fields |= {name: getattr(request, name) for name in given - REFUSED.keys() - {"stream_options"}}
     fields |= {
         "messages": list(_messages(request)),
         "max_completion_tokens": request.max_output_tokens,
@@ -73,6 +94,20 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
             return ChatCompletionRequest.model_validate(fields)
         except ValidationError as error:
             raise invalid_body(error.errors()) from error
+
+
+def _check_include(include: Sequence[str]) -> None:
+    for each in include:
+        if each not in INCLUDABLE:
+            raise out_of_range("include", f"a list of {', '.join(INCLUDABLE)}", each)
+
+
+def _chats_own(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that this route does not have; the chat does with them what it does with its own."""
+    given = {name: value for name, value in extra.items() if value is not None}
+    for name in RENAMED.keys() & given.keys():
+        raise RequestError(f"There is no field {name} here; it is {RENAMED[name]}.", param=name)
+    return given
 
 
 @contextmanager
@@ -101,49 +136,39 @@ def _messages(request: ResponsesRequest) -> Iterator[dict[str, Any]]:
     if isinstance(request.input, str):
         yield {"role": "user", "content": request.input}
         return
-    calls: list[dict[str, Any]] = []
+    said: dict[str, Any] | None = None  # the assistant's latest, which may go on with calls
     for index, item in enumerate(request.input or ()):
-        kind = item.get("type") or "message"
-        where = f"input.{index}"
-        if kind == "function_call":
-            calls.append(_call(item, where))
+        kind, where = item.get("type") or "message", f"input.{index}"
+        if kind == "reasoning":
             continue
-        if calls:
-            yield {"role": "assistant", "content": "", "tool_calls": calls}
-            calls = []
-        if kind not in ITEMS:
-            reason = NOT_STORED if kind == "item_reference" else "this model reads text only"
-            raise RequestError(
-                f"{where} has the type '{shorten(kind)}'; {reason}.", param=f"{where}.type"
-            )
-        yield from ITEMS[kind](item, where)
-    if calls:
-        yield {"role": "assistant", "content": "", "tool_calls": calls}
+        if kind == "function_call":
+            said = said or {"role": "assistant", "content": ""}
+            said.setdefault("tool_calls", []).append(_call(item, where))
+            continue
+        if said is not None:
+            yield said
+        said, message = None, _message(item, kind, where)
+        if message["role"] == "assistant":
+            said = message
+        else:
+            yield message
+    if said is not None:
+        yield said
 
 
-def _message(item: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    content = item.get("content")
-    yield {"role": _text(item, "role", where), "content": _joined(content, f"{where}.content")}
-
-
-def _call_output(item: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    yield {
-        "role": "tool",
-        "tool_call_id": _text(item, "call_id", where),
-        "content": _joined(item.get("output"), f"{where}.output"),
-    }
-
-
-def _reasoning(_item: Mapping[str, Any], _where: str) -> Iterator[dict[str, Any]]:
-    """What another model thought is not read."""
-    yield from ()
-
-
-ITEMS: dict[str, Callable[[Mapping[str, Any], str], Iterator[dict[str, Any]]]] = {
-    "message": _message,
-    "function_call_output": _call_output,
-    "reasoning": _reasoning,
-}
+def _message(item: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """The message that an item is."""
+    if kind == "message":
+        content = _joined(item.get("content"), f"{where}.content")
+        return {"role": _text(item, "role", where), "content": content}
+    if kind == "function_call_output":
+        return {
+            "role": "tool",
+            "tool_call_id": _text(item, "call_id", where),
+            "content": _joined(item.get("output"), f"{where}.output"),
+        }
+    reason = NOT_STORED if kind == "item_reference" else "this model reads text only"
+    raise RequestError(f"{where} has the type '{shorten(kind)}'; {reason}.", param=f"{where}.type")
 
 
 def _call(item: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from vdiff_kserve.openai.response_objects import ResponseObject, ResponsesReques
 from vdiff_kserve.openai.tokens import (
     DetokenizeRequest,
     DetokenizeResponse,
+    InputTokens,
     TokenizeRequest,
     TokenizeResponse,
 )
@@ -59,6 +60,7 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
     router = APIRouter()
     generation = _Generation(dataplane, default_model)
     models = _Models(dataplane)
+    tokens = _Tokens(dataplane, default_model)
     for prefix in PREFIXES:
         for path, handler, answer in (
             (CHAT, generation.chat, ChatCompletion),
@@ -91,8 +93,12 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
             methods=["GET"],
             tags=["OpenAI"],
         )
-    tokens = _Tokens(dataplane, default_model)
-    for path, convert in (("/tokenize", tokens.tokenize), ("/detokenize", tokens.detokenize)):
+    conversions: dict[str, Callable[..., Any]] = {
+        "/tokenize": tokens.tokenize,
+        "/detokenize": tokens.detokenize,
+        **{f"{prefix}{RESPONSES}/input_tokens": tokens.count for prefix in PREFIXES},
+    }
+    for path, convert in conversions.items():
         router.add_api_route(
             path,
             convert,
@@ -203,6 +209,11 @@ class _Tokens:
         """The text of tokens."""
         model = await self._dataplane.get_model(body.model or self._default_model)
         return await model.tokens.detokenize(body)
+
+    async def count(self, body: ResponsesRequest) -> InputTokens:
+        """How many tokens the input of a response has."""
+        model = await self._dataplane.get_model(body.model or self._default_model)
+        return await model.tokens.count(body)
 
 
 class _Models:

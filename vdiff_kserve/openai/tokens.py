@@ -1,9 +1,9 @@
-"""`/tokenize` and `/detokenize`, with vLLM's messages."""
+"""`/tokenize` and `/detokenize`, with vLLM's messages, and the count of a response's input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +18,8 @@ from vdiff_kserve.openai.fields import refuse_unsupported
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.prompts import chat_prompt
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, Text
+from vdiff_kserve.openai.response_input import as_chat, in_own_names
+from vdiff_kserve.openai.response_objects import ResponsesRequest
 from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
 
 Result = TypeVar("Result")
@@ -64,8 +66,15 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class InputTokens(BaseModel):
+    """The response of `POST responses/input_tokens`."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 class Tokens:
-    """What the two routes answer."""
+    """What these routes answer."""
 
     def __init__(self, thread: TokenizerThread, limits: ServingLimits) -> None:
         self._thread = thread
@@ -84,6 +93,14 @@ class Tokens:
         return await self._run(
             lambda tokenizer: DetokenizeResponse(prompt=str(tokenizer.decode(request.tokens)))
         )
+
+    async def count(self, request: ResponsesRequest) -> InputTokens:
+        """How many tokens the input of a response has, with all that the model is told.
+
+        Raises:
+            RequestError: the route could not answer it, or the chat template refuses.
+        """
+        return await self._run(lambda tokenizer: self._count(request, tokenizer))
 
     async def _run(self, work: Callable[[PreTrainedTokenizerFast], Result]) -> Result:
         with told_as_request_error(), nesting_refused():
@@ -106,6 +123,13 @@ class Tokens:
             tokens=ids,
             token_strs=names,
         )
+
+    def _count(self, request: ResponsesRequest, tokenizer: PreTrainedTokenizerFast) -> InputTokens:
+        chat = as_chat(request)
+        with in_own_names():
+            refuse_unsupported(chat)
+            ids = chat_prompt(chat, tokenizer, self._limits)
+        return InputTokens(input_tokens=len(ids))
 
 
 def _as_chat(request: TokenizeRequest) -> ChatCompletionRequest:

@@ -1,0 +1,66 @@
+"""What clients are told of bodies that are not the route's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from vdiff_kserve.openai.errors import RequestError, invalid_body
+from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+from vdiff_kserve.openai.response_objects import ResponsesRequest
+
+PROMPT = "a text, a list of texts, a list of token ids from 0 on, or a list of such lists"
+CHOICE = "none, auto, required, or an object that names a function"
+
+
+def refusal(kind: type[BaseModel], fields: dict[str, Any]) -> RequestError:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(fields)
+    return invalid_body([{**e, "loc": ("body", *e["loc"])} for e in caught.value.errors()])
+
+
+def in_a_message(content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "field", "told"),
+    [
+        (CompletionRequest, {"prompt": 5}, "prompt", f"Input should be {PROMPT}, got 5"),
+        (CompletionRequest, {"prompt": [1, "a"]}, "prompt", f"Input should be {PROMPT}"),
+        (CompletionRequest, {"prompt": [[1, "a"]]}, "prompt", f"Input should be {PROMPT}"),
+        (CompletionRequest, {"prompt": ["a", "\ud800"]}, "prompt.1", "a lone surrogate"),
+        (CompletionRequest, {"prompt": "x", "stop": "\ud800"}, "stop", "a lone surrogate"),
+        (ChatCompletionRequest, in_a_message(5), "messages.0.content", "a list of parts, got 5"),
+        (ChatCompletionRequest, in_a_message(["x"]), "messages.0.content.0", "be an object, got x"),
+        (
+            ChatCompletionRequest,
+            in_a_message([{"type": 5}]),
+            "messages.0.content.0.type",
+            "be a valid string, got 5",
+        ),
+        (
+            ChatCompletionRequest,
+            in_a_message("x") | {"tool_choice": "any"},
+            "tool_choice",
+            f"Input should be {CHOICE}, got any",
+        ),
+        (
+            ChatCompletionRequest,
+            in_a_message("x") | {"tool_choice": {"type": "function", "name": "f"}},
+            "tool_choice.function",
+            "Field required",
+        ),
+        (ResponsesRequest, {"input": 5}, "input", "a text or a list of items, got 5"),
+    ],
+)
+def test_a_field_of_several_forms_is_told_once(
+    kind: type[BaseModel], fields: dict[str, Any], field: str, told: str
+) -> None:
+    error = refusal(kind, fields)
+    assert error.param == f"body.{field}"
+    assert error.message.startswith(f"The request is not valid. body.{field}: ")
+    assert error.message.count("body.") == 1
+    assert told in error.message

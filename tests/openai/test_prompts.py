@@ -1,0 +1,47 @@
+"""From messages to what the model reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.openai.engine import limits
+from tests.server.checkpoint import make_tokenizer
+from vdiff_kserve.openai.prompts import chat_prompt
+from vdiff_kserve.openai.protocol import ChatCompletionRequest
+
+PLAIN = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+KNOWS_DEVELOPERS = (
+    "{% for m in messages %}{{ 'dev' if m.role == 'developer' else m.role }}:{{ m.content }};"
+    "{% endfor %}"
+)
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def rendered(template: str, *messages: dict[str, Any], **fields: Any) -> str:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    request = ChatCompletionRequest.model_validate({"messages": messages, **fields})
+    ids = chat_prompt(request, tokenizer, limits())
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def test_a_developers_message_is_the_systems_where_the_template_has_no_such_role() -> None:
+    message = {"role": "developer", "content": "be brief"}
+    assert rendered(PLAIN, message) == "system:be brief;"
+    assert rendered(KNOWS_DEVELOPERS, message) == "dev:be brief;"
+    told = rendered(PLAIN, message, tools=[TOOL])
+    assert told.startswith("system:be brief\n\nYou may call these functions:")
+    assert told.count("system:") == 1
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "critic"])
+def test_other_roles_are_the_templates(role: str) -> None:
+    assert rendered(PLAIN, {"role": role, "content": "x"}) == f"{role}:x;"
+
+
+def test_what_the_assistant_refused_with_is_its_message() -> None:
+    refused = {"role": "assistant", "content": None, "refusal": "I will not."}
+    assert rendered(PLAIN, refused) == "assistant:I will not.;"
+    assert rendered(PLAIN, refused | {"content": "Yes."}) == "assistant:Yes.;"
