@@ -140,6 +140,8 @@ def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dty
     torch.manual_seed(0)
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else parameter.fill_(1)
+    if device.type == "cuda":
+        decoder.join_layers()
     return decoder.requires_grad_(False).eval()
 
 

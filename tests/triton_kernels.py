@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CAPABILITIES = (80, 90, 100)
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""What a program may use of a multiprocessor's memory, by compute capability."""
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -23,19 +24,38 @@ def run_interpreted(module: str) -> None:
     subprocess.run([sys.executable, "-m", module], env=environment, cwd=ROOT, check=True)
 
 
-def compile_for_gpus(kernel: Any, types: dict[str, str], sizes: dict[str, int]) -> None:
+def let_loops_begin_at_numbers_from_memory() -> None:
+    """Triton's interpreter keeps them in arrays that NumPy 2.4 makes no number of."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_more(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_more
+
+
+def compile_for_gpus(
+    kernel: Any, types: dict[str, str], sizes: dict[str, int], **options: int
+) -> None:
     """Compile a kernel for several generations of GPUs, of which none is needed for that.
 
     Args:
         types: of arguments, where they are no int32.
         sizes: its constants.
+        options: how it is launched, `num_warps` and `num_stages`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(sizes, "constexpr")
+    signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
     constants = {(kernel.arg_names.index(size),): value for size, value in sizes.items()}
     source = ASTSource(kernel, signature, constants)
-    for capability in CAPABILITIES:
-        assert triton.compile(source, GPUTarget("cuda", capability, 32)).asm["cubin"]
+    for capability, shared in SHARED_BYTES.items():
+        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= shared

@@ -34,3 +34,8 @@ def kernels_work(agrees: Callable[[], bool], otherwise: str) -> bool:
     if not correct:
         logger.warning("%s: on this GPU they compute wrong numbers.", otherwise)
     return correct
+
+
+def power_of_2(count: int) -> int:
+    """The least power of 2 that is no less than `count`, as the sizes of Triton's blocks are."""
+    return 1 << (count - 1).bit_length()

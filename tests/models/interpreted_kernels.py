@@ -1,49 +1,158 @@
 """Run by `test_fused.py` with `TRITON_INTERPRET=1`, which must be set before Triton is imported."""
 
 import itertools
+import random
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vdiff_kserve.models import fused
+from tests.engine.tiny import tiny_decoder
+from tests.models.test_attention import mixed_rows, plain_kernel, store_for
+from tests.models.test_reuse_graphs import PLACES, graphs_of, reuse_rows
+from tests.triton_kernels import let_loops_begin_at_numbers_from_memory
+from vdiff_kserve.models import (
+    Decoder,
+    ForwardBatch,
+    KeyValueStore,
+    RowSpan,
+    fused,
+    split_attention,
+)
+from vdiff_kserve.models import attention as packed_attention
+from vdiff_kserve.models import decoder as decoder_module
+from vdiff_kserve.models.attention import VarlenCall, sequences_of
 from vdiff_kserve.models.layers import RMSNorm, rotary_angles, rotate
+from vdiff_kserve.models.moe import MoEConfig, Router
 
+CPU = torch.device("cpu")
 TOLERANCE = {
     torch.float16: dict(atol=1e-3, rtol=1e-3),
     # The interpreter cuts numbers off where a GPU rounds them.
     torch.bfloat16: dict(atol=0.02, rtol=0.02),
 }
-SHAPES = [(5, 24, 24), (4, 64, 32), (28, 128, 128), (1, 8, 8)]
+SHAPES = [(5, 24, 24), (9, 40, 32), (1, 8, 8)]
 
 
-@torch.inference_mode()
 def compare(heads: int, size: int, rotary: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(heads)
     x, other = torch.randn((2, 3, heads, size), generator=generator).to(dtype)
-    norm = RMSNorm(size, 1e-5).to(dtype)
-    norm.weight.copy_(torch.randn(size, generator=generator))
+    norm, key_norm = (RMSNorm(size, 1e-5).to(dtype) for _ in "qk")
+    for each in (norm, key_norm):
+        each.weight.copy_(torch.randn(size, generator=generator))
 
     def check(got: Tensor, plain: Tensor) -> None:
         torch.testing.assert_close(got, plain, **TOLERANCE[dtype])
 
     check(fused.rms_norm(x, norm.weight, norm.eps), norm(x))
-    check(fused.silu_product(x, other), F.silu(x) * other)
+    total, normed = fused.add_rms_norm(x, other, norm.weight, norm.eps)
+    check(total, x + other)
+    check(normed, norm(x + other))
+    pair = torch.cat((x, other), dim=-1).flatten(1)
+    for gate, up in ((x.flatten(1), other.flatten(1)), pair.chunk(2, dim=-1)):
+        check(fused.silu_product(gate, up), F.silu(gate) * up)
     for precision in (torch.float32, dtype):
         angles = rotary_angles(torch.tensor([0, 17, 900]), rotary, 1e4)
         cos, sin = (angle.to(precision) for angle in angles)
         check(fused.rotate(x, cos, sin), rotate(x, cos, sin))
+        # Norms only where rounding twice as the interpreter does leaves something to compare.
+        with_norms = {False, dtype == torch.float16}
+        for kv_heads, normed in itertools.product({1, heads - 1} - {0}, with_norms):
+            keys, values = torch.zeros((2, 7, kv_heads, size), dtype=dtype)
+            kept = fused.Kept(keys, values, torch.tensor([5, 0, 6]))
+            joined = torch.cat((x, other[:, :kv_heads], x[:, -kv_heads:]), dim=1)
+            norms = fused.HeadNorms(norm.weight, key_norm.weight, 1e-5) if normed else None
+            query, key, value = fused.heads(joined, kv_heads, cos, sin, norms, kept)
+            own, theirs = x, other[:, :kv_heads]
+            if normed:
+                own, theirs = norm(own), key_norm(theirs)
+            check(query, rotate(own, cos, sin))
+            check(key, rotate(theirs, cos, sin))
+            check(value, x[:, -kv_heads:])
+            assert torch.equal(keys[kept.places], key)
+            assert torch.equal(values[kept.places], value)
+            assert not keys[1:5].any(), "written elsewhere"
+
+
+def compare_splits() -> None:
+    """Rows of a captured pass with idle places, whose keys are spread over a layer of the cache, in
+    float16: the interpreter multiplies no bfloat16."""
+    generator = torch.Generator().manual_seed(1)
+    counts, starts, lengths = [5, 1, 8], [2, 90, 300], [70, 1, 129]
+    cu_queries, cu_keys = sequences_of(counts, starts, lengths)
+    idle = [cu_queries + cu_queries[-1:] * 2, cu_keys + cu_keys[-1:] * 2]
+    bounds = torch.tensor(idle, dtype=torch.int32)
+    call = VarlenCall(bounds[0], bounds[1], 8, 8000)
+    for group, kv_heads, size, splits in ((1, 2, 16, 1), (3, 2, 24, 3), (9, 1, 16, 8)):
+        store = torch.randn((440, 2, kv_heads, size), generator=generator).half()
+        query = torch.randn((20, kv_heads * group, size), generator=generator).half()
+        key, value = store.unbind(1)
+        expected = plain_kernel(query, key, value, call, causal=False)[:14]
+        got = split_attention.attend(query, key, value, call, splits)[:14]
+        torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+
+
+Rows = tuple[list[Tensor], list[RowSpan], int]
+CASES: list[tuple[Rows, bool]] = [
+    ((*reuse_rows(2, random.Random(0)), PLACES), True),
+    (mixed_rows(random.Random(4)), False),  # a row without a cache, and a block of one with it
+    (mixed_rows(random.Random(8)), False),  # rows with a cache: a block of one, and a whole one
+]
+
+
+def run(decoder: Decoder, rows: Rows, is_captured: bool) -> list[Tensor]:
+    """Hidden states, and the keys and values of all rows after the pass."""
+    canvases, spans, places = rows
+    store = store_for(decoder, places)
+    store = KeyValueStore(store.keys.half(), store.values.half())
+    if is_captured:
+        states = graphs_of(decoder).run(canvases, spans, store)
+    else:
+        states = decoder(ForwardBatch.pack(canvases, spans, store))
+    return [states, store.keys[:, :-1], store.values[:, :-1]]
+
+
+def compare_decoders() -> None:
+    """Passes whose layers are joined and take the kernels, with those that do not."""
+    experts = MoEConfig(num_experts=4, experts_per_token=2, expert_size=16, shared_size=16)
+    for changes in ({"qkv_bias": True}, {"qk_norm": True, "rotary_dim": 4, "moe": experts}):
+        decoder = tiny_decoder(rope_in_float32=False, **changes)
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+        for module in decoder.half().modules():
+            if isinstance(module, Router):
+                module.float()
+        kept = []
+        for is_fused in (False, True):
+            if is_fused:
+                decoder.join_layers()
+                fused.usable = lambda x: x.is_contiguous() and x.dtype == torch.float16
+            kept.append([state for case in CASES for state in run(decoder, *case)])
+        fused.usable = lambda _: False
+        for got, want in zip(*reversed(kept), strict=True):
+            torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
 
 
 def check_what_is_checked_before_use() -> None:
-    cpu, product = torch.device("cpu"), fused.silu_product
-    assert fused.agrees(cpu)
+    assert fused.agrees(CPU)
+    product = fused.silu_product
     fused.silu_product = lambda gate, up: gate * up
-    assert not fused.agrees(cpu)
+    assert not fused.agrees(CPU)
     fused.silu_product = product
+    assert split_attention.agrees(CPU, torch.float16, 16, 2)
+    attend = split_attention.attend
+    split_attention.attend = lambda query, *_: query
+    assert not split_attention.agrees(CPU, torch.float16, 16, 2)
+    split_attention.attend = attend
 
 
 if __name__ == "__main__":
-    for shape, dtype in itertools.product(SHAPES, TOLERANCE):
-        compare(*shape, dtype)
-    check_what_is_checked_before_use()
+    let_loops_begin_at_numbers_from_memory()
+    with torch.inference_mode():
+        for shape, dtype in itertools.product(SHAPES, TOLERANCE):
+            compare(*shape, dtype)
+        compare_splits()
+        check_what_is_checked_before_use()
+        decoder_module.has_kernel = lambda *_: True
+        packed_attention.run_kernel = plain_kernel
+        compare_decoders()

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.engine.tiny import CONFIG, tiny_decoder
-from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, RowSpan
+from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, RowSpan, split_attention
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
 from vdiff_kserve.models.attention import (
@@ -181,6 +182,31 @@ def test_each_torch_is_told_what_its_kernel_knows(
     assert packed_attention._options.__wrapped__(grouped=False, causal=False) == {}
 
 
+@pytest.mark.parametrize(("causal", "taken"), [(False, True), (True, False)])
+def test_few_queries_that_see_all_keys_have_a_kernel_of_their_own(
+    causal: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = torch.randn(3, 6, 2, 8)
+    bounds = torch.tensor([[0, 0, 6], [0, 0, 6]], dtype=torch.int32)
+    call = VarlenCall(bounds[0], bounds[1], 6, 6)
+    calls: list[str] = []
+
+    def kernel(name: str) -> Callable[..., Tensor]:
+        def attend(*_: object, **__: object) -> Tensor:
+            calls.append(name)
+            return query
+
+        return attend
+
+    assert not split_attention.usable(query, key, value, call), "a CPU has none"
+    monkeypatch.setattr(split_attention, "usable", lambda *_: True)
+    monkeypatch.setattr(split_attention, "attend", kernel("split"))
+    monkeypatch.setattr(packed_attention, "_kernel", lambda: kernel("long"))
+    monkeypatch.setattr(packed_attention, "_options", lambda *_: {})
+    run_kernel(query, key, value, call, causal)
+    assert calls == ["split" if taken else "long"]
+
+
 def test_this_torch_knows_the_keywords_that_it_is_given() -> None:
     """Also the positional ones, by their names."""
     known = packed_attention._parameters(packed_attention._kernel())
@@ -191,8 +217,11 @@ def test_this_torch_knows_the_keywords_that_it_is_given() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.inference_mode()
-def test_this_torch_takes_the_calls(kv_heads: int, causal: bool) -> None:
+def test_this_torch_takes_the_calls(
+    kv_heads: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shapes and types of tensors on a GPU that have no numbers; keys are a layer of the cache."""
+    monkeypatch.setattr(split_attention, "usable", lambda *_: False)
     with FakeTensorMode():
         store = torch.empty(3, 200, kv_heads, 64, device="cuda", dtype=torch.bfloat16)
         query = torch.empty(40, 4, 64, device="cuda", dtype=torch.bfloat16)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.triton_kernels import compile_for_gpus, needs_triton, run_interpreted
-from vdiff_kserve.models import fused
+from vdiff_kserve.models import fused, split_attention
 
 CPU = torch.device("cpu")
 
@@ -18,22 +18,56 @@ def test_kernels_compute_what_layers_compute() -> None:
     run_interpreted("tests.models.interpreted_kernels")
 
 
+TYPES = dict.fromkeys(("x", "other", "weight", "total", "out", "gate", "up"), "*bf16")
+TYPES |= dict.fromkeys(("query_weight", "key_weight", "query", "key", "value"), "*bf16")
+TYPES |= dict.fromkeys(("kept_keys", "kept_values"), "*bf16") | {"places": "*i64"}
+TYPES |= {"cos": "*fp32", "sin": "*fp32", "eps": "fp32", "scale": "fp32"}
+TYPES |= dict.fromkeys(("cu_queries", "cu_keys"), "*i32")
+TYPES |= dict.fromkeys(("parts", "weights"), "*fp32")
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("rms_norm_kernel", {"BLOCK": 4096}),
-        ("rotate_kernel", {"HEADS": 32, "BLOCK": 128}),
+        ("rms_norm_kernel", {"ADDS": True, "BLOCK": 4096}),
+        ("heads_kernel", {"NORMS": True, "KEEPS": True, "HEADS": fused.HEADS, "BLOCK": 128}),
         ("silu_product_kernel", {"BLOCK": fused.PRODUCT_BLOCK}),
     ],
 )
 def test_compilers_for_gpus_take_the_kernels(name: str, sizes: dict[str, int]) -> None:
     from vdiff_kserve.models import fused_kernels
 
-    kernel = getattr(fused_kernels, name)
-    types = dict.fromkeys(("x", "weight", "out", "gate", "up"), "*bf16")
-    types |= {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
-    compile_for_gpus(kernel, {k: v for k, v in types.items() if k in kernel.arg_names}, sizes)
+    compile_for_gpus(getattr(fused_kernels, name), TYPES, sizes)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("group", "size"),
+    [
+        (7, 128),
+        pytest.param(1, 128, marks=pytest.mark.slow),
+        pytest.param(4, 256, marks=pytest.mark.slow),
+    ],
+)
+def test_compilers_for_gpus_take_attention_of_few_queries(group: int, size: int) -> None:
+    from vdiff_kserve.models import split_attention_kernels as kernels
+
+    tile = split_attention.tile_of(32 * group)
+    sizes = {"GROUP": group, "ROWS": tile, "KEYS": split_attention.KEYS, "SIZE": size}
+    options = split_attention.options_of(tile, size)
+    compile_for_gpus(kernels.split_attention_kernel, TYPES, sizes, **options)
+    compile_for_gpus(kernels.join_splits_kernel, TYPES, {"SPLITS": 8, "SIZE": size})
+
+
+def test_keys_are_split_where_rows_are_few() -> None:
+    """132 multiprocessors take two programs each: eight for each of 32 heads, if there are as many
+    keys."""
+    assert split_attention.splits_of(32, 1024, 132) == 8
+    assert split_attention.splits_of(32, 200, 132) == 4
+    assert split_attention.splits_of(4 * 32, 8192, 132) == 2
+    assert split_attention.splits_of(16 * 32, 8192, 132) == 1
+    assert split_attention.splits_of(4, 8192, 132) == split_attention.MAX_SPLITS
 
 
 def test_a_cpu_takes_the_plain_operations() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.golden import GOLDEN_DIR, GoldenCase, golden_cases
+from tests.models.plain_kernels import use_plain_kernels
 from vdiff_kserve.models import (
     ForwardBatch,
     Hints,
@@ -11,6 +12,7 @@ from vdiff_kserve.models import (
     RowSpan,
     load_causal_decoder,
     load_decoder,
+    loader,
 )
 
 DENSE = {"atol": 5e-4, "rtol": 1e-4}
@@ -33,11 +35,19 @@ def visible_rows(case: GoldenCase) -> tuple[list[torch.Tensor], torch.Tensor]:
     ],
     ids=lambda case: f"{case.family}-{case.name}",
 )
+@pytest.mark.parametrize("joined", [False, True])
 @torch.inference_mode()
-def test_golden_logits(case: GoldenCase) -> None:
+def test_golden_logits(case: GoldenCase, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As layers are computed on a CPU, and as on a GPU: those of one input joined, the operations
+    between products as its kernels have them."""
+    if joined:
+        monkeypatch.setattr(loader, "can_pack", lambda *_: False)
+        monkeypatch.setattr(loader, "gains_from_joining", lambda _: True)
+        use_plain_kernels(monkeypatch)
     decoder, _ = load_decoder(
         case.folder, hints=Hints(block_length=case.params.get("block_length"))
     )
+    assert decoder.layers[0].attention.is_joined == joined
     if case.params["attention_mask"] == "full bidirectional":
         for layer in decoder.layers:
             layer.attention.attention_block = None

@@ -15,8 +15,15 @@ from tests.models.test_attention import mixed_rows, store_for
 from tests.models.test_reuse_graphs import PLACES, reuse_rows
 from vdiff_kserve.engine import EngineConfig
 from vdiff_kserve.engine.make_row import make_row
-from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, ReuseGraphs, fused
-from vdiff_kserve.models.attention import has_kernel
+from vdiff_kserve.models import (
+    Decoder,
+    ForwardBatch,
+    KeyValueStore,
+    ReuseGraphs,
+    fused,
+    split_attention,
+)
+from vdiff_kserve.models.attention import KERNEL_DTYPES, has_kernel
 from vdiff_kserve.models.layers import RMSNorm
 from vdiff_kserve.models.moe import MoEConfig, Router, has_expert_kernel
 from vdiff_kserve.sampler import Constraints, draw
@@ -33,8 +40,9 @@ BFLOAT16 = dict(atol=0.25, rtol=0.05)
 
 @pytest.fixture
 def decoder() -> Iterator[Decoder]:
-    """Grouped heads of a size that the kernel takes, in bfloat16 on the GPU."""
+    """Grouped heads of a size that the kernel takes, in bfloat16 on the GPU, as they are loaded."""
     made = tiny_decoder(head_dim=64, hidden_size=256).to(CUDA, torch.bfloat16)
+    made.join_layers()
     assert has_kernel(made.device, made.dtype, 64)
     with torch.inference_mode():
         yield made
@@ -68,6 +76,42 @@ def test_fused_kernels_are_used_and_right() -> None:
             norm = RMSNorm(size, 1e-5).to(CUDA, torch.bfloat16)
             plain = F.rms_norm(rows, (size,), None, norm.eps) * norm.weight
             torch.testing.assert_close(norm(rows), plain, atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize(("size", "group"), [(128, 1), (128, 7), (64, 2), (256, 4), (80, 1)])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_attention_of_few_queries_is_right(size: int, group: int, dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        assert split_attention.agrees(CUDA, dtype, size, group)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": True}, {"qk_norm": True, "rotary_dim": 32}], ids=str
+)
+def test_joined_layers_compute_what_they_compute_apart(
+    changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cached blocks and whole canvases, with every kernel and with none; also what is cached."""
+    made = tiny_decoder(head_dim=64, hidden_size=256, **changes).to(CUDA, torch.bfloat16)
+    cases = [(reuse_rows(5, random.Random(0)), PLACES)]
+    cases += [(rows, places) for *rows, places in (mixed_rows(random.Random(s)) for s in (4, 8))]
+    results: list[list[torch.Tensor]] = []
+    with torch.inference_mode():
+        for is_joined in (False, True):
+            if is_joined:
+                monkeypatch.undo()
+                made.join_layers()
+            else:
+                monkeypatch.setattr(fused, "usable", lambda _: False)
+                monkeypatch.setattr(split_attention, "usable", lambda *_: False)
+            states = []
+            for (canvases, spans), places in cases:
+                store = on_gpu(store_for(made, places))
+                states.append(made(ForwardBatch.pack(canvases, spans, store, CUDA)))
+                states += [store.keys, store.values]
+            results.append(states)
+    for apart, joined in zip(*results, strict=True):
+        torch.testing.assert_close(joined, apart, **BFLOAT16)
 
 
 def test_tokens_are_drawn_by_the_kernel() -> None:

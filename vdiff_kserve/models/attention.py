@@ -3,7 +3,8 @@
 Rows are told apart by where their queries and keys begin and end (`cu_seqlens`, as FlashAttention's
 variable-length kernels take them), so nothing is padded. Keys in the cache are read where they lie:
 between two rows' keys stands a sequence without queries, which covers the places that are not
-theirs and costs nothing. What the kernel cannot do goes to `layers.attend`, which can do all.
+theirs and costs nothing. Few queries over many keys have a kernel of their own. What neither can do
+goes to `layers.attend`, which can do all.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.gpu import to_device
+from vdiff_kserve.models import split_attention
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -158,7 +160,9 @@ def attend_packed(
 
 
 def run_kernel(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, causal: bool) -> Tensor:
-    """One call of torch's variable-length attention: [queries, heads, head_dim]."""
+    """One call of a kernel for rows of any length: [queries, heads, head_dim]."""
+    if not causal and split_attention.usable(query, key, value, call):
+        return split_attention.attend(query, key, value, call)
     attended = _kernel()(
         query,
         key,

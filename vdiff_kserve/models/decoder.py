@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from vdiff_kserve.models import fused
 from vdiff_kserve.models.attention import attend_packed, has_kernel
 from vdiff_kserve.models.batch import ForwardBatch
+from vdiff_kserve.models.joined_linear import JoinedLinear
 from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
 from vdiff_kserve.models.moe import MoEConfig, SparseMLP
 
@@ -61,8 +63,10 @@ class DecoderConfig:
         return self.moe is None or any(layer < self.num_layers for layer in self.dense_layers)
 
 
-class Attention(nn.Module):
+class Attention(JoinedLinear):
     """Multi-head (or grouped-query) attention over rows, with rotary positions."""
+
+    joinable = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -85,15 +89,11 @@ class Attention(nn.Module):
         self, hidden: Tensor, angles: Angles, batch: ForwardBatch, outputs: Tensor | None
     ) -> Tensor:
         """`outputs` (indices of tokens) limits the queries; keys and values use every token."""
-        cos, sin = angles
-        key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_dim)))
-        key = rotate(key, cos, sin)
-        value = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        cached = self._keep(key, value, batch)
-        if outputs is not None:
-            hidden, cos, sin = hidden[outputs], cos[outputs], sin[outputs]
-        query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim)))
-        query = rotate(query, cos, sin)
+        if outputs is None and self.is_joined and fused.usable(hidden):
+            query, key, value = self._joined_heads(hidden, angles, batch)
+        else:
+            query, key, value = self._heads(hidden, angles, batch, outputs)
+        cached = self._cached(batch)
         block = self.attention_block
         if has_kernel(query.device, query.dtype, self.head_dim):
             rows = batch.packed if outputs is None else batch.packed_outputs
@@ -102,18 +102,51 @@ class Attention(nn.Module):
         groups = batch.groups if outputs is None else batch.output_groups
         return self.o_proj(attend(query, key, value, groups, cached, block))
 
-    def _keep(
-        self, key: Tensor, value: Tensor, batch: ForwardBatch
-    ) -> tuple[Tensor, Tensor] | None:
-        """Write the new keys and values to the cache; returns this layer's part of it."""
-        places = batch.cache_places
-        if batch.store is None or places is None:
+    def _heads(
+        self, hidden: Tensor, angles: Angles, batch: ForwardBatch, outputs: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of `outputs`, and keys and values, which are kept: [tokens, heads, head_dim]."""
+        cos, sin = angles
+        key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.head_dim)))
+        key = rotate(key, cos, sin)
+        value = self.v_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        self._keep(key, value, batch)
+        if outputs is not None:
+            hidden, cos, sin = hidden[outputs], cos[outputs], sin[outputs]
+        query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim)))
+        return rotate(query, cos, sin), key, value
+
+    def _joined_heads(
+        self, hidden: Tensor, angles: Angles, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of all tokens by one product and one kernel."""
+        joined = self.multiply_joined(hidden).unflatten(-1, (-1, self.head_dim))
+        kv_heads = self.k_proj.out_features // self.head_dim
+        norms = kept = None
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            norms = fused.HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        cached, places = self._cached(batch), batch.cache_places
+        if cached is not None and places is not None and batch.cached_tokens is None:
+            kept = fused.Kept(*cached, places)
+        query, key, value = fused.heads(joined, kv_heads, *angles, norms, kept)
+        if kept is None:
+            self._keep(key, value, batch)
+        return query, key, value
+
+    def _cached(self, batch: ForwardBatch) -> tuple[Tensor, Tensor] | None:
+        """This layer's part of the cache; None when the pass has none."""
+        if batch.store is None or batch.cache_places is None:
             return None
+        return batch.store.keys[self.layer], batch.store.values[self.layer]
+
+    def _keep(self, key: Tensor, value: Tensor, batch: ForwardBatch) -> None:
+        """Write the new keys and values to the cache."""
+        cached, places = self._cached(batch), batch.cache_places
+        if cached is None or places is None:
+            return
         tokens = batch.cached_tokens
-        cached = batch.store.keys[self.layer], batch.store.values[self.layer]
         for stored, fresh in zip(cached, (key, value), strict=True):
             stored.index_copy_(0, places, fresh if tokens is None else fresh[tokens])
-        return cached
 
 
 class Block(nn.Module):
@@ -131,11 +164,31 @@ class Block(nn.Module):
             self.mlp = SparseMLP(config.hidden_size, config.moe)
 
     def forward(
-        self, hidden: Tensor, angles: Angles, batch: ForwardBatch, outputs: Tensor | None = None
-    ) -> Tensor:
-        attended = self.attention(self.attention_norm(hidden), angles, batch, outputs)
-        hidden = (hidden if outputs is None else hidden[outputs]) + attended
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        self,
+        hidden: Tensor,
+        added: Tensor | None,
+        angles: Angles,
+        batch: ForwardBatch,
+        outputs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One layer.
+
+        Args:
+            hidden: [tokens, hidden_size], the residual stream without `added`, what the layer
+                before adds to it; None is nothing.
+
+        Returns:
+            the two as the next layer takes them.
+        """
+        if added is None:
+            normed = self.attention_norm(hidden)
+        else:
+            hidden, normed = self.attention_norm.of_sum(hidden, added)
+        attended = self.attention(normed, angles, batch, outputs)
+        if outputs is not None:
+            hidden = hidden[outputs]
+        hidden, normed = self.mlp_norm.of_sum(hidden, attended)
+        return hidden, self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -172,6 +225,13 @@ class Decoder(nn.Module):
     def stages(self) -> int:
         """A pass may stop after each layer."""
         return self.config.num_layers
+
+    def join_layers(self) -> None:
+        """Let layers that take the same input be computed as one, as a loaded decoder's are on a
+        GPU."""
+        for module in self.modules():
+            if isinstance(module, JoinedLinear):
+                module.join(self.device, self.dtype)
 
     def begin(self, batch: ForwardBatch) -> LayerwisePass:
         """A pass of which no layer has run."""
@@ -214,6 +274,7 @@ class LayerwisePass:
         if not config.rope_in_float32:
             cos, sin = cos.to(self._hidden.dtype), sin.to(self._hidden.dtype)
         self._angles = cos, sin
+        self._added: Tensor | None = None
         self.layers_left = config.num_layers
 
     def advance(self, layers: int) -> None:
@@ -222,11 +283,14 @@ class LayerwisePass:
         for layer in self._decoder.layers[first : first + layers]:
             is_last = self.layers_left == 1
             outputs = self._batch.output_tokens if is_last else None
-            self._hidden = layer(self._hidden, self._angles, self._batch, outputs)
+            self._hidden, self._added = layer(
+                self._hidden, self._added, self._angles, self._batch, outputs
+            )
             self.layers_left -= 1
 
     @property
     def outputs(self) -> Tensor:
         """Hidden states after the final norm, [outputs, hidden_size], when no layer is left."""
         assert self.layers_left == 0, "the pass is not complete"
-        return self._decoder.norm(self._hidden)
+        assert self._added is not None
+        return self._decoder.norm.of_sum(self._hidden, self._added)[1]

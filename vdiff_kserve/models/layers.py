@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vdiff_kserve.models import fused
 from vdiff_kserve.models.batch import AttentionGroup
+from vdiff_kserve.models.joined_linear import JoinedLinear
 from vdiff_kserve.models.matmul_attention import attend_row, prefers_products
 from vdiff_kserve.models.packed_linear import multiplied_linear, silu_linear
 
@@ -27,9 +28,18 @@ class RMSNorm(nn.Module):
             return fused.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
 
+    def of_sum(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """`x + other`, and its norm."""
+        if fused.usable(x) and other.is_contiguous():
+            return fused.add_rms_norm(x, other, self.weight, self.eps)
+        total = x + other
+        return total, self(total)
 
-class GatedMLP(nn.Module):
+
+class GatedMLP(JoinedLinear):
     """`down(silu(gate(x)) * up(x))`, without biases."""
+
+    joinable = ("gate_proj", "up_proj")
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -39,7 +49,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if fused.usable(x):
-            return self.down_proj(fused.silu_product(self.gate_proj(x), self.up_proj(x)))
+            if self.is_joined:
+                gate, up = self.multiply_joined(x).chunk(2, dim=-1)
+            else:
+                gate, up = self.gate_proj(x), self.up_proj(x)
+            return self.down_proj(fused.silu_product(gate, up))
         gate = silu_linear(self.gate_proj, x)
         return self.down_proj(multiplied_linear(self.up_proj, x, gate))
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig
+from vdiff_kserve.models.joined_linear import JoinedLinear, gains_from_joining
 from vdiff_kserve.models.matching import match, some
 from vdiff_kserve.models.moe import Experts, Router
 from vdiff_kserve.models.packed_linear import PackedLinear, can_pack, pack_linear_layer
@@ -131,6 +132,8 @@ def _load(
         check_quantization(quantization, decoder, device, dtype)
         quantized = quantized_weights(decoder)
         packed -= quantized
+    elif gains_from_joining(device):
+        _join_layers(decoder, devices, device, dtype)
     largest = max((decoder.get_parameter(name).numel() for name in packed | quantized), default=0)
     on_cpu = device.type == "cpu"
     plain = (
@@ -168,6 +171,16 @@ def _load(
     decoder.requires_grad_(False).eval()
     compute_on(decoder, devices, device)
     return decoder
+
+
+def _join_layers(
+    decoder: Decoder, devices: Mapping[str, torch.device], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give layers of one input memory side by side, where their weights stay on `device`. Files are
+    then read into its parts."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, JoinedLinear) and _home(f"{name}.", devices, device) == device:
+            module.join(device, dtype)
 
 
 def _home(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vdiff_kserve.models import fused
 from vdiff_kserve.models.layers import GatedMLP
 from vdiff_kserve.models.packed_linear import linear_packed, pack_weight
 
@@ -267,4 +268,6 @@ def has_expert_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _activate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
+    if fused.usable(gate_up):
+        return fused.silu_product(gate, up)
     return F.silu(gate) * up
