@@ -71,6 +71,17 @@ def test_only_one_call_where_parallel_ones_are_forbidden() -> None:
     assert not accepts(matcher, hermes(CALL_F, CALL_G))
 
 
+@pytest.mark.parametrize("takes_tools", [True, False])
+def test_the_only_function_that_is_required_is_a_named_one(takes_tools: bool) -> None:
+    settings = {"template_takes_tools": takes_tools}
+    required = tool_use(request(tools=[F], tool_choice="required"), limits(**settings))
+    named = use_of(settings=settings, tool_choice=NAMED)
+    assert required is not None
+    assert required.only_arguments == named.only_arguments == (not takes_tools)
+    assert required.many == takes_tools
+    assert not use_of(settings=settings, tool_choice="required").only_arguments
+
+
 def test_a_named_function_is_the_only_one() -> None:
     matcher = forced("hermes", tool_choice=NAMED)
     assert accepts(matcher, hermes(CALL_F))

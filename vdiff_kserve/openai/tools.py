@@ -83,12 +83,14 @@ def tool_use(request: ChatCompletionRequest, limits: ServingLimits) -> ToolUse |
             param="tool_choice",
         )
     is_named = isinstance(choice, NamedTool)
+    forced = is_named or choice == "required"
+    only_arguments = forced and len(tools) == 1 and not limits.template_takes_tools
     return ToolUse(
         tools=tuple(tools),
-        forced=choice == "required" or is_named,
-        many=request.parallel_tool_calls is not False and not is_named,
+        forced=forced,
+        many=request.parallel_tool_calls is not False and not is_named and not only_arguments,
         parser=limits.tool_call_parser,
-        only_arguments=is_named and not limits.template_takes_tools,
+        only_arguments=only_arguments,
     )
 
 
