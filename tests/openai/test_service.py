@@ -13,6 +13,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.openai.engine import TOKENIZER, ScriptedEngine, limits, service
+from tests.openai.test_structured import grammars
 from tests.server.checkpoint import make_tokenizer
 from vdiff_kserve.engine import EngineError, EngineStoppedError, QueueFullError
 from vdiff_kserve.observability import families
@@ -179,6 +180,18 @@ async def test_tokens_of_text_that_may_become_a_call_are_told() -> None:
     chunks = await events(ScriptedEngine(texts), request, tools_in_prompt=False)
     told = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())]
     assert TOKENIZER.decode(told) == "".join(texts)
+
+
+async def test_an_agent_may_call_functions_before_it_answers_in_its_format() -> None:
+    """`structured_outputs` is what the whole answer matches, as in vLLM."""
+    engine = ScriptedEngine(["{}"], ["{}"], ["{}"])
+    made = GenerationService(engine, TOKENIZER, limits(tools_in_prompt=False), "tiny", grammars())
+    tool = {"type": "function", "function": {"name": "f"}}
+    form = {"response_format": {"type": "json_object"}}
+    await made.respond(chat(tools=[tool], **form))
+    await made.respond(chat(tools=[tool], tool_choice="none", **form))
+    await made.respond(chat(tools=[tool], structured_outputs={"json_object": True}))
+    assert ["<tool_call>" in (r.grammar or "") for r in engine.requests] == [True, False, False]
 
 
 async def test_every_chunk_has_the_usage_so_far() -> None:

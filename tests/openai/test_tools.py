@@ -13,7 +13,8 @@ from tests.openai.test_structured import TOKENIZER, accepts, grammars
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.prompts import chat_prompt
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
-from vdiff_kserve.openai.tools import ToolUse, forced_calls, tool_use
+from vdiff_kserve.openai.structured import answer_format
+from vdiff_kserve.openai.tools import ToolUse, calls_or, forced_calls, tool_use
 
 F = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {
     "x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}}}  # fmt: skip
@@ -80,6 +81,23 @@ def test_the_only_function_that_is_required_is_a_named_one(takes_tools: bool) ->
     assert required.only_arguments == named.only_arguments == (not takes_tools)
     assert required.many == takes_tools
     assert not use_of(settings=settings, tool_choice="required").only_arguments
+
+
+@pytest.mark.parametrize("parser", ["hermes", "json"])
+def test_an_answer_in_a_format_may_call_functions_before(parser: str) -> None:
+    use = use_of(settings={"tool_call_parser": parser})
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    answer = answer_format(request(response_format=form), limits())
+    assert answer is not None
+    matcher = grammars().compile(calls_or(use, answer).grammar).matcher
+    assert accepts(matcher, '{"a": 5}')
+    calls = hermes(CALL_F, CALL_G) if parser == "hermes" else f"[{CALL_F}, {CALL_G}]"
+    assert accepts(matcher, calls)
+    assert accepts(matcher, calls.replace('"x": 12', '"y": "z"')), "as without a format"
+    for text in ("hi", '{"b": 5}', calls + '{"a": 5}', calls.replace('"f"', '"h"')):
+        assert not accepts(matcher, text)
 
 
 def test_a_named_function_is_the_only_one() -> None:

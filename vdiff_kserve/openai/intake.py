@@ -32,7 +32,7 @@ from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionReques
 from vdiff_kserve.openai.request_ids import clean_id, new_id
 from vdiff_kserve.openai.structured import AnswerFormat, FormatCompiler, answer_format
 from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
-from vdiff_kserve.openai.tools import ToolUse, forced_calls, tool_use
+from vdiff_kserve.openai.tools import ToolUse, calls_or, forced_calls, tool_use
 from vdiff_kserve.sampler import DecodingParams
 
 MAX_CHARACTERS_AT_ONCE = 8192
@@ -76,12 +76,13 @@ class Intake:
             room = min(wanted_length(request, self._limits), self._limits.max_model_len)
             await self._formats.compile(wanted, room)
         if tokenized_characters(request) <= MAX_CHARACTERS_AT_ONCE:
-            return self._read(request, self._tokenizer)
-        return await self._thread.run(partial(self._read, request))
+            return self._read(request, wanted, self._tokenizer)
+        return await self._thread.run(partial(self._read, request, wanted))
 
     def _read(
         self,
         request: ChatCompletionRequest | CompletionRequest,
+        wanted: AnswerFormat | None,
         tokenizer: PreTrainedTokenizerFast,
     ) -> Job:
         check(request, self._limits)
@@ -106,7 +107,6 @@ class Intake:
                 "bad_words is not supported by this model, which writes many tokens at once.",
                 param="bad_words",
             )
-        wanted = self._format(request)
         if wanted is not None:
             self._formats.check_room(wanted, min(canvases.lengths), length_field(request))
             _check_it_can_be_followed(wanted, decoding, self._limits)
@@ -158,7 +158,10 @@ class Intake:
         use = _tools(request, self._limits)
         if use is not None and use.forced:
             return forced_calls(use)
-        return answer_format(request, self._limits)
+        wanted = answer_format(request, self._limits)
+        if use is not None and wanted is not None and wanted.field == "response_format":
+            return calls_or(use, wanted)
+        return wanted
 
 
 def _tools(

@@ -104,23 +104,37 @@ def forced_calls(use: ToolUse) -> AnswerFormat:
         return AnswerFormat("tools", _calls_grammar(use))
 
 
+def calls_or(use: ToolUse, answer: AnswerFormat) -> AnswerFormat:
+    """The grammar of answers that are calls, or else match a format of JSON: models of agents call
+    functions before they answer. The calls' arguments are any, as without a format."""
+    (wanted,) = json.loads(answer.grammar)["grammars"]
+    rules = _call_rules(use, [ANY_ARGUMENTS for _ in use.tools])
+    rules += ["start: calls | answer", f"answer: %json {json.dumps(wanted['json_schema'])}"]
+    return AnswerFormat(answer.field, LLMatcher.grammar_from_lark("\n".join(rules)))
+
+
 def _calls_grammar(use: ToolUse) -> str:
     if use.only_arguments:
         return json_grammar(_parameters(use.tools[0]))
+    rules = _call_rules(use, [_parameters(tool) for tool in use.tools])
+    return LLMatcher.grammar_from_lark("\n".join([*rules, "start: calls"]))
+
+
+def _call_rules(use: ToolUse, parameters: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rule `calls`, in the way that the parser reads, and those that it needs."""
     calls, rules = [], []
-    for i, tool in enumerate(use.tools):
+    for i, (tool, schema) in enumerate(zip(use.tools, parameters, strict=True)):
         head = f'{{"name": {json.dumps(tool.function.name)}, "arguments": '
-        schema = {**enforceable(_parameters(tool)), "x-guidance": AS_DUMPED}
+        arguments = {**enforceable(schema), "x-guidance": AS_DUMPED}
         rules.append(f'call_{i}: {_literal(head)} arguments_{i} "}}"')
-        rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
+        rules.append(f"arguments_{i}: %json {json.dumps(arguments)}")
         calls.append(f"call_{i}")
     before, between, after = "[", ", ", "]"
     if use.parser == "hermes":
         before, between, after = f"{OPEN_TAG}\n", f"\n{CLOSE_TAG}\n{OPEN_TAG}\n", f"\n{CLOSE_TAG}"
     more = f" ({_literal(between)} call)*" if use.many else ""
-    start = f"start: {_literal(before)} call{more} {_literal(after)}"
-    grammar = "\n".join([start, f"call: {' | '.join(calls)}", *rules])
-    return LLMatcher.grammar_from_lark(grammar)
+    whole = f"calls: {_literal(before)} call{more} {_literal(after)}"
+    return [whole, f"call: {' | '.join(calls)}", *rules]
 
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:
