@@ -20,6 +20,7 @@ from vdiff_kserve.observability import families
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.intake import MAX_CHARACTERS_AT_ONCE
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+from vdiff_kserve.openai.response_objects import ResponsesRequest
 from vdiff_kserve.openai.service import GenerationService
 from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
 
@@ -106,6 +107,19 @@ async def test_a_checkpoint_without_a_chat_template_says_what_to_do() -> None:
     plain = GenerationService(ScriptedEngine(["a"]), tokenizer, limits(), "tiny")
     with pytest.raises(RequestError, match="--chat_template FILE, or send a prompt to"):
         await plain.respond(chat())
+
+
+async def test_an_event_is_one_line_to_every_client() -> None:
+    text = "a\u2028b\u2029c\x85d\ne\u00e9"
+    made = service(ScriptedEngine([text], [text]))
+    chunks = [event async for event in await made.respond(completion(stream=True))]
+    assert [len(chunk.splitlines()) for chunk in chunks] == [2, 2]
+    assert json.loads(chunks[0].removeprefix("data: "))["choices"][0]["text"] == text
+    request = ResponsesRequest(input="hi", stream=True, model="tiny")
+    told = [event async for event in await made.create_response(request)]
+    assert {len(event.splitlines()) for event in told} == {3}
+    last = json.loads(told[-1].splitlines()[1].removeprefix("data: "))
+    assert last["response"]["output"][0]["content"][0]["text"] == text
 
 
 async def test_an_empty_answer_still_has_a_last_chunk() -> None:

@@ -30,7 +30,7 @@ from vdiff_kserve.openai.response_objects import (
     Status,
     TokenLogprob,
 )
-from vdiff_kserve.openai.responses import ChatWriter, FinishedAnswer
+from vdiff_kserve.openai.responses import ChatWriter, FinishedAnswer, in_one_line
 from vdiff_kserve.openai.tool_fields import FunctionCall, ToolCall, ToolCallDelta
 
 
@@ -241,4 +241,4 @@ class ResponseEvents:
     def _event(self, kind: str, **fields: Any) -> str:
         data = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+        return f"event: {kind}\ndata: {in_one_line(json.dumps(data, ensure_ascii=False))}\n\n"

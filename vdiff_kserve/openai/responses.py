@@ -179,6 +179,15 @@ class Events(Protocol):
         ...
 
 
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""Characters that JSON may hold and at which some clients, such as httpx, end a line of a stream."""
+
+
+def in_one_line(data: str) -> str:
+    """JSON in the form that every client of a stream reads as one line."""
+    return data if data.isascii() else data.translate(LINE_ENDS)
+
+
 class ChunkEvents:
     """The events of chats and completions: the chunks themselves, then `[DONE]`."""
 
@@ -188,7 +197,7 @@ class ChunkEvents:
 
     def chunk(self, chunk: BaseModel) -> Iterable[str]:
         """The chunk."""
-        return (f"data: {chunk.model_dump_json()}\n\n",)
+        return (f"data: {in_one_line(chunk.model_dump_json())}\n\n",)
 
     def error(self, error: RequestError) -> Iterable[str]:
         """The error's body."""
