@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from vdiff_kserve.models import load_tokenizer
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import CompletionRequest
 from vdiff_kserve.openai.structured import (
+    COMPILING_THREADS,
     AnswerFormat,
     FormatCompiler,
     answer_format,
@@ -106,6 +108,22 @@ async def test_what_takes_too_long_to_compile_is_refused_in_time() -> None:
         await compiler.compile(AnswerFormat("response_format", ENDLESS), 100)
     assert caught.value.status == 400
     assert caught.value.param == "response_format"
+
+
+async def test_waiting_for_other_formats_is_not_taking_too_long() -> None:
+    known, shared = AnswerFormat("response_format", json_grammar({"type": "object"})), grammars()
+    await FormatCompiler(shared, seconds=60).compile(known, 100)
+    compiler, release = FormatCompiler(shared, seconds=0.2), threading.Event()
+    busy = [compiler._threads.submit(release.wait) for _ in range(COMPILING_THREADS)]
+    try:
+        await compiler.compile(known, 100)
+        with pytest.raises(RequestError, match="other formats are being compiled") as caught:
+            await compiler.compile(AnswerFormat("response_format", json_grammar({})), 100)
+    finally:
+        release.set()
+    assert caught.value.status == 503
+    assert caught.value.headers == {"Retry-After": "1"}
+    assert all(each.result(timeout=60) for each in busy)
 
 
 async def test_an_impossible_schema_is_refused() -> None:

@@ -118,6 +118,12 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return compiled
 
+    def has(self, grammar: str, room: int) -> bool:
+        """Whether `compile` has nothing to do but remember."""
+        with self._lock:
+            compiled = self._compiled.get(grammar)
+        return compiled is not None and len(compiled.shortest) <= room
+
     def start(self, grammar: str, room: int) -> GrammarCursor:
         """The beginning of a text of at most `room` tokens.
 

@@ -180,7 +180,7 @@ class Events(Protocol):
 
 
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
-"""Characters that JSON may hold and at which some clients, such as httpx, end a line of a stream."""
+"""Characters that JSON may hold, and at which some clients (httpx) end a line of a stream."""
 
 
 def in_one_line(data: str) -> str:

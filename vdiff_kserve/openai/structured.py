@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, grammar_from
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.engine import GrammarError, Grammars
 from vdiff_kserve.models import ModelSpec
-from vdiff_kserve.openai.errors import RequestError, shorten
+from vdiff_kserve.openai.errors import RequestError, shorten, unavailable
 from vdiff_kserve.openai.json_schemas import SchemaError, closed, enforceable
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.protocol import GenerationFields
@@ -211,7 +210,7 @@ class FormatCompiler:
 
     Args:
         grammars: None when there are none, and every format is refused.
-        seconds: how long one may take.
+        seconds: how long one may take, once its turn has come, and how long it may wait for that.
     """
 
     def __init__(self, grammars: Grammars | None, seconds: float) -> None:
@@ -226,18 +225,34 @@ class FormatCompiler:
             room: tokens of the answer, in which its shortest text should fit.
 
         Raises:
-            RequestError: it cannot be used, or takes too long.
+            RequestError: it cannot be used, or takes too long, or none of the threads is free in
+                time.
         """
-        compile_one = partial(self._known().compile, wanted.grammar, room)
-        running = asyncio.get_running_loop().run_in_executor(self._threads, compile_one)
+        grammars = self._known()
+        if grammars.has(wanted.grammar, room):
+            return
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+        def compile_one() -> None:
+            loop.call_soon_threadsafe(begun.set)
+            grammars.compile(wanted.grammar, room)
+
+        running = loop.run_in_executor(self._threads, compile_one)
         try:
+            await asyncio.wait_for(begun.wait(), self._seconds)
             await asyncio.wait_for(running, self._seconds)
         except TimeoutError as error:
+            if not begun.is_set():
+                raise unavailable(
+                    "Too many other formats are being compiled. Try again later."
+                ) from error
             raise _unusable(
                 wanted.field, f"it is too complex to compile in {self._seconds:g} s"
             ) from error
         except GrammarError as error:
             raise _unusable(wanted.field, str(error)) from error
+        finally:
+            running.cancel()
 
     def check_room(self, wanted: AnswerFormat, room: int, field: str) -> None:
         """Refuse an answer that is too short for what it must match.
