@@ -41,6 +41,27 @@ def test_a_bound_that_is_not_allowed_is_not_written(
 
 
 @pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"type": "number", "exclusiveMinimum": 5}, {"maximum": 5.5}]},
+        {"type": "number", "exclusiveMinimum": 5, "allOf": [{"maximum": 5.5}]},
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 5}], "exclusiveMaximum": 5.6},
+        {"$ref": "#/$defs/a", "maximum": 5.5, "$defs": {
+            "a": {"type": "number", "minimum": 5, "exclusiveMinimum": True}}},
+    ],
+)  # fmt: skip
+def test_bounds_that_meet_in_another_part_of_the_schema_hold(schema: dict[str, Any]) -> None:
+    matcher = matcher_of(schema)
+    assert all(accepts(matcher, text) for text in ("5.5", "5.25"))
+    assert not any(accepts(matcher, text) for text in ("5", "5.0", "6"))
+
+
+def test_bounds_that_are_far_from_each_other_stay_as_they_are() -> None:
+    schema = {"properties": {"a": {"exclusiveMinimum": 0}, "b": {"maximum": 10, "minimum": 0.5}}}
+    assert enforceable(schema) == schema
+
+
+@pytest.mark.parametrize(
     ("schema", "reason"),
     [
         ({"type": "integer", "minimum": 10**30}, "at most 64 bits"),

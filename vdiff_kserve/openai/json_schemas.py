@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeGuard
 
 VALUES = frozenset({"enum", "const", "default", "examples"})
 """Keywords that hold values, which are no schemas."""
 BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 """Keywords that hold schemas under names, which are no keywords."""
+BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 DIGITS = 6
 """How near numbers come to a bound that is not allowed, relative to how many are."""
 INT64 = 2**63
@@ -30,7 +32,9 @@ def enforceable(schema: Mapping[str, Any]) -> dict[str, Any]:
         SchemaError: there is none.
     """
     _check_numbers(schema)
-    return _rewritten(schema)
+    bounds: dict[str, set[float]] = {name: set() for name in BOUNDS}
+    _collect_bounds(schema, bounds)
+    return _rewritten(schema, bounds)
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,9 +77,22 @@ def _check_numbers(value: Any) -> None:
         raise SchemaError("its integers must have at most 64 bits")
 
 
-def _rewritten(schema: Mapping[str, Any]) -> dict[str, Any]:
+def _collect_bounds(value: Any, bounds: Mapping[str, set[float]]) -> None:
+    """Every bound of the schema and of those in it: `allOf` and `$ref` bring any two together."""
+    if isinstance(value, Mapping):
+        for keyword, each in value.items():
+            if keyword in bounds and _is_number(each):
+                bounds[keyword].add(each)
+            _collect_bounds(each, bounds)
+    elif isinstance(value, list):
+        for each in value:
+            _collect_bounds(each, bounds)
+
+
+def _rewritten(schema: Mapping[str, Any], bounds: Mapping[str, set[float]]) -> dict[str, Any]:
     _check_names_count(schema)
-    return _with_inner_bounds(_with_parts(schema, _rewritten))
+    parts = _with_parts(schema, partial(_rewritten, bounds=bounds))
+    return _with_inner_bounds(parts, bounds)
 
 
 def _check_names_count(schema: Mapping[str, Any]) -> None:
@@ -89,7 +106,7 @@ def _check_names_count(schema: Mapping[str, Any]) -> None:
         )
 
 
-def _with_inner_bounds(schema: dict[str, Any]) -> dict[str, Any]:
+def _with_inner_bounds(schema: dict[str, Any], bounds: Mapping[str, set[float]]) -> dict[str, Any]:
     """The schema with a bound that is allowed itself in place of a whole one that is not, where
     llguidance 1.9 lets it pass: 5 as above 5 where all is below 6, and -5 likewise."""
     for inner, outer, other_names, way in (
@@ -98,11 +115,11 @@ def _with_inner_bounds(schema: dict[str, Any]) -> dict[str, Any]:
     ):
         is_flag = schema.get(outer) is True  # as draft 4 has it
         bound = schema.get(inner if is_flag else outer)
-        others = [schema[name] for name in other_names if _is_number(schema.get(name))]
-        if not _is_number(bound) or bound % 1 or way * bound < 0 or not others:
+        if not _is_number(bound) or bound % 1 or way * bound < 0:
             continue
-        width = min(abs(other - bound) for other in others)
-        if 0 < width < 1:
+        ranges = [way * (other - bound) for name in other_names for other in bounds[name]]
+        width = min((each for each in ranges if each > 0), default=1.0)
+        if width < 1:
             del schema[outer]
             schema[inner] = bound + way * 10.0 ** (math.floor(math.log10(width)) - DIGITS)
     return schema
