@@ -2,7 +2,8 @@
 cache, plain Python.
 
 Each takes `forward`, which gives the logits [length, vocab] of a sequence under the model's own
-mask, and draws its random numbers with `noise`, as the engine does: the same law, the same outcome.
+mask, and draws anew after every pass, from the engine's random numbers: the same law, the same
+outcome.
 """
 
 from __future__ import annotations
@@ -18,23 +19,28 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How candidates are drawn; `noise(position, vocab)` gives Gumbel noise [vocab]."""
+    """How candidates are drawn; `noise(number, position, vocab)` gives Gumbel noise [vocab], which
+    is another one for each pass."""
 
     mask: int
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    noise: Callable[[int, int], Tensor] | None = None
+    noise: Callable[[int, int, int], Tensor] | None = None
 
-    def draw(self, logits: Tensor, position: int, filtered: bool) -> tuple[int, float]:
-        """A candidate and its probability: after temperature and filters, or of the bare logits."""
+    def draw(self, logits: Tensor, number: int, position: int, filtered: bool) -> tuple[int, float]:
+        """A candidate and its probability: after temperature and filters, or of the bare logits.
+
+        Args:
+            number: of the pass that gave the logits, from 0.
+        """
         bare = logits.double()
         if self.temperature == 0:
             token = int(_without(bare, self.mask).argmax())
             return token, float(bare.softmax(-1)[token])
         kept = self._filter(_without(bare / self.temperature, self.mask))
         assert self.noise is not None
-        token = int((kept + self.noise(position, len(kept))).argmax())
+        token = int((kept + self.noise(number, position, len(kept))).argmax())
         return token, float((kept if filtered else bare).softmax(-1)[token])
 
     def _filter(self, logits: Tensor) -> Tensor:
@@ -77,6 +83,7 @@ def llada2_generate(
 ) -> list[int]:
     """LLaDA2.0: what is surer than the threshold, or the step's share if that is more."""
     ids, masked = _canvas(prompt, length, block, sampling.mask)
+    passes = 0
     for start in range(len(prompt) // block * block, len(ids), block):
         end = start + block
         for share in _shares(block, steps):
@@ -84,7 +91,8 @@ def llada2_generate(
             if not open_:
                 break
             logits = forward(torch.tensor(ids[:end]))
-            drawn = {i: sampling.draw(logits[i], i, filtered=True) for i in open_}
+            drawn = {i: sampling.draw(logits[i], passes, i, filtered=True) for i in open_}
+            passes += 1
             chosen = [i for i in open_ if drawn[i][1] > threshold]
             if len(chosen) < share:
                 chosen = sorted(open_, key=lambda i: -drawn[i][1])[:share]
@@ -108,7 +116,7 @@ def llada21_generate(
 ) -> tuple[list[int], int]:
     """LLaDA2.1: the same with edits of written tokens; the answer and the number of edits."""
     ids, masked = _canvas(prompt, length, block, sampling.mask)
-    edits = 0
+    edits = passes = 0
     for start in range(len(prompt) // block * block, len(ids), block):
         end, post = start + block, 0
         while True:
@@ -119,7 +127,8 @@ def llada21_generate(
                 break
             logits = forward(torch.tensor(ids[:end]))
             answer = range(max(start, len(prompt)), end)
-            drawn = {i: sampling.draw(logits[i], i, filtered=True) for i in answer}
+            drawn = {i: sampling.draw(logits[i], passes, i, filtered=True) for i in answer}
+            passes += 1
             filled = [i for i in open_ if drawn[i][1] > threshold]
             if open_ and not filled:
                 filled = [max(open_, key=lambda i: drawn[i][1])]
@@ -144,29 +153,30 @@ def p2_generate(
     length: int,
     block: int,
     steps: int,
-    sampling: Callable[[int], Sampling],
+    sampling: Sampling,
     eos: int,
 ) -> tuple[list[int], int]:
     """Open-dLLM's `p2`, block by block; the answer and how often a written token was taken back.
 
-    Candidates of a block's step number `step` are drawn by `sampling(step)`: each has noise of its
-    own.
+    A step that leaves all of its block masked is no pass: its draws are of no consequence.
     """
-    mask = sampling(0).mask
-    ids, masked = _canvas(prompt, length, 1, mask)
-    taken_back = 0
+    ids, masked = _canvas(prompt, length, 1, sampling.mask)
+    taken_back = passes = 0
     for start in range(len(prompt), len(ids), block):
         own = range(start, min(start + block, len(ids)))
         rounds = round(steps * len(own) / length)
         for step in range(rounds):
-            logits = forward(torch.tensor(ids))
-            drawn = {i: sampling(step).draw(logits[i], i, filtered=True) for i in own}
             left = torch.tensor(float(len(own))) * (1 - (step + 1) / rounds)
+            if left.floor() == len(own):
+                continue
+            logits = forward(torch.tensor(ids))
+            drawn = {i: sampling.draw(logits[i], passes, i, filtered=True) for i in own}
+            passes += 1
             unsure = sorted(own, key=lambda i: (drawn[i][1], -i))  # of equals, the left one stays
             for rank, i in enumerate(unsure):
                 if rank < left.floor():
                     taken_back += not masked[i]
-                    ids[i], masked[i] = mask, True
+                    ids[i], masked[i] = sampling.mask, True
                 elif masked[i]:
                     ids[i], masked[i] = drawn[i][0], False
             if not any(masked[i] for i in own):
@@ -192,13 +202,15 @@ def sdar_generate(
     Confidence is that of the logits before temperature and filters, as in SDAR's evaluation.
     """
     ids, masked = _canvas(prompt, length, block, sampling.mask)
+    passes = 0
     for start in range(len(prompt) // block * block, len(ids), block):
         end, shares = start + block, _shares(block, steps)
         while any(masked[start:end]):
             open_ = [i for i in range(start, end) if masked[i]]
             share = min(shares.pop(0) if shares else 1, len(open_))
             logits = forward(torch.tensor(ids[:end]))
-            drawn = {i: sampling.draw(logits[i], i, filtered=False) for i in open_}
+            drawn = {i: sampling.draw(logits[i], passes, i, filtered=False) for i in open_}
+            passes += 1
             if strategy == "dynamic":
                 chosen = [i for i in open_ if drawn[i][1] > bound]
                 if len(chosen) < share:

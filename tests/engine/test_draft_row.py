@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,16 @@ def test_whatever_the_draft_and_the_model_s_doubts_the_answer_is_whole(
     with running(doubting) as engine:
         tokens, stats = answer(engine, request_of(draft, policy=policy, threshold=0.9))
     assert len(tokens) == stats.completion_tokens == 24
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("policy", ["low_confidence", "entropy"])
+def test_a_short_answer_with_more_steps_than_tokens_ends(policy: str, length: int) -> None:
+    """A check takes a step of the schedule, and there are runs of three in no shorter answer."""
+    request = request_of((-1, 3), policy=policy, steps=9, top_logprobs=0)
+    with running(DECODER) as engine:
+        tokens, stats = answer(engine, replace(request, max_tokens=length))
+    assert len(tokens) == stats.completion_tokens == length
 
 
 def test_only_tokens_that_the_model_proposed_are_ever_written() -> None:

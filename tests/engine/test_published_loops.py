@@ -24,7 +24,7 @@ from vdiff_kserve.engine import GenerationRequest
 from vdiff_kserve.models import Decoder, ForwardBatch, ModelSpec, load_decoder
 from vdiff_kserve.models.moe import MoEConfig
 from vdiff_kserve.sampler import DecodingParams
-from vdiff_kserve.sampler.noise import gumbel
+from vdiff_kserve.sampler.noise import gumbel, seed_of_draw
 
 LENGTH = 26
 SEED = 7
@@ -55,8 +55,9 @@ def forward_of(decoder: Decoder) -> Forward:
     return lambda ids: decoder.logits(decoder(ForwardBatch.dense(ids[None])))
 
 
-def noise(position: int, vocab: int) -> Tensor:
-    return gumbel(torch.tensor([SEED]), torch.tensor([position]), vocab)[0]
+def noise(number: int, position: int, vocab: int) -> Tensor:
+    seed = torch.tensor([seed_of_draw(SEED, number)])
+    return gumbel(seed, torch.tensor([position]), vocab)[0]
 
 
 def generate(

@@ -9,14 +9,14 @@ import torch
 
 from tests.engine.published_loops import Forward, Sampling, p2_generate
 from tests.engine.test_infill_row import holes
+from tests.engine.test_published_loops import SEED, noise
 from tests.engine.tiny import EOS, MASK, running, tiny_decoder, tiny_spec
 from vdiff_kserve.engine import GenerationEvent, GenerationRequest
 from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.models import Decoder, ForwardBatch
 from vdiff_kserve.sampler import DecodingParams
-from vdiff_kserve.sampler.noise import gumbel, seed_of_draw
 
-LENGTH, SEED = 26, 7
+LENGTH = 26
 DECODER = tiny_decoder()
 PROMPTS = [[5, 9, 12], list(range(20, 33)), [3] * 16]
 SAMPLED = {"temperature": 0.7, "top_k": 12, "top_p": 0.9}
@@ -45,11 +45,7 @@ def test_it_writes_what_the_published_loop_writes(
     block: int, steps: int, sampled: dict[str, Any], shifted: bool
 ) -> None:
     """All prompts at once here, one by one there; an end token, too."""
-
-    def sampling(step: int) -> Sampling:
-        seed = torch.tensor([seed_of_draw(SEED, step)])
-        return Sampling(MASK, **sampled, noise=lambda at, n: gumbel(seed, torch.tensor([at]), n)[0])
-
+    sampling = Sampling(MASK, **sampled, noise=noise)
     forward = forward_of(DECODER, shifted=shifted)
 
     def loop(prompt: list[int], end: int) -> tuple[list[int], int]:

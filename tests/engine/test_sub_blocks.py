@@ -20,7 +20,7 @@ from tests.golden import GOLDEN_DIR
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
 from vdiff_kserve.models import load_decoder
 from vdiff_kserve.sampler import DREAM_POLICIES, DecodingParams
-from vdiff_kserve.sampler.noise import gumbel
+from vdiff_kserve.sampler.noise import gumbel, seed_of_draw
 
 FOLDER = GOLDEN_DIR / "fast_dllm_v2"
 BLOCK, SUB_BLOCK = 16, 4
@@ -69,7 +69,6 @@ def published_loop(
             while places := [i for i in open_places if start <= i < start + SUB_BLOCK]:
                 if places[0] >= len(prompt) + max_tokens:
                     break
-                steps += 1
                 logits = logits_of(canvas)[[i - 1 for i in places]]
                 if temperature == 0:
                     probability = logits.softmax(dim=-1)
@@ -77,9 +76,10 @@ def published_loop(
                 else:
                     logits[:, mask_id] = -torch.inf  # a mask is never drawn
                     probability = nucleus((logits / temperature).softmax(dim=-1), top_p)
-                    seeds = torch.full((len(places),), seed)
+                    seeds = torch.full((len(places),), seed_of_draw(seed, steps))
                     noise = gumbel(seeds, torch.tensor(places), logits.shape[-1])
                     tokens = (probability.double().log() + noise).argmax(dim=-1)
+                steps += 1
                 sure = probability.gather(1, tokens[:, None])[:, 0]
                 accepted = sure > threshold
                 accepted[sure.argmax()] = True

@@ -151,7 +151,7 @@ def test_a_grammar_waits_for_nothing(gpu: GpuStandIn) -> None:
     allowed[:, 2] = True
     governed = AllowedTokens(*map(RemoteTensor, (torch.arange(2), torch.tensor([1, 5]), allowed)))
     there = RemoteTensor(row), RemoteTensor(position), RemoteTensor(torch.full((6,), -1))
-    rows = StepRows(*there, [DecodingParams()] * 2, [1, 1], [9, 9], None, governed, row)
+    rows = StepRows(*there, [DecodingParams()] * 2, [0, 0], [1, 1], [9, 9], None, governed, row)
     logits = RemoteTensor(torch.randn(6, 5))
     before = logits.inner.clone()
     constrain(logits[:4], rows.part(slice(0, 4)))

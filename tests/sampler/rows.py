@@ -60,6 +60,7 @@ def step_rows(rows: list[OpenRow]) -> StepRows:
         position=torch.tensor([p for row in rows for p in row.positions]),
         written=torch.tensor([token for row in rows for token in row.written]),
         params=[row.params for row in rows],
+        seeds=[row.params.seed for row in rows],
         quotas=[row.quota for row in rows],
         lengths=[row.positions[-1] + 5 for row in rows],
     )

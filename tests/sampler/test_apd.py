@@ -35,7 +35,8 @@ def pairs_of_positions(**decoding: Any) -> StepRows:
         row=torch.arange(count).repeat_interleave(2),
         position=torch.arange(2 * count) % 100,
         written=torch.full((2 * count,), -1),
-        params=[DecodingParams("apd", seed=seed, **decoding) for seed in range(count)],
+        params=[DecodingParams("apd", **decoding)] * count,
+        seeds=range(count),
         quotas=[2] * count,
         lengths=[100] * count,
     )
@@ -147,7 +148,7 @@ def test_impossible_tokens_of_either_model_do_not_spoil_the_other_ones() -> None
 
 def one_position(params: DecodingParams) -> StepRows:
     zero = torch.zeros(1, dtype=torch.int64)
-    return StepRows(zero, zero, zero - 1, [params], [1], [4])
+    return StepRows(zero, zero, zero - 1, [params], [0], [1], [4])
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=5))

@@ -50,7 +50,7 @@ def test_posterior_equals_summing_over_all_sequences() -> None:
 
 @pytest.mark.parametrize("block_length", [16, 4])
 def test_one_token_at_a_time_in_random_order_is_exact(block_length: int) -> None:
-    """Noise that depends on the place only, not on the step, is no obstacle: each is used once."""
+    """The order depends on nothing else."""
     sequences, tokens_per_forward = sample(800, policy="random", block_length=block_length)
     assert tokens_per_forward == 1
     assert chi_square(transition_counts(sequences), TRANSITIONS) < BIGRAM_LIMIT
@@ -77,7 +77,7 @@ def test_order_by_the_confidence_of_what_was_drawn_is_biased() -> None:
 
 LOOSER: dict[str, tuple[dict[str, Any], ...]] = {
     "random": tuple(dict(steps=steps) for steps in (16, 4, 1)),
-    "low_confidence": tuple(dict(steps=steps) for steps in (16, 4, 1)),
+    "low_confidence": tuple(dict(steps=steps) for steps in (16, 2, 1)),
     "topk_margin": tuple(dict(steps=steps) for steps in (16, 4, 1)),
     "entropy": tuple(dict(steps=steps) for steps in (16, 4, 1)),
     "maskgit_plus": tuple(dict(steps=steps) for steps in (16, 4, 1)),

@@ -35,7 +35,8 @@ def step_rows(params: list[DecodingParams], positions_each: int = 40) -> StepRow
     row = torch.arange(len(params)).repeat_interleave(positions_each)
     position = torch.arange(positions_each).repeat(len(params))
     rows, ones = len(params), torch.full_like(position, -1)
-    return StepRows(row, position, ones, params, [1] * rows, [positions_each] * rows)
+    seeds, lengths = [p.seed for p in params], [positions_each] * rows
+    return StepRows(row, position, ones, params, seeds, [1] * rows, lengths)
 
 
 def on_shards(logits: Tensor, rows: StepRows) -> list[Proposal]:

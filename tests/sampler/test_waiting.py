@@ -24,7 +24,8 @@ def rows_without_numbers(params: list[DecodingParams], each: int = 4) -> StepRow
     row = torch.arange(len(params)).repeat_interleave(each)
     nowhere = torch.empty(len(row), dtype=torch.int64, device="meta")
     count = len(params)
-    return StepRows(nowhere, nowhere, nowhere, params, [1] * count, [9] * count, host_row=row)
+    seeds, quotas, lengths = [0] * count, [1] * count, [9] * count
+    return StepRows(nowhere, nowhere, nowhere, params, seeds, quotas, lengths, host_row=row)
 
 
 def step(params: list[DecodingParams]) -> torch.Tensor:

@@ -125,6 +125,8 @@ class DraftRow(Row):
 
 def in_runs(alike: Tensor, length: int) -> Tensor:
     """Which entries are in a run of at least `length` true ones, along the last dimension."""
+    if alike.shape[-1] < length:
+        return torch.zeros_like(alike)
     begins = alike.clone()
     for k in range(1, length):
         begins &= pad(alike[..., k:], (0, k))

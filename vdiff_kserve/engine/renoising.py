@@ -16,7 +16,7 @@ from torch import Tensor
 from vdiff_kserve.engine.request import EventSink, GenerationRequest, GenerationStats
 from vdiff_kserve.engine.row import Decision, PassKind, Row
 from vdiff_kserve.models import ModelSpec, Renoising, RowSpan
-from vdiff_kserve.sampler import DecodingParams, random_tokens, seed_of_draw
+from vdiff_kserve.sampler import random_tokens, seed_of_draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,9 @@ class RenoiseRow(Row):
         return self.renoising.t_min + span * left
 
     @property
-    def step_params(self) -> DecodingParams:
-        """Each step draws other tokens at the same positions."""
-        return replace(self.params, seed=seed_of_draw(self.params.seed, self._draws))
+    def step_seed(self) -> int:
+        """The sets of random tokens that canvases begin with are counted too."""
+        return seed_of_draw(self.params.seed, self._draws)
 
     def is_done(self, likeliest: Tensor, entropy: float) -> bool:
         """Whether a step with these tokens and this mean entropy is the canvas's last."""

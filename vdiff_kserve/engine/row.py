@@ -28,6 +28,7 @@ from vdiff_kserve.sampler import (
     TokenRules,
     block_steps,
     quota,
+    seed_of_draw,
 )
 
 PassKind = Literal["refresh", "reuse", "commit"]
@@ -125,6 +126,12 @@ class Row:
         """How the next step is sampled."""
         return self.params
 
+    @property
+    def step_seed(self) -> int:
+        """Of the next step's random numbers. Every step draws its candidates anew, as the published
+        loops do: a position whose draw was not sure enough to be written gets another one."""
+        return seed_of_draw(self.params.seed, self.num_passes)
+
     def __len__(self) -> int:
         """Tokens of the canvas."""
         return self.canvas.shape[0]
@@ -200,9 +207,14 @@ class Row:
         return self.next_span().start == 0
 
     @property
+    def num_passes(self) -> int:
+        """Forward passes so far."""
+        return self._refreshes + self._reuses + self._commits
+
+    @property
     def is_fresh(self) -> bool:
         """Whether no pass has run yet."""
-        return self._refreshes + self._reuses + self._commits == 0
+        return self.num_passes == 0
 
     @property
     def first_canvas(self) -> tuple[object, ...]:
@@ -340,7 +352,7 @@ class Row:
         inside = written[written < self.answer_end]
         answer = self.masked[self.prompt_length : self.answer_end]
         return StepView(
-            step=self._refreshes + self._reuses + self._commits,
+            step=self.num_passes,
             positions=tuple((inside - self.prompt_length).tolist()),
             token_ids=tuple(self.canvas[inside].tolist()),
             confidence=tuple(math.exp(self._logprobs[p].logprob) for p in inside.tolist()),

@@ -11,7 +11,7 @@ from torch import Tensor
 from vdiff_kserve.engine.request import EventSink, GenerationRequest, StepView
 from vdiff_kserve.engine.row import Decision, PassKind, Row
 from vdiff_kserve.models import ModelSpec, RowSpan
-from vdiff_kserve.sampler import DecodingParams, block_steps, seed_of_draw
+from vdiff_kserve.sampler import block_steps
 
 
 class EditRow(Row):
@@ -60,11 +60,6 @@ class RemaskRow(Row):
         self._mask = spec.mask_token_id or 0
         self._taken_back = torch.empty(0, dtype=torch.long)
         super().__init__(request, sink, spec)
-
-    @property
-    def step_params(self) -> DecodingParams:
-        """With the random numbers of the step: those of its place in the block's schedule."""
-        return replace(self.params, seed=seed_of_draw(self.params.seed, self._block_step))
 
     def open_positions(self) -> Tensor:
         start, end = self.block_start, self.block_end
@@ -202,6 +197,12 @@ class ApdRow(Row):
     @property
     def uses_auxiliary(self) -> bool:
         return True
+
+    @property
+    def step_seed(self) -> int:
+        """The same for all steps: a position whose draft was rejected is drawn with the noise that
+        the target was, so that rejecting favours no token."""
+        return self.params.seed
 
     @property
     def quota(self) -> int:

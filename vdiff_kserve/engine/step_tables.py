@@ -42,6 +42,7 @@ def table_of(
         position=position,
         written=written,
         params=[row.step_params for row in rows],
+        seeds=[row.step_seed for row in rows],
         quotas=[row.quota for row in rows],
         lengths=[len(row) for row in rows],
         constraints=constraints_of(rows, opened, vocab_size, device),

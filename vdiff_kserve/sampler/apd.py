@@ -46,7 +46,7 @@ def target_tokens(mixture: Tensor, rows: StepRows) -> Tensor:
     sampled = rows.where(lambda p: p.temperature > 0)
     if sampled is None:
         return mixture.argmax(dim=-1)
-    seeds = rows.per_position([p.seed for p in rows.params], torch.int64)
+    seeds = rows.per_position(rows.seeds, torch.int64)
     noise = gumbel(seeds, rows.position, mixture.shape[-1])
     return (mixture + noise * sampled[:, None]).argmax(dim=-1)
 

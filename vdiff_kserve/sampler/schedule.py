@@ -28,6 +28,9 @@ def block_steps(params: DecodingParams, answer_length: int, block_length: int) -
 def quota(params: DecodingParams, masks: int, left: int, steps: int, step: int) -> int:
     """Tokens that step number `step` (from 0) of a block commits, or for `p2` those that stay.
 
+    Masks that are left when the schedule is over, since checks of a draft took steps of it, are
+    written by further steps.
+
     Args:
         masks: masked positions when the block began.
         left: masked positions now; only Dream's policies look at it.
@@ -37,7 +40,8 @@ def quota(params: DecodingParams, masks: int, left: int, steps: int, step: int) 
         return _dream_quota(left, steps, step)
     if params.policy == "p2":
         return masks - _masked_again(masks, steps, step)
-    return masks // steps + (step < masks % steps)
+    share = masks // steps + (step < masks % steps)
+    return share if step < steps else max(1, share)
 
 
 def _masked_again(masks: int, steps: int, step: int) -> int:

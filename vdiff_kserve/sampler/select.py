@@ -57,7 +57,7 @@ def _priority(proposal: Proposal, rows: StepRows) -> Tensor:
     heated = rows.where(lambda p: p.policy in DREAM_POLICIES and p.alg_temp > 0)
     if shuffled is None and heated is None:
         return priority
-    seeds = rows.per_position([p.seed for p in rows.params], torch.int64)
+    seeds = rows.per_position(rows.seeds, torch.int64)
     order = uniform(seeds, rows.position, "order").squeeze(-1)
     if shuffled is not None:
         priority = torch.where(shuffled, order, priority)

@@ -90,6 +90,6 @@ def _sample(scores: Tensor, first: int, rows: StepRows) -> None:
         return
     drawn = replace(rows, row=rows.row[sampled], position=rows.position[sampled])
     temperature = drawn.per_position([p.temperature or 1.0 for p in rows.params])
-    seeds = drawn.per_position([p.seed for p in rows.params], torch.int64)
+    seeds = drawn.per_position(drawn.seeds, torch.int64)
     noise = gumbel(seeds, drawn.position, scores.shape[-1], first)
     scores[sampled] = scores[sampled] / temperature[:, None] + noise

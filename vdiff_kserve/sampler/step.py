@@ -64,6 +64,7 @@ class StepRows:
         written: int64 [positions], the token that stands there; -1 for a mask. Only rows whose
             policy edits, or is `p2`, have written positions.
         params: one per row.
+        seeds: one per row, of the random numbers of this step.
         quotas: tokens to commit per row in a scheduled step; for `p2` those that stay.
         lengths: tokens of each row's canvas.
         constraints: of the rows that ask something of their tokens; None when none does.
@@ -77,6 +78,7 @@ class StepRows:
     position: Tensor
     written: Tensor
     params: Sequence[DecodingParams]
+    seeds: Sequence[int]
     quotas: Sequence[int]
     lengths: Sequence[int]
     constraints: ConstraintTable | None = None
@@ -225,7 +227,7 @@ def _sample(
     drawn = replace(rows, row=rows.row[sampled], position=rows.position[sampled])
     params = rows.params
     temperature = drawn.per_position([p.temperature for p in params])
-    seeds = drawn.per_position([p.seed for p in params], torch.int64)
+    seeds = drawn.per_position(drawn.seeds, torch.int64)
     token = greedy.clone()
     if not any(map(is_filtered, params)) and draw.usable(logits):
         token[sampled] = draw.draw(logits, sampled, temperature, seeds, drawn.position, mask_token)
