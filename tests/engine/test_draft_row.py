@@ -98,6 +98,20 @@ def test_pinned_tokens_stay() -> None:
             ]
 
 
+@pytest.mark.parametrize("policy", ["threshold", "p2"])
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_pinned_token_is_told_as_certain(policy: str, count: int) -> None:
+    given = (-1, 4, -1, -1, *[7] * 3, *[-1] * 17)
+    request = request_of(given=given, policy=policy, steps=12, top_logprobs=count)
+    with running(DECODER) as engine:
+        (told,) = events_of(engine, replace(request, watched=True))
+    logprobs = [each for event in told for each in event.logprobs]
+    assert [each.token_id for each in logprobs] == [t for e in told for t in e.token_ids]
+    for token, each in zip(given, logprobs, strict=True):
+        certain = each.logprob == 0 and each.top == ((token, 0.0),) * min(count, 1)
+        assert certain == (token >= 0)
+
+
 def test_a_run_is_so_many_neighbours() -> None:
     alike = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1]], dtype=torch.bool)
     assert in_runs(alike, 3).long().tolist() == [[0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1]]

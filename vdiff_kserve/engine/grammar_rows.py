@@ -19,7 +19,6 @@ from vdiff_kserve.engine.request import (
     FinishReason,
     GenerationEvent,
     GenerationRequest,
-    TokenLogprob,
 )
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow, BlockCausalRow
@@ -129,10 +128,8 @@ class GrammarRow(Row):
         end = self._settled + len(tokens)
         self.canvas[self._settled : end] = torch.tensor(tokens, dtype=self.canvas.dtype)
         self.masked[self._settled : end] = False
-        if (count := self.params.top_logprobs) is not None:
-            for position, token in enumerate(tokens, start=self._settled):
-                top = ((token, 0.0),) if count else ()
-                self._logprobs[position] = TokenLogprob(token, 0.0, 1, top)
+        for position in range(self._settled, end):
+            self._logprobs.pop(position, None)  # of what stood there before
         self._settled = end
 
     def _mask_from(self, start: int, end: int) -> None:

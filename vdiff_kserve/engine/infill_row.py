@@ -117,7 +117,7 @@ class InfillRow(Row):
         while self._hole < len(self._holes):
             hole, end = self._hole, self._holes[self._hole][1]
             first, tokens = self.frontier, self._pass_frontier(end)
-            told = [self._logprobs.pop(p) for p in range(first, self.frontier) if self._logprobs]
+            told = self._told_from(first)
             whole = self.frontier == end or self._end_token_id is not None
             self._tokens += tokens
             self._told += [each.logprob for each in told]
@@ -125,7 +125,7 @@ class InfillRow(Row):
                 self._leave_hole(end)
             ended = self._end_token_id is not None
             if tokens or ended or self.finish_reason is not None:
-                events.append((tokens, tuple(told), hole, self._end_token_id))
+                events.append((tokens, told, hole, self._end_token_id))
             self._end_token_id = None
             if not whole:
                 break

@@ -373,6 +373,20 @@ class Row:
             best = tuple(zip(top_tokens, top, strict=True))
             self._logprobs[position] = TokenLogprob(token, chosen, rank, best)
 
+    def _told_from(self, first: int) -> tuple[TokenLogprob, ...]:
+        """What is told of the tokens from `first` to the frontier; nothing, unless it was asked."""
+        if self.request.decoding.top_logprobs is None:
+            return ()
+        return tuple(
+            self._logprobs.pop(p) if p in self._logprobs else self._undoubted(int(self.canvas[p]))
+            for p in range(first, self.frontier)
+        )
+
+    def _undoubted(self, token: int) -> TokenLogprob:
+        """What is told of a token that the model had no choice about."""
+        top = ((token, 0.0),) if self.request.decoding.top_logprobs else ()
+        return TokenLogprob(token, 0.0, 1, top)
+
     def _advance_frontier(self) -> None:
         """Move the frontier to the first mask, or past the first end token; send what it passed."""
         if self.frontier < len(self) and self.masked[self.frontier]:
@@ -390,8 +404,8 @@ class Row:
         else:
             self.frontier = reached
         if fresh or self.finish_reason is not None:
-            told = [self._logprobs.pop(p) for p in range(first, self.frontier) if self._logprobs]
+            told = self._told_from(first)
             event = GenerationEvent(
-                tuple(fresh), self.stats, self.finish_reason, self._end_token_id, tuple(told)
+                tuple(fresh), self.stats, self.finish_reason, self._end_token_id, told
             )
             self.sink(event)
