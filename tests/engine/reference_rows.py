@@ -116,7 +116,7 @@ class InfillRow(EveryStepRow):
 
     def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
         super().__init__(request, sink, spec)
-        self.masked = self.canvas == spec.mask_token_id
+        self._lay_out(self.canvas, self.canvas == spec.mask_token_id)
         self.frontier = int(self.masked.nonzero()[0])
         self._enter_block(self.frontier)
         self.block_end = len(self)

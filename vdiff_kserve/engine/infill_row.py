@@ -173,9 +173,8 @@ class InfillRow(Row):
             self._tell_judgement()
             return
         self.block_start, self.block_end = position, position + 1
-        self.canvas = self._text.clone()
+        self._lay_out(self._text.clone(), torch.arange(len(self._text)) >= position)
         self.canvas[position:] = self._mask_token_id
-        self.masked = torch.arange(len(self._text)) >= position
 
     def _note_judgement(self, decision: Decision) -> None:
         assert decision.logprobs is not None

@@ -27,11 +27,11 @@ class Pass(NamedTuple):
         return -1 if self.span.cache_offset is None else self.span.cache_offset
 
 
-def passes_of(rows: Sequence[Row], mask_token_id: int | None) -> list[Pass]:
-    """The rows' passes: a guided row has a second one, whose prompt is masked, behind its own."""
+def passes_of(rows: Sequence[tuple[Row, RowSpan]], mask_token_id: int | None) -> list[Pass]:
+    """The passes of rows over the given parts of their canvases: a guided row has a second one,
+    whose prompt is masked, behind its own."""
     passes = []
-    for row in rows:
-        span = row.next_span()
+    for row, span in rows:
         passes.append(Pass(row, False, row.canvas, span))
         if row.params.cfg_scale > 0:
             canvas = row.canvas.clone()

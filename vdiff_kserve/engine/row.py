@@ -7,7 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff_kserve.engine.request import (
@@ -78,9 +80,9 @@ class Row:
         self.sink = sink
         self.prompt_length = len(request.prompt_ids)
         self.answer_end = self.prompt_length + request.max_tokens
-        self.canvas = torch.full((self._canvas_length(spec),), spec.mask_token_id or 0)
-        self.canvas[: self.prompt_length] = torch.tensor(request.prompt_ids)
-        self.masked = torch.arange(len(self.canvas)) >= self.prompt_length
+        canvas = torch.full((self._canvas_length(spec),), spec.mask_token_id or 0)
+        canvas[: self.prompt_length] = torch.tensor(request.prompt_ids)
+        self._lay_out(canvas, torch.arange(len(canvas)) >= self.prompt_length)
         if request.given:
             given = torch.tensor(request.given)
             places = (given >= 0).nonzero().squeeze(-1)
@@ -111,6 +113,12 @@ class Row:
         self._end_token_id: int | None = None
         self._answer_masks = int(self.masked.sum())
         self._enter_block(self.prompt_length)
+
+    def _lay_out(self, canvas: Tensor, masked: Tensor) -> None:
+        """Decode this canvas from here on. What every step does to it goes through NumPy, over the
+        same memory: its operations on a few numbers take a fifth of the time of torch's."""
+        self.canvas, self.masked = canvas, masked
+        self._ids, self._masks = canvas.numpy(), masked.numpy()
 
     @property
     def number(self) -> int:
@@ -155,7 +163,7 @@ class Row:
             return self.params.apd_max_parallel
         left = self._block_masks
         if self.params.policy in DREAM_POLICIES:
-            left = int(self.masked[self.block_start : self.block_end].sum())
+            left = self._masks_of_block
         return quota(self.params, self._block_masks, left, self._block_steps, self._block_step)
 
     @property
@@ -267,7 +275,12 @@ class Row:
     def open_positions(self) -> Tensor:
         """Positions that the next step may write: int64 [n], absolute, ascending."""
         start, end = self.block_start, self.block_end
-        return self.masked[start:end].nonzero().squeeze(-1) + start
+        return torch.from_numpy(self._masks[start:end].nonzero()[0] + start)
+
+    def written_at(self, positions: Tensor) -> NDArray[np.int64]:
+        """The tokens that stand at `positions`, -1 for a mask."""
+        places = positions.numpy()
+        return np.where(self._masks[places], -1, self._ids[places])
 
     def review(
         self,
@@ -280,8 +293,9 @@ class Row:
 
     def apply(self, decision: Decision) -> None:
         """Take one step: write its tokens, send what became final, move to the next block."""
-        self.canvas[decision.positions] = decision.tokens
-        self.masked[decision.positions] = False
+        places = decision.positions.numpy()
+        self._ids[places] = decision.tokens.numpy()
+        self._masks[places] = False
         if decision.logprobs is not None:
             self._note_logprobs(decision, decision.logprobs)
         self.begun_pass = None
@@ -295,10 +309,11 @@ class Row:
             view = self._view(decision.positions)
             self.sink(GenerationEvent((), self.stats, view=view))
         self._advance_frontier()
-        self.finished_block_steps = self._block_passes if self._block_done else None
+        block_done = self._block_done
+        self.finished_block_steps = self._block_passes if block_done else None
         if self.finish_reason is not None:
             return
-        if self._block_done:
+        if block_done:
             self._enter_block(self.block_end)
         else:
             self._skip_idle_steps()
@@ -323,20 +338,24 @@ class Row:
         return self._block_passes % interval == 0 if interval else self._block_passes == 0
 
     @property
+    def _masks_of_block(self) -> int:
+        return int(np.count_nonzero(self._masks[self.block_start : self.block_end]))
+
+    @property
     def _block_done(self) -> bool:
-        return not self.masked[self.block_start : self.block_end].any()
+        return self._masks_of_block == 0
 
     def _enter_block(self, start: int) -> None:
         """Begin the first block from `start` on that has a mask."""
         end = start + self.params.block_length
-        while end < len(self) and not self.masked[start:end].any():
+        while end < len(self) and not self._masks[start:end].any():
             start, end = end, end + self.params.block_length
         self.block_start, self.block_end = start, min(end, len(self))
         self._begin_block()
 
     def _begin_block(self) -> None:
         self.evidence = None
-        self._block_masks = int(self.masked[self.block_start : self.block_end].sum())
+        self._block_masks = self._masks_of_block
         self._block_steps = block_steps(self.params, self._answer_masks, self._block_masks)
         self._block_step = 0
         self._block_passes = 0
@@ -389,13 +408,13 @@ class Row:
 
     def _advance_frontier(self) -> None:
         """Move the frontier to the first mask, or past the first end token; send what it passed."""
-        if self.frontier < len(self) and self.masked[self.frontier]:
+        if self.frontier < len(self) and self._masks[self.frontier]:
             return
-        masks = self.masked[self.frontier :].nonzero()
+        masks = self._masks[self.frontier :].nonzero()[0]
         reached = self.frontier + int(masks[0]) if len(masks) else len(self)
         reached = min(reached, self.answer_end)
         first = self.frontier
-        fresh = self.canvas[self.frontier : reached].tolist()
+        fresh = self._ids[self.frontier : reached].tolist()
         ends = [i for i, token in enumerate(fresh) if token in self.request.end_token_ids]
         if ends:
             self._end_token_id = fresh[ends[0]]

@@ -128,17 +128,18 @@ class ModelRunner:
             self._verify(accept, proposal, hidden, unguided, step_rows, rows)
         chosen, proposed = torch.stack([accept.long(), proposal.token]).cpu()
         chosen = hold_back(chosen.bool(), proposed, step_rows)
-        tokens = proposed.split(counts)
-        accepted = [
-            row.review(*of_row)
-            for row, *of_row in zip(rows, opened, chosen.split(counts), tokens, strict=True)
-        ]
+        parts = opened, chosen.split(counts), proposed.split(counts)
+        accepted = [row.review(*of_row) for row, *of_row in zip(rows, *parts, strict=True)]
         kept = [None] * len(rows) if evidence is None else keep_evidence(rows, opened, evidence)
         logprobs = [None] * len(rows) if told is None else logprobs_by_row(told, rows, accepted)
+        taken = torch.cat(accepted)
+        assert step_rows.host_row is not None
+        sizes = step_rows.host_row[taken].bincount(minlength=len(rows)).tolist()
+        places, written = torch.cat(opened)[taken].split(sizes), proposed[taken].split(sizes)
         return [
-            Decision(span, positions[yes], token[yes], credit, int(row.uses_auxiliary), scores)
-            for row, span, positions, yes, token, credit, scores in zip(
-                rows, spans, opened, accepted, tokens, kept, logprobs, strict=True
+            Decision(span, positions, tokens, credit, int(row.uses_auxiliary), scores)
+            for row, span, positions, tokens, credit, scores in zip(
+                rows, spans, places, written, kept, logprobs, strict=True
             )
         ]
 
@@ -147,7 +148,7 @@ class ModelRunner:
         """Run the next layers of a row's pass; `step` takes it up when all of them have run."""
         with self._timed("forward"):
             if row.begun_pass is None:
-                batch = self._pack(passes_of([row], self._mask_token_id))
+                batch = self._pack(passes_of([(row, row.next_span())], self._mask_token_id))
                 row.begun_pass = self._decoder.begin(batch)
             row.begun_pass.advance(layers)
 
@@ -178,14 +179,15 @@ class ModelRunner:
     ) -> tuple[Tensor, dict[tuple[Row, bool], int]]:
         """Run the rows' passes: all hidden states that they want, and where those of a row begin,
         by row and whether its pass was the one without a prompt."""
-        begun = [row for row in rows if row.begun_pass is not None]
         twins = twins_of(rows, spans)
-        leaders = [row for row in rows if row.begun_pass is None and row not in twins]
+        both = list(zip(rows, spans, strict=True))
+        leaders = [each for each in both if each[0].begun_pass is None and each[0] not in twins]
         parts = self._run(passes_of(leaders, self._mask_token_id)) if leaders else []
-        for row in begun:
-            assert row.begun_pass is not None
-            row.begun_pass.advance(row.begun_pass.layers_left)
-            parts.append((passes_of([row], self._mask_token_id), row.begun_pass.outputs))
+        for row, span in both:
+            if row.begun_pass is not None:
+                row.begun_pass.advance(row.begun_pass.layers_left)
+                passes = passes_of([(row, span)], self._mask_token_id)
+                parts.append((passes, row.begun_pass.outputs))
         starts: dict[tuple[Row, bool], int] = {}
         total = 0
         for each in (each for passes, _ in parts for each in passes):

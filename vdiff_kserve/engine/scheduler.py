@@ -234,8 +234,10 @@ class Scheduler:
         not fit, so that none waits forever and a long one leaves room for others.
         """
         self._rounds += 1
-        rows = [row for row in self._running if not row.refreshes_next]
-        refreshes = [row for row in self._running if row.refreshes_next]
+        rows: list[Row] = []
+        refreshes: list[Row] = []
+        for row in self._running:
+            (refreshes if row.refreshes_next else rows).append(row)
         refreshes.sort(key=lambda row: (row.last_round, row.place))
         # Counted in tokens times layers: a pass may stop between layers.
         left = self._budget * self._num_layers

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,14 +29,14 @@ def table_of(
     rows: Sequence[Row], opened: Sequence[Tensor], vocab_size: int, device: torch.device
 ) -> StepRows:
     """The open positions of all rows, one row's after the other's, and what each row asks."""
-    was_written = [
-        torch.where(row.masked[positions], -1, row.canvas[positions])
-        for row, positions in zip(rows, opened, strict=True)
-    ]
+    written_at = [row.written_at(positions) for row, positions in zip(rows, opened, strict=True)]
     counts = torch.tensor([len(positions) for positions in opened])
     row_of = torch.arange(len(rows)).repeat_interleave(counts)
     row_index, position, written = to_device(
-        torch.stack([row_of, torch.cat(list(opened)), torch.cat(was_written)]), device
+        torch.stack(
+            [row_of, torch.cat(list(opened)), torch.from_numpy(np.concatenate(written_at))]
+        ),
+        device,
     )
     return StepRows(
         row=row_index,
