@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.sampler.random_rows import open_rows
 from tests.sampler.rows import (
     POLICIES,
     SPECIAL,
     OpenRow,
-    open_rows,
     propose_rows,
     row_of,
     step,
