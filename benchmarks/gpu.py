@@ -9,13 +9,14 @@ Needs torch, transformers, safetensors and accelerate only, no server and no che
 - the device's own rates: bytes per second of a copy, and operations per second of a large product;
 - cached passes ("reuse") of 1, 4, 16 and 64 rows with a block of 32, and whole passes ("refresh")
   of 1,024 to 8,192 tokens: milliseconds, and the roofline's time over the measured one;
+- the kernels that a cached pass of one row spends its time in (on a GPU);
 - tokens per second of whole answers at 1, 8 and 32 requests at once, two tokens committed per step,
   and milliseconds of a round: its pass, logits, sampler and what the host does.
 
 The roofline's time is the longer of moving every weight and cached key and value once, and of the
 matrix products, attention's included, at the measured rates. Passes are queued behind each other,
-so that the device is timed and not the host that waits for it. What the memory has no room for is
-left out.
+so that the device is timed and not the host that waits for it. What the memory has no room for, or
+fails, is told and left out: the other figures are there all the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import argparse
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +39,6 @@ from tqdm import tqdm
 from vdiff_kserve.engine import (
     Engine,
     EngineConfig,
-    EngineError,
     GenerationRequest,
     measured_token_budget,
 )
@@ -62,6 +63,8 @@ TARGETS = {"reuse of 1 row": 0.7, "refresh": 0.6}
 MEASURE_S = 1.0
 QUEUED = 8
 """Runs between two looks at the clock: the host's wait for the device is spread over them."""
+PROFILED = 3
+SHOWN_KERNELS = 14
 COPIED_BYTES = 1 << 30
 SQUARE = 8192
 
@@ -204,9 +207,9 @@ def random_tokens(config: DecoderConfig, count: int) -> torch.Tensor:
     return torch.randint(config.vocab_size, (count,))
 
 
-def measure_reuse(
-    decoder: Decoder, rates: Rates, rows: int, context: int, graphs: ReuseGraphs | None
-) -> Timing:
+def reuse_pass(
+    decoder: Decoder, rows: int, context: int, graphs: ReuseGraphs | None
+) -> Callable[[], torch.Tensor]:
     """A pass over one block of each row, the rest of its canvas in the cache."""
     canvases = [random_tokens(decoder.config, context) for _ in range(rows)]
     start = context // 2
@@ -222,8 +225,34 @@ def measure_reuse(
             states = decoder(ForwardBatch.pack(canvases, spans, store, decoder.device))
         return states
 
+    return run
+
+
+def measure_reuse(
+    decoder: Decoder, rates: Rates, rows: int, context: int, graphs: ReuseGraphs | None
+) -> Timing:
+    run = reuse_pass(decoder, rows, context, graphs)
     best = roofline(decoder.config, rates, [BLOCK] * rows, [context] * rows, decoder.dtype.itemsize)
     return Timing(f"reuse, {rows} rows", seconds_of(run, decoder.device), best)
+
+
+def kernels_of_reuse(decoder: Decoder, context: int) -> list[tuple[str, float, float]]:
+    """What a pass of one row is made of on a GPU: kernels, how often each runs, and seconds, of all
+    its runs together; the longest first."""
+    run = reuse_pass(decoder, 1, context, None)
+    run()
+    torch.cuda.synchronize(decoder.device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED):
+            run()
+        torch.cuda.synchronize(decoder.device)
+    seconds: Counter[str] = Counter()
+    runs: Counter[str] = Counter()
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            seconds[event.name] += event.time_range.elapsed_us() / 1e6 / PROFILED
+            runs[event.name] += 1
+    return [(name, runs[name] / PROFILED, time) for name, time in seconds.most_common()]
 
 
 def measure_refresh(decoder: Decoder, rates: Rates, tokens: int) -> Timing:
@@ -248,7 +277,7 @@ def started(engine: Engine) -> Iterator[Engine]:
 
 
 def measure_generation(
-    decoder: Decoder, answer: int, args: argparse.Namespace
+    decoder: Decoder, answer: int, args: argparse.Namespace, failures: list[str]
 ) -> dict[int, tuple[float, float]]:
     """Tokens per second and seconds of a round by concurrency, each request of its own prompt,
     cache `dual`. Everything runs twice: the first time captures passes."""
@@ -281,25 +310,31 @@ def measure_generation(
 
     measured = {}
     for level in tqdm(CONCURRENCY[: 1 if args.quick else None], desc="Generating", unit="level"):
-        try:
+        with told(f"{level} at once", failures):
             measured[level] = measure(level)
-        except EngineError as error:
-            tqdm.write(f"{level} at once: {error}")
     return measured
 
 
-def those_that_fit(
-    measure: Callable[[int], Timing], sizes: Sequence[int], what: str
+@contextmanager
+def told(what: str, failures: list[str]) -> Iterator[None]:
+    """An error in this measurement is told, and does not lose the others."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a measurement raises
+        failures.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0])
+        tqdm.write(failures[-1])
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def all_that_work(
+    measure: Callable[[int], Timing], sizes: Sequence[int], what: str, failures: list[str]
 ) -> list[Timing]:
-    """The timings of all sizes for which there is memory, each also told at once."""
+    """The timings of all sizes that can be measured, each also told at once."""
     timings = []
     for size in tqdm(sizes, desc=what, unit="size"):
-        try:
+        with told(f"{what} {size}", failures):
             timings.append(measure(size))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            tqdm.write(f"{what} {size}: no room")
-        else:
             tqdm.write(line_of(timings[-1]))
     return timings
 
@@ -310,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    began = time.perf_counter()
+    began, failures = time.perf_counter(), list[str]()
     rates = measure_rates(device, dtype, args.quick)
     decoder = random_decoder(config_of(args), device, dtype)
     graphs = None
@@ -319,10 +354,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     one = slice(0, 1 if args.quick else None)
     reuse = partial(measure_reuse, decoder, rates, context=args.context, graphs=graphs)
     refresh = partial(measure_refresh, decoder, rates)
-    timings = those_that_fit(reuse, REUSE_ROWS[one], "Reuse")
-    timings += those_that_fit(refresh, REFRESH_TOKENS[one], "Refresh")
+    timings = all_that_work(reuse, REUSE_ROWS[one], "Reuse", failures)
+    timings += all_that_work(refresh, REFRESH_TOKENS[one], "Refresh", failures)
     captured = graphs is not None and not graphs.failed
-    generated = measure_generation(decoder, BLOCK if args.quick else ANSWER, args)
+    kernels: list[tuple[str, float, float]] = []
+    if device.type == "cuda":
+        with told("Kernels", failures):
+            kernels = kernels_of_reuse(decoder, args.context)
+    generated: dict[int, tuple[float, float]] = {}
+    with told("Answers", failures):
+        answer = BLOCK if args.quick else ANSWER
+        generated = measure_generation(decoder, answer, args, failures)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     report: dict[str, Any] = {
         "device": name,
@@ -333,10 +375,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "bandwidth": rates.bandwidth,
         "matrix_rate": rates.matrix,
         "passes": [vars(timing) | {"share": timing.share} for timing in timings],
+        "kernels": kernels,
         "tokens_per_second": {str(n): rate for n, (rate, _) in generated.items()},
         "round_seconds": {str(n): seconds for n, (_, seconds) in generated.items()},
         "memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "seconds": time.perf_counter() - began,
+        "failures": failures,
     }
     show(report, timings)
     line = json.dumps(report)
@@ -361,6 +405,14 @@ def show(report: dict[str, Any], timings: Sequence[Timing]) -> None:
     print(f"targets: {targets}\n\n{'at once':<24} {'tokens/s':>9} {'ms a round':>12}")
     for level, rate in report["tokens_per_second"].items():
         print(f"{level:<24} {rate:9.1f} {report['round_seconds'][level] * 1e3:12.2f}")
+    if report["kernels"]:
+        total = sum(seconds for *_, seconds in report["kernels"])
+        runs = sum(count for _, count, _ in report["kernels"])
+        print(f"\nreuse of 1 row: {runs:.0f} kernels, {total * 1e3:.2f} ms, of which")
+    for name, count, seconds in report["kernels"][:SHOWN_KERNELS]:
+        print(f"{seconds * 1e3:9.3f} ms {count:6.0f} x {name[:80]}")
+    for failure in report["failures"]:
+        print(f"failed: {failure}")
 
 
 def line_of(timing: Timing) -> str:

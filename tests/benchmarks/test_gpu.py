@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.gpu import (
     BLOCK,
     Rates,
     Timing,
+    all_that_work,
     config_of,
     main,
     parse_arguments,
     roofline,
-    those_that_fit,
 )
 
 SMALL = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--width", "128"]
@@ -57,17 +58,32 @@ def test_every_figure_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens/s" in printed
 
 
-def test_sizes_without_room_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fails_is_told_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     def measure(size: int) -> Timing:
         if size > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return Timing(f"{size} rows", 0.01, 0.005)
 
-    assert [timing.name for timing in those_that_fit(measure, [1, 16, 4], "Reuse")] == [
-        "1 rows",
-        "4 rows",
-    ]
-    assert "Reuse 16: no room" in capsys.readouterr().out
+    failures: list[str] = []
+    timings = all_that_work(measure, [1, 16, 4], "Reuse", failures)
+    assert [timing.name for timing in timings] == ["1 rows", "4 rows"]
+    assert failures == ["Reuse 16: OutOfMemoryError: CUDA out of memory"]
+    assert failures[0] in capsys.readouterr().out
+
+
+def test_a_measurement_that_fails_does_not_lose_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> Timing:
+        raise RuntimeError("illegal memory access\nand more")
+
+    monkeypatch.setattr(gpu, "measure_reuse", fail)
+    monkeypatch.setattr(gpu, "measured_token_budget", fail)
+    report = main(SMALL)
+    assert [each["name"] for each in report["passes"]] == ["refresh, 1024 tokens"]
+    message = "RuntimeError: illegal memory access"
+    assert report["failures"] == [f"Reuse 1: {message}", f"Answers: {message}"]
+    assert f"failed: Answers: {message}" in capsys.readouterr().out
 
 
 def test_it_needs_no_server_packages() -> None:

@@ -57,7 +57,9 @@ def test_compilers_for_gpus_take_attention_of_few_queries(group: int, size: int)
     sizes = {"GROUP": group, "ROWS": tile, "KEYS": split_attention.KEYS, "SIZE": size}
     options = split_attention.options_of(tile, size)
     compile_for_gpus(kernels.split_attention_kernel, TYPES, sizes, **options)
-    compile_for_gpus(kernels.join_splits_kernel, TYPES, {"SPLITS": 8, "SIZE": size})
+    compile_for_gpus(
+        kernels.join_splits_kernel, TYPES, {"SPLITS": split_attention.MAX_SPLITS, "SIZE": size}
+    )
 
 
 def test_keys_are_split_where_rows_are_few() -> None:

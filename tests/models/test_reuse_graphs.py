@@ -4,6 +4,7 @@ for the GPU's; the tests marked `gpu` capture for real."""
 import logging
 import random
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -137,6 +138,34 @@ def test_a_pass_that_cannot_be_captured_is_told_once_and_runs_without(
         assert graphs.run(canvases, spans, store) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "not permitted" in caplog.text
+
+
+def failing_capture(_: object) -> None:
+    """As a capture that is broken off for want of memory raises."""
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    finally:
+        raise RuntimeError("capture was invalidated")
+
+
+@torch.inference_mode()
+def test_want_of_memory_leaves_captured_passes_and_is_tried_again_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_packed(monkeypatch)
+    monkeypatch.setattr(reuse_graphs, "PAUSE", 2)
+    record = Mock(side_effect=[run_again, failing_capture, run_again])
+    decoder, rng = tiny_decoder(), random.Random(0)
+    graphs = graphs_of(decoder, lambda run: record()(run))
+    store = store_for(decoder, PLACES)
+    one, four = reuse_rows(1, rng), reuse_rows(4, rng)
+    assert graphs.run(*one, store) is not None
+    for _ in range(3):
+        assert graphs.run(*four, store) is None
+        assert graphs.run(*one, store) is not None
+    assert graphs.run(*four, store) is not None
+    assert record.call_count == 3
+    assert len(caplog.records) == 1
 
 
 def test_models_on_a_cpu_have_no_graphs() -> None:

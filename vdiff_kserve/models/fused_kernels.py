@@ -33,7 +33,7 @@ def rms_norm_kernel(
     tl.store(out + row + column, (normed * weights).to(own.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "kv_heads"])
 def heads_kernel(
     x,
     cos,

@@ -22,6 +22,9 @@ from vdiff_kserve.models.moe import has_expert_kernel
 
 MAX_GRAPHS = 48
 """Captured passes that are kept; a further one takes the place of the one not used for longest."""
+PAUSE = 256
+"""Passes that run without a graph, for want of one, before capturing is tried again where there was
+no memory for it."""
 LONGEST = 256
 """Most queries of a row whose pass is captured. Longer passes keep a GPU busy by themselves, and
 come in too many lengths: with the cache `prefix`, every block of every request has its own."""
@@ -201,7 +204,8 @@ class ReuseGraphs:
     """The captured passes of a model, made when first needed.
 
     Attributes:
-        failed: whether a pass could not be captured; then none is any more.
+        failed: whether a pass could not be captured, and not for want of memory; then none is any
+            more.
 
     Args:
         longest: most tokens of a canvas.
@@ -213,6 +217,7 @@ class ReuseGraphs:
         self._longest = longest
         self._record = record
         self._captured: dict[tuple[ReuseShape, int], CapturedReuse] = {}
+        self._pause = 0
         self.failed = False
 
     @classmethod
@@ -256,17 +261,42 @@ class ReuseGraphs:
         if self.failed:
             return None
         key = shape, bucket_of(len(spans))
-        try:
-            captured = self._captured.pop(key, None) or self._capture(store, *key)
-        except Exception as error:  # noqa: BLE001 - whatever the capture raised
-            self.failed = True
-            self._captured.clear()
-            logger.warning("No CUDA graphs, since a pass cannot be captured: %s", error)
+        captured = self._captured.pop(key, None) or self._try_to_capture(store, *key)
+        if captured is None:
             return None
         self._captured[key] = captured  # behind those used before
         return captured.run(canvases, spans)
+
+    def _try_to_capture(
+        self, store: KeyValueStore, shape: ReuseShape, bucket: int
+    ) -> CapturedReuse | None:
+        """A new captured pass; None where that failed, or did so lately."""
+        if self._pause:
+            self._pause -= 1
+            return None
+        try:
+            return self._capture(store, shape, bucket)
+        except Exception as error:  # noqa: BLE001 - whatever the capture raised
+            if _lacks_memory(error):
+                self._pause = PAUSE
+                logger.warning("No memory to capture a pass of %d rows: %s", bucket, error)
+            else:
+                self.failed = True
+                self._captured.clear()
+                logger.warning("No CUDA graphs, since a pass cannot be captured: %s", error)
+        return None
 
     def _capture(self, store: KeyValueStore, shape: ReuseShape, bucket: int) -> CapturedReuse:
         if len(self._captured) >= MAX_GRAPHS:
             del self._captured[next(iter(self._captured))]
         return CapturedReuse(self._decoder, store, shape, bucket, self._longest, self._record)
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether memory was wanting, also where another error came of it: a capture broken off
+    raises one of its own."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

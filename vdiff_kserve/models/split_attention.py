@@ -9,6 +9,7 @@ whose results are joined by a second kernel (Flash-Decoding: Dao, Haziza, Massa 
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ LONGEST = 64
 """Most queries of a row."""
 KEYS = 64
 """Keys that a program reads at a time."""
-LARGEST_TILE = 64
-SMALLEST_TILE = 16
+TILES = (32, 64)
+"""How many pairs of a query and a head, of those that share keys, a program takes."""
 MAX_SPLITS = 16
 PROGRAMS_PER_PROCESSOR = 2
 """As many as are wanted at once on each of a GPU's multiprocessors."""
@@ -47,7 +48,12 @@ def usable(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall) -> bool:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, splits: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: VarlenCall,
+    splits: int | None = None,
+    tile: int | None = None,
 ) -> Tensor:
     """What the kernel for long passes computes: every query sees all keys of its sequence.
 
@@ -57,6 +63,7 @@ def attend(
         call: sequences in pairs, of which each first one has no queries, as `sequences_of` makes
             them.
         splits: among how many programs the keys of a row are split; None is as the GPU's size asks.
+        tile: one of TILES; None is the least that takes all pairs, or the largest.
 
     Returns:
         as `query`. Tokens of no sequence come out as anything.
@@ -64,7 +71,7 @@ def attend(
     kernels = _kernels()
     (tokens, heads, size), kv_heads = query.shape, key.shape[1]
     group, rows = heads // kv_heads, (len(call.cu_queries) - 1) // 2
-    tile = tile_of(call.max_queries * group)
+    tile = tile or tile_of(call.max_queries * group)
     tiles = -(-call.max_queries * group // tile) * kv_heads
     if splits is None:
         splits = splits_of(tiles * rows, call.max_keys, _processors(query.device))
@@ -101,7 +108,7 @@ def attend(
             tokens * heads,
             size,
             splits,
-            SPLITS=power_of_2(splits),
+            SPLITS=MAX_SPLITS,
             SIZE=columns,
             num_warps=2,
         )
@@ -109,14 +116,14 @@ def attend(
 
 
 def tile_of(pairs: int) -> int:
-    """How many pairs of a query and a head a program takes, of so many that share keys."""
-    return min(LARGEST_TILE, max(SMALLEST_TILE, power_of_2(pairs)))
+    """The tile for so many pairs."""
+    return next((tile for tile in TILES if pairs <= tile), TILES[-1])
 
 
 def options_of(tile: int, size: int) -> dict[str, int]:
     """How the kernel is launched: a warp takes sixteen pairs, as a tensor core does, and keys are
     fetched ahead as far as there is room for them."""
-    return {"num_warps": max(2, tile // 16), "num_stages": 3 if size <= 128 else 2}
+    return {"num_warps": tile // 16, "num_stages": 3 if size <= 128 else 2}
 
 
 def splits_of(programs: int, keys: int, processors: int) -> int:
@@ -140,7 +147,7 @@ def works(device: torch.device, dtype: torch.dtype, size: int, group: int) -> bo
 
 
 def agrees(device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
-    """Whether attention over random keys is what float64 gives, with and without splits."""
+    """Whether attention over random keys is what float64 gives, of all that a pass may take."""
     from vdiff_kserve.models.attention import VarlenCall, sequences_of
 
     generator = torch.Generator().manual_seed(0)
@@ -160,12 +167,12 @@ def agrees(device: torch.device, dtype: torch.dtype, size: int, group: int) -> b
         expected.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v))
     return all(
         torch.allclose(
-            attend(query, key, value, call, splits).double(),
+            attend(query, key, value, call, splits, tile).double(),
             torch.cat(expected),
             atol=0.02,
             rtol=0.03,
         )
-        for splits in (1, 2, MAX_SPLITS)
+        for splits, tile in itertools.product((1, 3), TILES)
     )
 
 

@@ -1,5 +1,6 @@
 """Triton kernels of attention of few queries over many keys.
 
+Numbers that differ from pass to pass are not compiled for: a round would wait for the compiler.
 Triton evaluates annotations, so that only its own are there; what is in capitals is a constant of
 the compiled kernel.
 """
@@ -12,7 +13,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["kv_heads", "tokens", "splits"],
+    do_not_specialize_on_alignment=["cu_queries", "cu_keys"],
+)
 def split_attention_kernel(
     query,
     key,
@@ -82,7 +86,7 @@ def split_attention_kernel(
     tl.store(weights + own, peak + tl.log2(total), mask=asked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "splits"])
 def join_splits_kernel(
     parts, weights, out, count, size, splits, SPLITS: tl.constexpr, SIZE: tl.constexpr
 ):
