@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -130,7 +130,8 @@ def load_model(
     lockstep = None if rank is None else rank.lockstep
     engine_config = _engine_config(config, model, limits, observer, lockstep)
     grammars = load_grammars(spec, tokenizer, limits)
-    engine = Engine(model, spec, engine_config, auxiliary, grammars)
+    limited = replace(spec, max_model_len=limits.max_model_len)
+    engine = Engine(model, limited, engine_config, auxiliary, grammars)
     if lockstep is None or lockstep.leads:
         engine.start()
     loaded = LoadedModel(

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vdiff_kserve.engine import SCRATCH_BYTES, bytes_per_token
+from vdiff_kserve.engine import bytes_per_token, scratch_bytes, without_scratch
 from vdiff_kserve.models import CheckpointError, Decoder, DecoderConfig
 from vdiff_kserve.models.causal import is_causal, native_layout
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
@@ -39,6 +39,7 @@ class Sizing:
         weights: of the model, and of the auxiliary model if there is one.
         per_token: keys and values of one token in all layers of all models.
         request_tokens: tokens of a request, prompt and answer together.
+        scratch: activations of a pass over a whole request, and logits.
         memory: of the GPU.
         utilization: share of it that the server may use.
     """
@@ -46,6 +47,7 @@ class Sizing:
     weights: int
     per_token: int
     request_tokens: int
+    scratch: int
     memory: int
     utilization: float
 
@@ -53,7 +55,7 @@ class Sizing:
     def cache(self) -> int:
         """What is left for keys and values; negative when the model does not fit."""
         allowed = int(self.memory * self.utilization)
-        return allowed - CONTEXT_BYTES - self.weights - SCRATCH_BYTES
+        return without_scratch(allowed - CONTEXT_BYTES - self.weights, self.scratch)
 
     @property
     def per_request(self) -> int:
@@ -68,7 +70,7 @@ class Sizing:
     @property
     def least_memory(self) -> int:
         """The smallest GPU that serves one request."""
-        needed = CONTEXT_BYTES + self.weights + SCRATCH_BYTES + self.per_request
+        needed = CONTEXT_BYTES + self.weights + self.scratch + self.per_request
         return round(needed / self.utilization)
 
     def lines(self) -> list[str]:
@@ -76,7 +78,7 @@ class Sizing:
         rows = [
             ("weights", _text(self.weights)),
             ("CUDA and libraries", _text(CONTEXT_BYTES)),
-            ("scratch (activations, logits)", _text(SCRATCH_BYTES)),
+            ("scratch (activations, logits)", _text(self.scratch)),
             ("left for keys and values", _text(max(0, self.cache))),
             ("keys and values of a token", _text(self.per_token)),
             (f"of a request of {self.request_tokens} tokens", _text(self.per_request)),
@@ -112,7 +114,9 @@ def size(
         auxiliary = find_by_architecture(causal, CAUSAL_FORMATS).read_decoder(causal)
         weights += weight_bytes(auxiliary, dtype)
         per_token += bytes_per_token(auxiliary, dtype)
-    return Sizing(weights, per_token, request_tokens or longest, memory, utilization)
+    tokens = request_tokens or longest
+    scratch = scratch_bytes(decoder, dtype, tokens)
+    return Sizing(weights, per_token, tokens, scratch, memory, utilization)
 
 
 def _measure(model_dir: Path, dtype: torch.dtype) -> tuple[int, DecoderConfig, int]:

@@ -1,11 +1,32 @@
 """Cache places: lent without overlap, whole again when all came back."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.tiny import CONFIG
-from vdiff_kserve.engine.kv_cache import KVCache
+from vdiff_kserve.engine import EngineConfig, bytes_per_token, scratch_bytes
+from vdiff_kserve.engine.kv_cache import KVCache, memory_for_cache
+from vdiff_kserve.models import DecoderConfig, ModelSpec
+
+GIB = 1 << 30
+LLADA_8B = DecoderConfig(
+    vocab_size=126_464,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    rope_in_float32=True,
+    tie_embeddings=False,
+)
+CUDA = torch.device("cuda", 0)
 
 
 def cache_of(capacity: int) -> KVCache:
@@ -57,3 +78,34 @@ def test_memory_is_taken_when_first_needed() -> None:
     assert "store" not in vars(cache)
     expected = (CONFIG.num_layers, 7 + 1, CONFIG.num_kv_heads, CONFIG.head_dim)
     assert cache.store.keys.shape == cache.store.values.shape == expected
+
+
+def test_scratch_grows_with_the_longest_pass() -> None:
+    """Eight billion parameters keep 115 KB for each token of a pass."""
+    assert scratch_bytes(LLADA_8B, torch.bfloat16, 4096) == GIB
+    assert scratch_bytes(LLADA_8B, torch.bfloat16, 16384) == pytest.approx(1.98 * GIB, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("free", "context", "budget", "left"),
+    [
+        (64, 4096, 2048, 56 - 1.0),
+        (64, 16384, 2048, 56 - 1.98),
+        (64, 4096, 16384, 56 - 1.98),
+        (64, 10**6, 2048, 28.0),  # half: requests that long would not fit anyway
+        (9.5, 10**6, 2048, 0.5),
+        (8.5, 4096, 2048, 0.0),
+    ],
+)
+def test_caches_take_what_weights_and_the_longest_pass_leave(
+    free: float, context: int, budget: int, left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a GPU of 80 GiB, 90 % of which may be used."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * GIB), 80 * GIB))
+    model = SimpleNamespace(config=LLADA_8B, dtype=torch.bfloat16, device=CUDA)
+    spec = ModelSpec("llada", LLADA_8B, 1, 2, None, context, 32)
+    config = EngineConfig(max_num_seqs=1000, max_num_batched_tokens=budget)
+    tokens = config.cache_tokens([model], spec)
+    per_token = bytes_per_token(LLADA_8B, torch.bfloat16)
+    assert tokens * per_token / GIB == pytest.approx(left, abs=0.03)
+    assert memory_for_cache(CUDA, 0.9, 0.5, 0) == pytest.approx(max(0, free - 8) * GIB, abs=1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.engine.tiny import MASK, tiny_decoder
+from tests.models.plain_kernels import use_plain_kernels
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.engine.request import GenerationRequest
@@ -19,7 +21,10 @@ from vdiff_kserve.engine.runner import (
     ROOMY_LOGITS_PER_CHUNK,
     ModelRunner,
 )
-from vdiff_kserve.models import ModelSpec
+from vdiff_kserve.models import ForwardBatch, ModelSpec, RowSpan
+from vdiff_kserve.models import attention as packed_attention
+from vdiff_kserve.models import decoder as decoder_module
+from vdiff_kserve.models.moe import MoEConfig, Router
 from vdiff_kserve.sampler import DecodingParams
 
 VOCAB, ROWS = 126_464, 64
@@ -87,3 +92,45 @@ def test_greedy_chunks_of_a_gpu_fit_too(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("vdiff_kserve.engine.runner.LOGITS_PER_CHUNK", ROOMY_LOGITS_PER_CHUNK)
     peak = peak_of_a_step(3, {})
     assert ROOMY_LOGITS_PER_CHUNK * 4 < peak <= LIMIT, f"{peak / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_heads": 16, "head_dim": 16, "qk_norm": True},
+        {"moe": MoEConfig(num_experts=4, experts_per_token=2, expert_size=24, shared_size=24)},
+    ],
+    ids=["mlp", "attention", "experts"],
+)
+def test_activations_are_what_a_pass_is_given(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where what stands between two products makes its result and nothing else."""
+    tokens = 4000
+    decoder = tiny_decoder(**changes).to(torch.bfloat16)
+    decoder.join_layers()
+    for module in decoder.modules():
+        if isinstance(module, Router):
+            module.float()
+    canvas = torch.zeros(tokens, dtype=torch.long)
+    batch = ForwardBatch.pack([canvas], [RowSpan(0, tokens, tokens, 0, 8)])
+    with torch.inference_mode(), LiveMemory() as memory:
+        use_plain_kernels(monkeypatch, wrap=result_alone)
+        monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
+        monkeypatch.setattr(packed_attention, "run_kernel", lambda query, *_: query.clone())
+        decoder(batch)
+    kept = memory.peak / tokens / decoder.dtype.itemsize
+    expected = decoder.config.activations_per_token
+    assert 0.7 * expected < kept <= expected + 4 * decoder.config.head_dim + 24
+
+
+def result_alone(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, of whose memory only the result's is counted."""
+
+    def run(*args: Any) -> Any:
+        with _disable_current_modes():
+            result = kernel(*args)
+        return tree_map(torch.clone, result)
+
+    return run

@@ -1,11 +1,16 @@
 """What a GPU's kernels of layers are documented to do, as plain operations."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vdiff_kserve.models import fused
+
+Kernel = Callable[..., Any]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,8 +50,10 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def use_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let layers run as on a GPU."""
+def use_plain_kernels(
+    monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Kernel], Kernel] = lambda kernel: kernel
+) -> None:
+    """Let layers run as on a GPU, with these kernels in what `wrap` makes of them."""
     monkeypatch.setattr(fused, "usable", lambda x: x.is_contiguous())
     for kernel in (rms_norm, add_rms_norm, rotate, heads, silu_product):
-        monkeypatch.setattr(fused, kernel.__name__, kernel)
+        monkeypatch.setattr(fused, kernel.__name__, wrap(kernel))

@@ -3,6 +3,7 @@ microseconds beside weights that take a hundred."""
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.tiny import tiny_decoder
-from tests.models import plain_kernels
+from tests.models.plain_kernels import use_plain_kernels
 from tests.models.test_attention import plain_kernel, store_for
-from vdiff_kserve.models import ForwardBatch, RowSpan, fused
+from vdiff_kserve.models import ForwardBatch, RowSpan
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
 
@@ -33,13 +34,13 @@ class Launches(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def as_one(launches: Launches, name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+def as_one(launches: Launches, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel`, counted as one operation, whatever it is made of here."""
 
     def launch(*args: Any) -> Any:
         before = launches.counts.copy()
         result = kernel(*args)
-        launches.counts = before + Counter({name: 1})
+        launches.counts = before + Counter({kernel.__name__: 1})
         return result
 
     return launch
@@ -55,12 +56,8 @@ def launches_of_a_pass(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[
     batch = ForwardBatch.pack([torch.arange(24)] * 2, spans, store)
     launches = Launches()
     monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
-    monkeypatch.setattr(fused, "usable", lambda x: x.is_contiguous())
-    for name in ("rms_norm", "add_rms_norm", "rotate", "heads", "silu_product"):
-        kernel = as_one(launches, name, getattr(plain_kernels, name))
-        monkeypatch.setattr(fused, name, kernel)
-    attention = as_one(launches, "attention", plain_kernel)
-    monkeypatch.setattr(packed_attention, "run_kernel", attention)
+    use_plain_kernels(monkeypatch, wrap=partial(as_one, launches))
+    monkeypatch.setattr(packed_attention, "run_kernel", as_one(launches, plain_kernel))
     with torch.inference_mode(), launches:
         states: Tensor = decoder(batch)
     assert states.shape == (16, 32)
@@ -72,4 +69,4 @@ def test_a_layer_of_a_cached_pass_is_ten_kernels(monkeypatch: pytest.MonkeyPatch
     layer = launches_of_a_pass(3, monkeypatch) - launches_of_a_pass(2, monkeypatch)
     products = sum(layer.pop(name, 0) for name in ("linear", "mm", "addmm"))
     assert products == 4, "of queries, keys and values; of attention's output; two of the MLP"
-    assert layer == {"add_rms_norm": 2, "heads": 1, "attention": 1, "silu_product": 1}
+    assert layer == {"add_rms_norm": 2, "heads": 1, "plain_kernel": 1, "silu_product": 1}

@@ -4,8 +4,8 @@ from vdiff_kserve.engine.budget import REFRESH_SECONDS, measured_token_budget
 from vdiff_kserve.engine.engine import Engine
 from vdiff_kserve.engine.grammar import CompiledGrammar, GrammarError, Grammars
 from vdiff_kserve.engine.interface import GenerationEngine, LocalEngine
-from vdiff_kserve.engine.kv_cache import bytes_per_token
-from vdiff_kserve.engine.limits import SCRATCH_BYTES, EngineConfig
+from vdiff_kserve.engine.kv_cache import bytes_per_token, without_scratch
+from vdiff_kserve.engine.limits import EngineConfig, scratch_bytes
 from vdiff_kserve.engine.lockstep import Lockstep
 from vdiff_kserve.engine.prefix_cache import block_hashes
 from vdiff_kserve.engine.report import RoundObserver, RoundReport
@@ -31,7 +31,6 @@ from vdiff_kserve.engine.stream import GenerationStream
 
 __all__ = [
     "REFRESH_SECONDS",
-    "SCRATCH_BYTES",
     "CompiledGrammar",
     "Engine",
     "EngineConfig",
@@ -62,4 +61,6 @@ __all__ = [
     "block_hashes",
     "bytes_per_token",
     "measured_token_budget",
+    "scratch_bytes",
+    "without_scratch",
 ]

@@ -8,6 +8,9 @@ import torch
 
 from vdiff_kserve.models import DecoderConfig, KeyValueStore, free_host_memory
 
+LEAST_SCRATCH = 1 << 30
+"""GPU memory that a round may always take beside weights and caches."""
+
 
 def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
     """Memory of one canvas token's keys and values in all layers."""
@@ -26,13 +29,19 @@ def memory_for_cache(
     Args:
         gpu_memory_utilization: share of a GPU's memory that the process may use in all.
         cpu_memory_utilization: share of the free host memory that the cache may take.
-        scratch_bytes: what a forward pass and the sampler need beside it.
+        scratch_bytes: what a round needs beside it on a GPU.
     """
     if device.type != "cuda":
         return int(free_host_memory() * cpu_memory_utilization)
     free, total = torch.cuda.mem_get_info(device)
-    used = total - free
-    return max(0, int(total * gpu_memory_utilization) - used - scratch_bytes)
+    left = int(total * gpu_memory_utilization) - (total - free)
+    return max(0, without_scratch(left, scratch_bytes))
+
+
+def without_scratch(left: int, scratch_bytes: int) -> int:
+    """What caches may take of `left` bytes. Scratch gets half at most, or LEAST_SCRATCH: a model of
+    a long context runs where only shorter requests fit."""
+    return left - min(scratch_bytes, max(LEAST_SCRATCH, left // 2))
 
 
 class KVCache:

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vdiff_kserve.engine.kv_cache import bytes_per_token, memory_for_cache
+import torch
+
+from vdiff_kserve.engine.kv_cache import LEAST_SCRATCH, bytes_per_token, memory_for_cache
 from vdiff_kserve.engine.lockstep import Lockstep
 from vdiff_kserve.engine.report import RoundObserver
-from vdiff_kserve.models import LanguageModel, ModelSpec
+from vdiff_kserve.models import DecoderConfig, LanguageModel, ModelSpec
 
-SCRATCH_BYTES = 1 << 30
-"""GPU memory left to a round: 256 MiB of logits, and activations."""
+LOGITS_BYTES = 256 << 20
+
+
+def scratch_bytes(config: DecoderConfig, dtype: torch.dtype, tokens: int) -> int:
+    """GPU memory of a round's logits and activations.
+
+    Args:
+        tokens: of its longest pass.
+    """
+    activations = tokens * config.activations_per_token * dtype.itemsize
+    return max(LEAST_SCRATCH, LOGITS_BYTES + activations)
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,11 @@ class EngineConfig:
                 models[0].device,
                 self.gpu_memory_utilization,
                 self.cpu_memory_utilization,
-                SCRATCH_BYTES,
+                scratch_bytes(
+                    models[0].config,
+                    models[0].dtype,
+                    max(self.max_num_batched_tokens, spec.max_model_len),
+                ),
             )
         affordable = memory // sum(bytes_per_token(each.config, each.dtype) for each in models)
         return min(self.max_num_seqs * spec.max_model_len, affordable)

@@ -62,6 +62,24 @@ class DecoderConfig:
         """Whether any layer has a plain MLP."""
         return self.moe is None or any(layer < self.num_layers for layer in self.dense_layers)
 
+    @property
+    def activations_per_token(self) -> int:
+        """Numbers of the model's type that a pass keeps at once for each of its tokens, at most, as
+        it runs on a GPU.
+
+        The residual stream takes five of a token's hidden size: as the layer found it, what is
+        added to it, their sum, its norm, and what the layer's part makes of that.
+        """
+        heads, hidden = self.num_heads + self.num_kv_heads, self.hidden_size
+        parts = [3 * heads * self.head_dim]  # joined, rotated, attended
+        if self.has_dense_layers:
+            parts.append(3 * self.intermediate_size)  # gate, up, their product
+        if self.moe is not None:
+            # Its input, output, and that in the tokens' order, once more in float32.
+            of_expert = 5 * hidden + 3 * self.moe.expert_size
+            parts.append(self.moe.experts_per_token * of_expert + 3 * self.moe.shared_size)
+        return 5 * hidden + max(parts)
+
 
 class Attention(JoinedLinear):
     """Multi-head (or grouped-query) attention over rows, with rotary positions."""
