@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from threading import Event
 from typing import Any
 
@@ -381,6 +383,22 @@ async def test_one_failure_frees_all_of_them() -> None:
         await tiny.answer([completion(), completion()], "v1")
     assert all(s.aborted for s in engine.streams)
     assert tiny.active == 0
+
+
+async def test_a_requests_time_begins_when_it_comes() -> None:
+    engine, release = ScriptedEngine(["a"]), threading.Event()
+    made = service(engine, max_model_len=20_000)
+    waiting = asyncio.create_task(made.tokenizer_thread.run(lambda _: release.wait()))
+    answer = asyncio.create_task(made.respond(completion(prompt="a " * 5000, timeout=50)))
+    await asyncio.sleep(0)
+    then = time.monotonic()
+    while time.monotonic() == then:
+        pass
+    release.set()
+    await asyncio.gather(waiting, answer)
+    (request,) = engine.requests
+    assert request.deadline is not None
+    assert request.deadline <= then + 50
 
 
 async def test_a_request_id_of_the_client_is_used() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,14 +158,22 @@ def refuse_unsupported(request: BaseModel) -> None:
     Raises:
         RequestError: naming the field and the reason.
     """
-    for field in sorted(request.model_fields_set & REFUSED.keys()):
-        value = getattr(request, field)
-        if _is_neutral(value, REFUSED[field].neutral):
-            continue
-        raise RequestError(f"`{field}` is not supported: {REFUSED[field].reason}.", param=field)
+    refuse_fields(request, REFUSED)
     for field, value in (request.model_extra or {}).items():
         if value is not None and (meant := _meant_by(field)):
             raise RequestError(f"There is no field {field}. Did you mean {meant}?", param=field)
+
+
+def refuse_fields(request: BaseModel, refused: Mapping[str, Refused]) -> None:
+    """Refuse the first field that is among `refused` and asks for something.
+
+    Raises:
+        RequestError: naming the field and the reason.
+    """
+    for field in sorted(request.model_fields_set & refused.keys()):
+        if not _is_neutral(getattr(request, field), refused[field].neutral):
+            reason = refused[field].reason
+            raise RequestError(f"`{field}` is not supported: {reason}.", param=field)
 
 
 def _meant_by(unknown: str) -> str | None:

@@ -72,17 +72,19 @@ class Intake:
         Raises:
             RequestError: it is refused.
         """
+        arrived = time.monotonic()
         if (wanted := self._format(request)) is not None:
             room = min(wanted_length(request, self._limits), self._limits.max_model_len)
             await self._formats.compile(wanted, room)
         if tokenized_characters(request) <= MAX_CHARACTERS_AT_ONCE:
-            return self._read(request, wanted, self._tokenizer)
-        return await self._thread.run(partial(self._read, request, wanted))
+            return self._read(request, wanted, arrived, self._tokenizer)
+        return await self._thread.run(partial(self._read, request, wanted, arrived))
 
     def _read(
         self,
         request: ChatCompletionRequest | CompletionRequest,
         wanted: AnswerFormat | None,
+        arrived: float,
         tokenizer: PreTrainedTokenizerFast,
     ) -> Job:
         check(request, self._limits)
@@ -141,7 +143,7 @@ class Intake:
             end_token_ids=ends,
             extra_end_ids=extra,
             priority=request.priority or 0,
-            deadline=None if seconds is None else time.monotonic() + seconds,
+            deadline=None if seconds is None else arrived + seconds,
             grammar=None if wanted is None else wanted.grammar,
             tools=_tools(request, self._limits),
             output=output,

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vdiff_kserve.openai.errors import RequestError, invalid_body, out_of_range, shorten
-from vdiff_kserve.openai.fields import Refused
+from vdiff_kserve.openai.fields import Refused, refuse_fields
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, GenerationFields
 from vdiff_kserve.openai.response_objects import ResponsesRequest
 
@@ -66,9 +66,7 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
     Raises:
         RequestError: naming a field or an item of the input that this route does not have.
     """
-    for name, refused in REFUSED.items():
-        if name in request.model_fields_set and getattr(request, name) not in refused.neutral:
-            raise RequestError(f"`{name}` is not supported: {refused.reason}.", param=name)
+    refuse_fields(request, REFUSED)
     fields = _chats_own(request.model_extra or {})
     if not request.input:
         raise RequestError("input must be given and not be empty.", param="input")
