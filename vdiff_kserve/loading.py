@@ -78,6 +78,9 @@ class LoadedModel:
     def warm_up(self) -> None:
         """Run every part of the engine once.
 
+        On a GPU that is also a cached pass over a block, whatever requests do by default: a round
+        that first compiled its kernels and captured it would look stuck.
+
         Raises:
             EngineError: it does not work.
         """
@@ -88,7 +91,15 @@ class LoadedModel:
             decoding=self.limits.decoding,
             request_id="warm-up",
         )
-        self.engine.generate([request])
+        requests = [request]
+        if self.device.startswith("cuda") and self.spec.mask_token_id is not None:
+            decoding = self.limits.decoding
+            if not self.spec.block_causal:
+                block = self.spec.block_length
+                decoding = DecodingParams(block_length=block, cache="dual", logits_eos_inf=True)
+            blocks = min(2 * self.spec.block_length, room)
+            requests.append(replace(request, max_tokens=blocks, decoding=decoding))
+        self.engine.generate(requests)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.golden import GOLDEN_DIR
 from tests.models.folders import random_tensors, write_single
-from vdiff_kserve.models import CheckpointError, Decoder, load_decoder
+from tests.models.plain_kernels import use_plain_kernels
+from vdiff_kserve.models import CheckpointError, Decoder, ForwardBatch, load_decoder, loader
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -98,3 +99,23 @@ def test_a_size_that_no_number_of_ranks_divides_is_named(tmp_path: Path) -> None
     write_single(tmp_path, fields, random_tensors(fields))
     with pytest.raises(CheckpointError, match=r"--tensor_parallel_size 3 does not divide .*heads"):
         of_rank(tmp_path, 0, 3, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "llada2"])
+@torch.inference_mode()
+def test_a_rank_joins_its_own_part_of_layers(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; what the other rank would add is left out of both."""
+    fields = config(family)
+    write_single(tmp_path, fields, random_tensors(fields))
+    monkeypatch.setattr(loader, "can_pack", lambda *_: False)
+    states = []
+    for is_joined in (False, True):
+        monkeypatch.setattr(loader, "gains_from_joining", lambda _, joins=is_joined: joins)
+        with mesh_of(1, 2) as mesh:
+            rank, _ = load_decoder(tmp_path, mesh=mesh)
+            assert rank.layers[0].attention.is_joined == is_joined
+            states.append(rank(ForwardBatch.pack([torch.arange(30, 41)])))
+        use_plain_kernels(monkeypatch)
+    torch.testing.assert_close(states[1], states[0], atol=1e-5, rtol=1e-5)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.models.test_expert_formats import EXPERTS, SIZES, save
 from tests.server.checkpoint import make_tokenizer
 from tests.server.process import ServerProcess
 from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.engine import GenerationRequest, GenerationResult
 from vdiff_kserve.loading import load_model
 
 MESSAGES = [{"role": "user", "content": "Which family are you of?"}]
@@ -167,3 +169,24 @@ def test_family_and_mask_are_those_that_are_named(tmp_path: Path) -> None:
     loaded.engine.stop()
     assert loaded.spec.family == "dream"
     assert loaded.spec.mask_token_id == 7
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "llada2"])
+def test_a_warm_up_on_a_gpu_takes_cached_passes(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(ServerConfig(model_dir=str(make_folder(tmp_path / family, family))))
+    results: list[GenerationResult] = []
+    generate = loaded.engine.generate
+
+    def recorded(requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        results.extend(generate(requests))
+        return results
+
+    monkeypatch.setattr(loaded.engine, "generate", recorded)
+    loaded.warm_up()
+    assert len(results) == 1
+    replace(loaded, device="cuda:0").warm_up()
+    loaded.engine.stop()
+    assert len(results) == 3
+    assert results[-1].stats.reuses > 0

@@ -139,7 +139,7 @@ class Attention(JoinedLinear):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same of all tokens by one product and one kernel."""
         joined = self.multiply_joined(hidden).unflatten(-1, (-1, self.head_dim))
-        kv_heads = self.k_proj.out_features // self.head_dim
+        kv_heads = len(self.k_proj.weight) // self.head_dim
         norms = kept = None
         if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
             norms = fused.HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
