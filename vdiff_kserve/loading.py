@@ -31,6 +31,7 @@ from vdiff_kserve.models import (
     Hints,
     LanguageModel,
     ModelSpec,
+    bound_kernel_caches,
     check_same_vocabulary,
     choose_device,
     choose_dtype,
@@ -124,6 +125,7 @@ def load_model(
         CheckpointError: the checkpoint, or the options with it, cannot be served.
     """
     started = time.perf_counter()
+    bound_kernel_caches()
     folder = find_checkpoint(config)
     spread = config.device_map if config.device_map in SPREADS else None
     named = config.device if spread else config.device_map or config.device

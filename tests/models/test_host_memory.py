@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from threading import Thread
 
@@ -10,9 +13,12 @@ import psutil
 import pytest
 import torch
 
+from vdiff_kserve.models import can_pack
 from vdiff_kserve.models.host_memory import (
     ALLOCATOR_VARIABLES,
     FILES,
+    KERNEL_CACHES,
+    bound_kernel_caches,
     free_host_memory,
     keep_freed_memory,
 )
@@ -72,3 +78,45 @@ def test_memory_that_a_thread_frees_is_not_cleared_anew() -> None:
 @pytest.mark.parametrize("name", ALLOCATOR_VARIABLES)
 def test_an_environment_that_sets_the_allocator_is_left_alone(name: str) -> None:
     assert not keep_freed_memory({name: "1"})
+
+
+SIZES = """
+from pathlib import Path
+import torch
+from vdiff_kserve.models import bound_kernel_caches, pack_linear_layers
+
+bound_kernel_caches()
+layers = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False).bfloat16())
+pack_linear_layers(layers)
+x = torch.ones(1000, 64, dtype=torch.bfloat16)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+with torch.inference_mode():
+    for tokens in range(1, 301):
+        layers(x[:tokens])
+    before = resident()
+    for tokens in range(301, 901):
+        layers(x[:tokens])
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="no oneDNN here")
+def test_kernels_of_ever_new_sizes_do_not_grow_a_process_for_ever() -> None:
+    """600 further numbers of tokens pass through a layer: 350 MiB, did oneDNN keep them all."""
+    environment = {k: v for k, v in os.environ.items() if k not in KERNEL_CACHES}
+    run = subprocess.run(
+        [sys.executable, "-c", SIZES], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 100 * MIB
+
+
+def test_an_environment_that_bounds_the_kernels_is_left_alone() -> None:
+    environment = {KERNEL_CACHES[0]: "7"}
+    bound_kernel_caches(environment)
+    assert environment[KERNEL_CACHES[0]] == "7"
+    assert int(environment[KERNEL_CACHES[1]]) < 1024

@@ -4,7 +4,11 @@ from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.causal import load_causal_model
 from vdiff_kserve.models.checkpoint_config import CheckpointError, Hints
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig, LayerwisePass
-from vdiff_kserve.models.host_memory import free_host_memory, keep_freed_memory
+from vdiff_kserve.models.host_memory import (
+    bound_kernel_caches,
+    free_host_memory,
+    keep_freed_memory,
+)
 from vdiff_kserve.models.language_model import ForwardPass, LanguageModel, RenoisingModel
 from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
@@ -35,6 +39,7 @@ __all__ = [
     "ReuseGraphs",
     "RowSpan",
     "VocabShard",
+    "bound_kernel_caches",
     "can_pack",
     "check_same_vocabulary",
     "choose_device",

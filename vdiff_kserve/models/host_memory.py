@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import psutil
@@ -25,6 +25,23 @@ LARGEST_KEPT = 32 << 20
 """Of one allocation; the most that glibc takes."""
 
 ALLOCATOR_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""How many kernels oneDNN keeps, and each thread of torch beside it: 1,024 unless they say so."""
+
+KEPT_KERNELS = 256
+"""Enough for the sizes of passes that come back again and again."""
+
+
+def bound_kernel_caches(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let a process keep fewer of the kernels that oneDNN makes for each size of matrices.
+
+    Every number of tokens is a size of its own, and a kernel takes over half a megabyte, so that
+    a server on a CPU would grow for hours. It must be called before the first product: the
+    environment is read once. Variables that are set are left alone.
+    """
+    for name in KERNEL_CACHES:
+        environment.setdefault(name, str(KEPT_KERNELS))
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
