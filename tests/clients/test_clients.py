@@ -133,13 +133,13 @@ def test_the_page_tells_the_versions_that_are_tested() -> None:
     clients = tomllib.loads(VERSIONS.read_text(encoding="utf-8")).values()
     pinned = [each for client in clients for each in client["requires"]]
     node = json.loads((HERE / "node/package-lock.json").read_text(encoding="utf-8"))["packages"]
-    pinned.append(f"openai=={node['node_modules/openai']['version']}")
+    pinned += [f"{name}=={node[f'node_modules/{name}']['version']}" for name in ("openai", "ai")]
     for name, version in (re.sub(r"\[.*?\]", "", each).split("==") for each in pinned):
         assert told[name] == version
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("client", ["instructor", "litellm"])
+@pytest.mark.parametrize("client", ["instructor", "litellm", "openai_agents", "pydantic_ai"])
 def test_a_library(server: ServerProcess, client: str) -> None:
     run(server, python_with(client), HERE / f"{client}_client.py")
 
@@ -158,7 +158,8 @@ def test_multiple_choice_tasks(server: ServerProcess, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_openai_for_node(server: ServerProcess) -> None:
+@pytest.mark.parametrize("script", ["client.mjs", "ai_sdk.mjs"])
+def test_a_library_for_node(server: ServerProcess, script: str) -> None:
     if shutil.which("npm") is None:
         pytest.skip("needs Node and npm")
-    run(server, "node", "client.mjs", folder=node_modules())
+    run(server, "node", script, folder=node_modules())
