@@ -12,6 +12,7 @@ from tests.golden import GOLDEN_DIR
 from tests.models.folders import write_config
 from vdiff_kserve.models import CheckpointError, load_decoder
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig
+from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.registry import CAUSAL_FORMATS, find_by_architecture, find_family
 
 FAMILIES = ("llada", "dream", "sdar", "fast_dllm_v2", "llada_moe", "llada2")
@@ -22,13 +23,12 @@ VALUES: tuple[Any, ...] = (
 MAX_MESSAGE = 300
 
 
-def read(family: str, changes: dict[str, Any]) -> None:
+def read(family: str, changes: dict[str, Any]) -> DecoderConfig:
     path = GOLDEN_DIR / family / "config.json"
     config = CheckpointConfig(path, json.loads(path.read_text(encoding="utf-8")) | changes)
     if family == "apd":
-        find_by_architecture(config, CAUSAL_FORMATS).read_decoder(config)
-    else:
-        find_family(config).read_spec(config)
+        return find_by_architecture(config, CAUSAL_FORMATS).read_decoder(config)
+    return find_family(config).read_spec(config).decoder
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "apd"])
@@ -98,6 +98,19 @@ def test_a_rotary_base_inside_rope_parameters_is_checked_too(theta: object) -> N
     parameters = {"rope_type": "default", "rope_theta": theta}
     with pytest.raises(CheckpointError, match="field `rope_theta`"):
         read("dream", {"rope_theta": None, "rope_parameters": parameters})
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_a_part_that_rotates_is_read_wherever_it_stands(name: str) -> None:
+    """transformers 5 moves it into `rope_parameters`."""
+    partly = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    absent = {"partial_rotary_factor": None, "rotary_dim": None}
+    assert read("llada2", absent).rotary_dim == read("llada2", absent).head_dim
+    moved = read("llada2", absent | {"rope_theta": None, name: partly})
+    assert (moved.rotary_dim, moved.rope_theta) == (moved.head_dim // 2, 5e5)
+    for whole_heads in ("dream", "sdar", "fast_dllm_v2"):
+        with pytest.raises(CheckpointError, match="field `partial_rotary_factor`"):
+            read(whole_heads, {name: partly})
 
 
 def test_a_count_beyond_the_layers_is_all_of_them() -> None:

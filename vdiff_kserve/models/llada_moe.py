@@ -13,7 +13,7 @@ from vdiff_kserve.models.checkpoint_config import MAX_EXPERTS, CheckpointConfig
 from vdiff_kserve.models.decoder import DecoderConfig
 from vdiff_kserve.models.llada import PROFILES as LLADA_PROFILES
 from vdiff_kserve.models.moe import MoEConfig
-from vdiff_kserve.models.qwen import EXPERT_TENSORS, MOE_TENSORS, rope_theta
+from vdiff_kserve.models.qwen import EXPERT_TENSORS, MOE_TENSORS, rope_fields, rope_theta
 from vdiff_kserve.models.spec import ModelSpec
 from vdiff_kserve.models.tensor_names import TensorNames
 
@@ -197,7 +197,8 @@ def _first_layers(config: CheckpointConfig, count: int) -> frozenset[int]:
 
 def _rotary_dim(config: CheckpointConfig, head_dim: int) -> int:
     stated = config.integer("rotary_dim", default=head_dim, most=head_dim) / head_dim
-    rotary_dim = int(head_dim * config.number("partial_rotary_factor", default=stated, most=1))
+    fields = rope_fields(config, "partial_rotary_factor")
+    rotary_dim = int(head_dim * fields.number("partial_rotary_factor", default=stated, most=1))
     if rotary_dim == 0 or rotary_dim % 2:
         raise config.error(
             "partial_rotary_factor", f"rotates {rotary_dim} of {head_dim} dimensions of a head"

@@ -117,6 +117,7 @@ def read_qwen_decoder(
     """What `config.json` says in the field names of Qwen2, Qwen3 and Llama."""
     config.expect("hidden_act", ("silu",))
     config.expect("use_sliding_window", (False,))
+    rope_fields(config, "partial_rotary_factor").expect("partial_rotary_factor", (1,))
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
     return DecoderConfig(
@@ -140,11 +141,18 @@ def read_qwen_decoder(
 
 
 def rope_theta(config: CheckpointConfig) -> float:
-    """The rotary base: a field of its own, or in `rope_parameters` as transformers 5 writes it."""
+    """The rotary base."""
     parameters = config.table("rope_parameters") or config.table("rope_scaling")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise config.error("rope_scaling", f"{kind!r} is not supported, only 'default'")
-    if config.get("rope_theta") is None and "rope_theta" in parameters:
-        return CheckpointConfig(config.path, parameters).rotary_base()
-    return config.rotary_base()
+    return rope_fields(config, "rope_theta").rotary_base()
+
+
+def rope_fields(config: CheckpointConfig, field: str) -> CheckpointConfig:
+    """Where `field` of the rotary positions is to be read: `config` itself, or its part
+    `rope_parameters`, as transformers 5 writes it."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if config.get(field) is None and field in config.table(name):
+            return config.part(name)
+    return config
