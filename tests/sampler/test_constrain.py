@@ -44,7 +44,7 @@ def with_constraints(rows: list[OpenRow], answers: list[list[int]]) -> StepRows:
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
         if row.params.constraints is not None
     ]
-    return replace(batch, constraints=ConstraintTable.of(asking, len(rows)))
+    return replace(batch, constraints=ConstraintTable.of(asking, len(rows), CPU))
 
 
 def open_row(
@@ -162,7 +162,7 @@ def test_rows_that_ask_for_nothing_keep_their_very_logits() -> None:
     logits = torch.randn(3, VOCAB)
     rows = step_rows([row_of(logits, DecodingParams())])
     assert constrain(logits, rows) is logits
-    assert ConstraintTable.of([], 1) is None
+    assert ConstraintTable.of([], 1, CPU) is None
 
 
 def test_a_shorter_vocabulary_is_constrained_as_far_as_it_goes() -> None:

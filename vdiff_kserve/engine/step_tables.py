@@ -69,7 +69,7 @@ def constraints_of(
                 i, asked, row.token_rules, row.prompt_length, row.written_answer, positions
             )
         )
-    return ConstraintTable.of(asking, len(rows))
+    return ConstraintTable.of(asking, len(rows), device)
 
 
 def _allowed(rows: Sequence[Row], vocab_size: int, device: torch.device) -> AllowedTokens | None:

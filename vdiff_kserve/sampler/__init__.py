@@ -1,13 +1,7 @@
 """One denoising step: logits -> probabilities -> which positions commit."""
 
 from vdiff_kserve.sampler.apd import verify
-from vdiff_kserve.sampler.constrain import (
-    ConstrainedRow,
-    ConstraintTable,
-    TokenRules,
-    constrain,
-    hold_back,
-)
+from vdiff_kserve.sampler.constrain import ConstraintTable, constrain, hold_back
 from vdiff_kserve.sampler.credit import Evidence, accumulate, fuse
 from vdiff_kserve.sampler.draw import works as draws_by_kernel
 from vdiff_kserve.sampler.logprobs import Logprobs, raw_logprobs, tell
@@ -32,6 +26,7 @@ from vdiff_kserve.sampler.step import (
     guide,
     propose,
 )
+from vdiff_kserve.sampler.token_rules import ConstrainedRow, TokenRules
 
 __all__ = [
     "DREAM_POLICIES",

@@ -22,61 +22,33 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.gpu import to_device
-from vdiff_kserve.sampler.params import Constraints
+from vdiff_kserve.sampler.penalties import Penalties, penalize
 from vdiff_kserve.sampler.step import AllowedTokens, StepRows
+from vdiff_kserve.sampler.token_rules import ConstrainedRow, slots_of
 
 
 @dataclass(frozen=True)
-class TokenRules:
-    """The part of a request's constraints that never changes, over the vocabulary.
+class Biases:
+    """The rules of a step's rows that have some for every token.
 
     Attributes:
-        bias: float32 [vocab], added to every logit: the logit bias, and -inf for a token that must
-            stand nowhere.
-        in_prompt: bool [vocab]; None without a repetition penalty.
+        has: which rows of the step these are.
+        slot: int64 [rows of the step], where a row's are in the table; 0 for the others.
+        table: float32 [slots, vocab].
     """
 
-    bias: Tensor
-    in_prompt: Tensor | None
+    has: Sequence[bool]
+    slot: Tensor
+    table: Tensor
 
     @classmethod
-    def of(
-        cls, constraints: Constraints, prompt: Sequence[int], vocab_size: int, device: torch.device
-    ) -> TokenRules:
-        """The rules of one request."""
-        bias = torch.zeros(vocab_size)
-        if constraints.allowed_token_ids is not None:
-            bias.fill_(-torch.inf)
-            bias[list(constraints.allowed_token_ids)] = 0.0
-        bias[[word[0] for word in constraints.bad_words if len(word) == 1]] = -torch.inf
-        if constraints.logit_bias:
-            biased, values = zip(*constraints.logit_bias, strict=True)
-            bias.index_add_(0, torch.tensor(biased), torch.tensor(values, dtype=bias.dtype))
-        in_prompt = None
-        if constraints.repetition_penalty != 1:
-            in_prompt = torch.zeros(vocab_size, dtype=torch.bool)
-            in_prompt[list(prompt)] = True
-            in_prompt = to_device(in_prompt, device)
-        return cls(to_device(bias, device), in_prompt)
-
-
-@dataclass(frozen=True)
-class ConstrainedRow:
-    """One row that asks for something, as a step finds it.
-
-    Attributes:
-        row: its number in the step.
-        first: canvas position of its answer's first token.
-        answer: int64 [answer], the committed tokens; -1 for a mask.
-        opened: int64 [n], its open positions in the canvas, ascending.
-    """
-
-    row: int
-    constraints: Constraints
-    rules: TokenRules
-    first: int
-    answer: Tensor
-    opened: Tensor
+    def of(cls, rows: Sequence[ConstrainedRow], num_rows: int) -> Biases | None:
+        """The table of a step; None when no row has such rules."""
+        found = {row.row: row.rules.bias for row in rows if row.rules.bias is not None}
+        if not found:
+            return None
+        table = torch.stack(list(found.values()))
+        return cls([i in found for i in range(num_rows)], slots_of(found, num_rows, table), table)
 
 
 @dataclass(frozen=True)
@@ -85,63 +57,30 @@ class ConstraintTable:
 
     Attributes:
         rows: those that ask for something.
-        slot: int64 [rows of the step], the place of a row in the tables; -1 for the others.
-        bias: float32 [slots, vocab].
-        penalties: float32 [slots, 3], repetition, frequency and presence; None when no row has any.
-        counts: float32 [slots, vocab], how often the answer has each token; None without penalties.
-        counted_end: int64 [slots], canvas position where the counting ends.
-        in_prompt: bool [slots, vocab]; None without penalties.
+        biases: of the rows that have some.
+        penalties: of the rows that have any.
         banned: int64 [3, n], (row, canvas position, token), sorted by row and position.
     """
 
     rows: Sequence[ConstrainedRow]
-    slot: Tensor
-    bias: Tensor
-    penalties: Tensor | None
-    counts: Tensor | None
-    counted_end: Tensor
-    in_prompt: Tensor | None
+    biases: Biases | None
+    penalties: Penalties | None
     banned: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[ConstrainedRow], num_rows: int) -> ConstraintTable | None:
+    def of(
+        cls, rows: Sequence[ConstrainedRow], num_rows: int, device: torch.device
+    ) -> ConstraintTable | None:
         """The tables of a step; None when no row asks for anything."""
         if not rows:
             return None
-        bias = torch.stack([row.rules.bias for row in rows])
-        device = bias.device
-        slot = torch.full((num_rows,), -1)
-        slot[[row.row for row in rows]] = torch.arange(len(rows))
         banned = torch.cat([_early_ends(row) for row in rows] + [_word_ends(row) for row in rows])
-        penalties = counts = in_prompt = None
-        counted = [_counted(row) for row in rows]
-        ends = torch.tensor([row.first for row in rows]) + torch.tensor([len(c) for c in counted])
-        if any(row.constraints.penalizes for row in rows):
-            found = [torch.bincount(c[c >= 0], minlength=bias.shape[-1]) for c in counted]
-            counts = to_device(torch.stack(found).float(), device)
-            none = torch.zeros(bias.shape[-1], dtype=torch.bool, device=device)
-            in_prompt = torch.stack(
-                [none if row.rules.in_prompt is None else row.rules.in_prompt for row in rows]
-            )
-            penalties = to_device(
-                torch.tensor([_penalties(row.constraints) for row in rows]), device
-            )
         return cls(
             rows=rows,
-            slot=to_device(slot, device),
-            bias=bias,
-            penalties=penalties,
-            counts=counts,
-            counted_end=to_device(ends, device),
-            in_prompt=in_prompt,
+            biases=Biases.of(rows, num_rows),
+            penalties=Penalties.of(rows, num_rows, device),
             banned=to_device(banned.T.contiguous(), device),
         )
-
-    @property
-    def asking(self) -> list[bool]:
-        """Which rows of the step ask for something."""
-        own = {row.row for row in self.rows}
-        return [i in own for i in range(len(self.slot))]
 
 
 def constrain(logits: Tensor, rows: StepRows) -> Tensor:
@@ -153,40 +92,22 @@ def constrain(logits: Tensor, rows: StepRows) -> Tensor:
     """
     if len(logits) == 0:
         return logits
-    if rows.constraints is not None:
-        logits = _as_asked(logits.float(), rows.constraints, rows)
+    if (table := rows.constraints) is not None:
+        logits = logits.float()
+        if table.biases is not None:
+            _bias(logits, table.biases, rows)
+        if table.penalties is not None:
+            penalize(logits, table.penalties, rows)
+        _ban(logits, table.banned, rows)
     if rows.allowed is not None:
         _restrict(logits, rows.allowed, rows)
     return logits
 
 
-def _as_asked(logits: Tensor, table: ConstraintTable, rows: StepRows) -> Tensor:
-    places = to_device(rows.host_places(table.asking), logits.device)
-    slots = table.slot[rows.row[places]]
-    vocab_size = logits.shape[-1]
-    own = logits[places] + table.bias[slots, :vocab_size]
-    if table.penalties is not None:
-        counted = rows.position[places] < table.counted_end[slots]
-        own_token = torch.where(counted, rows.written[places], -1)
-        own = _penalized(own, table, slots, own_token)
-    logits[places] = own
-    _ban(logits, table.banned, rows)
-    return logits
-
-
-def _penalized(logits: Tensor, table: ConstraintTable, slots: Tensor, written: Tensor) -> Tensor:
-    """The logits after the penalties; a position's own `written` token, if any, does not count."""
-    assert table.penalties is not None
-    assert table.counts is not None
-    assert table.in_prompt is not None
-    counts = table.counts[slots]
-    own = (written >= 0).float()
-    counts.scatter_add_(-1, written.clamp(min=0)[:, None], -own[:, None])
-    counts = counts[:, : logits.shape[-1]]
-    known = (counts > 0) | table.in_prompt[slots, : logits.shape[-1]]
-    repetition, frequency, presence = table.penalties[slots].T[..., None]
-    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    return torch.where(known, repeated, logits) - frequency * counts - presence * (counts > 0)
+def _bias(logits: Tensor, biases: Biases, rows: StepRows) -> None:
+    places = to_device(rows.host_places(biases.has), logits.device)
+    own = biases.table[biases.slot[rows.row[places]], : logits.shape[-1]]
+    logits.index_add_(0, places, own)
 
 
 def _restrict(logits: Tensor, allowed: AllowedTokens, rows: StepRows) -> None:
@@ -216,20 +137,6 @@ def _places(rows: StepRows, row: Tensor, position: Tensor) -> tuple[Tensor, Tens
     wanted = row * stride + position
     place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
     return place, keys[place] == wanted
-
-
-def _penalties(constraints: Constraints) -> tuple[float, float, float]:
-    return (
-        constraints.repetition_penalty,
-        constraints.frequency_penalty,
-        constraints.presence_penalty,
-    )
-
-
-def _counted(row: ConstrainedRow) -> Tensor:
-    """The answer as far as it counts, up to the first end token: int64 [n]."""
-    ends = torch.isin(row.answer, torch.tensor(row.constraints.end_token_ids)).nonzero()
-    return row.answer[: int(ends[0])] if len(ends) else row.answer
 
 
 def _triples(row: ConstrainedRow, positions: Tensor, tokens: Tensor) -> Tensor:
