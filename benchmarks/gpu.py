@@ -9,7 +9,8 @@ Needs torch, transformers, safetensors and accelerate only, no server and no che
 - the device's own rates: bytes per second of a copy, and operations per second of a large product;
 - cached passes ("reuse") of 1, 4, 16 and 64 rows with a block of 32, and whole passes ("refresh")
   of 1,024 to 8,192 tokens: milliseconds, and the roofline's time over the measured one;
-- the kernels that a cached pass of one row spends its time in (on a GPU);
+- on a GPU, attention of the cached passes by itself, by the kernel for few queries and by torch's,
+  and the kernels that a pass of one row spends its time in;
 - tokens per second of whole answers at 1, 8 and 32 requests at once, two tokens committed per step,
   and milliseconds of a round: its pass, logits, sampler and what the host does.
 
@@ -28,7 +29,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.gpu_timing import (
+    BLOCK,
+    Rates,
+    Timing,
+    line_of,
+    measure_rates,
+    roofline,
+    seconds_of,
+)
 from vdiff_kserve.engine import (
     Engine,
     EngineConfig,
@@ -50,54 +59,20 @@ from vdiff_kserve.models import (
     ModelSpec,
     ReuseGraphs,
     RowSpan,
+    split_attention,
 )
+from vdiff_kserve.models.attention import VarlenCall, run_long_kernel, sequences_of
+from vdiff_kserve.models.reuse_graphs import CudaRecorder
 from vdiff_kserve.sampler import DecodingParams
 
-BLOCK = 32
 PROMPT, ANSWER, TOKENS_PER_STEP = 128, 256, 2
 CONTEXT = 8192 + BLOCK
 REUSE_ROWS = (1, 4, 16, 64)
 REFRESH_TOKENS = (1024, 2048, 4096, 8192)
 CONCURRENCY = (1, 8, 32)
 TARGETS = {"reuse of 1 row": 0.7, "refresh": 0.6}
-MEASURE_S = 1.0
-QUEUED = 8
-"""Runs between two looks at the clock: the host's wait for the device is spread over them."""
 PROFILED = 3
 SHOWN_KERNELS = 14
-COPIED_BYTES = 1 << 30
-SQUARE = 8192
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the device does at best.
-
-    Attributes:
-        bandwidth: bytes per second, read and written.
-        matrix: operations per second of a product in the model's number type.
-    """
-
-    bandwidth: float
-    matrix: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One kind of pass.
-
-    Attributes:
-        best: the roofline's seconds.
-    """
-
-    name: str
-    seconds: float
-    best: float
-
-    @property
-    def share(self) -> float:
-        """Of the roofline."""
-        return self.best / self.seconds
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -148,53 +123,6 @@ def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dty
     return decoder.requires_grad_(False).eval()
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """The median of the runs that fit in `MEASURE_S`, three at least, after two that do not count.
-    On a GPU a run is one of `QUEUED` that follow each other without the host."""
-    count = QUEUED if device.type == "cuda" else 1
-
-    def once() -> float:
-        started = time.perf_counter()
-        for _ in range(count):
-            run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - started) / count
-
-    once(), once()
-    began, times = time.perf_counter(), []
-    while len(times) < 3 or time.perf_counter() - began < MEASURE_S:
-        times.append(once())
-    return sorted(times)[len(times) // 2]
-
-
-def measure_rates(device: torch.device, dtype: torch.dtype, quick: bool) -> Rates:
-    source = torch.empty(COPIED_BYTES >> (4 if quick else 0), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = seconds_of(lambda: target.copy_(source), device)
-    side = SQUARE >> (3 if quick else 0)
-    square = torch.randn(side, side, device=device).to(dtype)
-    product = seconds_of(lambda: square @ square, device)
-    return Rates(2 * len(source) / copy, 2 * side**3 / product)
-
-
-def roofline(
-    config: DecoderConfig, rates: Rates, queries: Sequence[int], keys: Sequence[int], itemsize: int
-) -> float:
-    """Least seconds of a pass without logits, for rows of so many queries and keys. Of the last
-    layer only keys and values, and one block of each row, are computed."""
-    width, kept = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
-    key_value = config.hidden_size * kept
-    rest = config.hidden_size * (2 * width + 3 * config.intermediate_size)
-    layers, tokens, wanted = config.num_layers, sum(queries), BLOCK * len(queries)
-    pairs = sum(q * k for q, k in zip(queries, keys, strict=True))
-    last_pairs = sum(BLOCK * k for k in keys)
-    moved = itemsize * layers * (key_value + rest + kept * sum(keys))
-    products = layers * key_value * tokens + rest * ((layers - 1) * tokens + wanted)
-    attention = 2 * width * ((layers - 1) * pairs + last_pairs)
-    return max(moved / rates.bandwidth, 2 * (products + attention) / rates.matrix)
-
-
 def cache_for(decoder: Decoder, places: int) -> KeyValueStore:
     config = decoder.config
     shape = (config.num_layers, places + 1, config.num_kv_heads, config.head_dim)
@@ -234,6 +162,35 @@ def measure_reuse(
     run = reuse_pass(decoder, rows, context, graphs)
     best = roofline(decoder.config, rates, [BLOCK] * rows, [context] * rows, decoder.dtype.itemsize)
     return Timing(f"reuse, {rows} rows", seconds_of(run, decoder.device), best)
+
+
+def measure_attention(
+    decoder: Decoder, rates: Rates, rows: int, context: int, kernel: str
+) -> Timing:
+    """Of a cached pass, in one layer. All layers are captured at once, as none finds its keys and
+    values in the GPU's own cache."""
+    config = decoder.config
+    store = cache_for(decoder, rows * context)
+    shape = (rows * BLOCK, config.num_heads, config.head_dim)
+    query = torch.randn(shape, device=decoder.device).to(decoder.dtype)
+    starts = [row * context for row in range(rows)]
+    sequences = sequences_of([BLOCK] * rows, starts, [context] * rows)
+    bounds = torch.tensor(sequences, dtype=torch.int32).to(decoder.device)
+    call = VarlenCall(bounds[0], bounds[1], BLOCK, CONTEXT)
+
+    def run() -> torch.Tensor:
+        for key, value in zip(store.keys, store.values, strict=True):
+            if kernel == "split":
+                assert split_attention.usable(query, key, value, call), "the kernel does not work"
+                attended = split_attention.attend(query, key, value, call)
+            else:
+                attended = run_long_kernel(query, key, value, call, causal=False)
+        return attended
+
+    _, replay = CudaRecorder(decoder.device)(run)
+    seconds = seconds_of(replay, decoder.device) / config.num_layers
+    moved = store.keys[0].nbytes + store.values[0].nbytes
+    return Timing(f"attention, {rows} rows, {kernel}", seconds, moved / rates.bandwidth)
 
 
 def kernels_of_reuse(decoder: Decoder, context: int) -> list[tuple[str, float, float]]:
@@ -359,6 +316,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     captured = graphs is not None and not graphs.failed
     kernels: list[tuple[str, float, float]] = []
     if device.type == "cuda":
+        for kernel in ("split", "torch"):
+            attention = partial(
+                measure_attention, decoder, rates, context=args.context, kernel=kernel
+            )
+            timings += all_that_work(attention, REUSE_ROWS[one], f"Attention by {kernel}", failures)
         with told("Kernels", failures):
             kernels = kernels_of_reuse(decoder, args.context)
     generated: dict[int, tuple[float, float]] = {}
@@ -413,13 +375,6 @@ def show(report: dict[str, Any], timings: Sequence[Timing]) -> None:
         print(f"{seconds * 1e3:9.3f} ms {count:6.0f} x {name[:80]}")
     for failure in report["failures"]:
         print(f"failed: {failure}")
-
-
-def line_of(timing: Timing) -> str:
-    return (
-        f"{timing.name:<24} {timing.seconds * 1e3:9.2f} {timing.best * 1e3:12.2f} "
-        f"{timing.share:7.1%}"
-    )
 
 
 if __name__ == "__main__":

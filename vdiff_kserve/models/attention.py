@@ -163,6 +163,13 @@ def run_kernel(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, caus
     """One call of a kernel for rows of any length: [queries, heads, head_dim]."""
     if not causal and split_attention.usable(query, key, value, call):
         return split_attention.attend(query, key, value, call)
+    return run_long_kernel(query, key, value, call, causal)
+
+
+def run_long_kernel(
+    query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, causal: bool
+) -> Tensor:
+    """One call of torch's variable-length attention."""
     attended = _kernel()(
         query,
         key,
