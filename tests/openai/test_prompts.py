@@ -8,6 +8,7 @@ import pytest
 
 from tests.openai.engine import limits
 from tests.server.checkpoint import make_tokenizer
+from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.prompts import chat_prompt
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
 
@@ -45,3 +46,24 @@ def test_what_the_assistant_refused_with_is_its_message() -> None:
     refused = {"role": "assistant", "content": None, "refusal": "I will not."}
     assert rendered(PLAIN, refused) == "assistant:I will not.;"
     assert rendered(PLAIN, refused | {"content": "Yes."}) == "assistant:Yes.;"
+
+
+def test_an_assistant_may_have_said_nothing() -> None:
+    silent = {"role": "assistant", "content": None}
+    assert rendered(PLAIN, silent) == rendered(PLAIN, {"role": "assistant"}) == "assistant:;"
+    assert rendered(PLAIN, silent | {"tool_calls": []}) == "assistant:;"
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": None}, "messages.0.content"),
+        ({"role": "tool", "tool_call_id": "c"}, "messages.0.content"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages.0.function_call"),
+    ],
+)
+def test_a_message_that_cannot_be_read_is_named(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        rendered(PLAIN, message)
+    assert caught.value.param == param
+    assert param in caught.value.message

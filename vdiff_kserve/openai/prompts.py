@@ -116,11 +116,16 @@ def truncated(
 
 
 def _message(message: ChatMessageParam, index: int, *, knows_developers: bool) -> dict[str, Any]:
-    """A message as templates read it; OpenAI's role `developer`, where a template has none, is
-    `system`, which it replaced."""
+    """A message as templates read it: `developer` is OpenAI's newer name for `system`, which not
+    every template knows, and an assistant may have said nothing."""
     where = f"messages.{index}.content"
-    content = message.content
-    if content is None and not (message.model_extra or {}).get("tool_calls"):
+    content, others = message.content, message.model_extra or {}
+    if others.get("function_call") is not None:
+        raise RequestError(
+            f"messages.{index}.function_call is not supported: OpenAI replaced it by tool_calls.",
+            param=f"messages.{index}.function_call",
+        )
+    if content is None and message.role != "assistant":
         raise RequestError(f"{where} must be text or a list of text parts.", param=where)
     if isinstance(content, list):
         content = "\n".join(_words(part, where) for part in content)
