@@ -240,3 +240,8 @@ def test_v2_and_grpc_write_objects_as_json_texts(
     refused = http.post(V2, json=wrong)
     assert refused.status_code == 400
     assert "structured_outputs must be JSON" in refused.text
+    wrong["parameters"] = {"stop_token_ids": [1]}
+    refused = http.post(V2, json=wrong)
+    assert refused.status_code == 400
+    assert refused.text.count("stop_token_ids") == 1
+    assert "a list or an object is written as its JSON text" in refused.text

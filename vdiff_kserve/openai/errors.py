@@ -38,6 +38,8 @@ FORMS = {
     "tool_choice": "none, auto, required, or an object that names a function",
 }
 """Fields of several forms -> all of them, where pydantic would say of each why it does not fit."""
+PARAMETER = "a number, a text, true or false; a list or an object is written as its JSON text"
+"""What a parameter of KServe's V2 may be."""
 FLAT = ("prompt", "stop")
 """Those in whose forms nothing has a name, so that the forms alone say what is wrong."""
 MAX_INPUT_SHOWN = 80
@@ -185,16 +187,25 @@ def _is_inside(error: Mapping[str, Any]) -> bool:
 def _location(error: Mapping[str, Any]) -> str:
     if error["type"] == "json_invalid":
         return "body"
-    parts = _field(error) if _form(error) else error["loc"]
+    parts = error["loc"][: _last_form(error)] if _form(error) else error["loc"]
     return shorten(".".join(str(part) for part in parts if not _is_type(part)))
+
+
+def _last_form(error: Mapping[str, Any]) -> int | None:
+    """Where in a location the innermost field's form stands; None for a field of one form."""
+    places = [i for i, part in enumerate(error["loc"]) if _is_type(part)]
+    return places[-1] if places else None
 
 
 def _form(error: Mapping[str, Any]) -> str | None:
     """What a field of several forms may be; None where something inside it is wrong."""
-    field = _field(error)
-    name = ".".join(part for part in field if isinstance(part, str) and part != "body")
-    is_told = error["type"] == "value_error" or (_is_inside(error) and name not in FLAT)
-    return None if is_told or len(field) == len(error["loc"]) else FORMS.get(name)
+    at = _last_form(error)
+    names = [part for part in error["loc"][:at] if isinstance(part, str) and not _is_type(part)]
+    name = ".".join(names).removeprefix("body.")
+    is_inside = at is not None and len(error["loc"]) > at + 1
+    if at is None or error["type"] == "value_error" or (is_inside and name not in FLAT):
+        return None
+    return PARAMETER if name.startswith("parameters.") else FORMS.get(name)
 
 
 def _message(error: Mapping[str, Any]) -> str:
@@ -210,7 +221,7 @@ def _is_type(part: int | str) -> bool:
     """Whether a part of a location names a member of a union, which says nothing to a client."""
     if not isinstance(part, str):
         return False
-    return "[" in part or part[:1].isupper() or part in ("str", "int", "float", "bool")
+    return "[" in part or part[:1].isupper() or part in ("str", "int", "float", "bool", "bytes")
 
 
 def _given(error: Mapping[str, Any]) -> str:

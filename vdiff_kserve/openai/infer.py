@@ -25,8 +25,13 @@ OUTPUTS = {
 }
 """Names and datatypes of the tensors that answer a V2 request; each has one entry per answer."""
 
-OBJECTS = frozenset(("logit_bias", "response_format", "structured_outputs"))
-"""Parameters that are objects, which V2 requests may write as JSON texts."""
+IN_JSON = frozenset(
+    (
+        *("allowed_token_ids", "bad_words", "infill_lengths", "logit_bias", "prediction"),
+        *("response_format", "stop_token_ids", "structured_outputs", "vllm_xargs"),
+    )
+)
+"""Parameters that are lists or objects, which V2 requests write as JSON texts."""
 
 AnyRequest = ChatCompletionRequest | CompletionRequest
 
@@ -123,7 +128,7 @@ def _facts(answer: FinishedAnswer) -> dict[str, Any]:
 
 def _value(name: str, value: Any) -> Any:
     """A V2 parameter, of which gRPC knows plain values only: others are JSON texts."""
-    if name not in OBJECTS or not isinstance(value, str):
+    if name not in IN_JSON or not isinstance(value, str):
         return value
     try:
         return json.loads(value)
