@@ -35,6 +35,7 @@ from vdiff_kserve.models import (
     check_same_vocabulary,
     choose_device,
     choose_dtype,
+    fit_threads,
     load_causal_decoder,
     load_served_model,
     load_tokenizer,
@@ -126,6 +127,8 @@ def load_model(
     """
     started = time.perf_counter()
     bound_kernel_caches()
+    if rank is None:
+        fit_threads()
     folder = find_checkpoint(config)
     spread = config.device_map if config.device_map in SPREADS else None
     named = config.device if spread else config.device_map or config.device

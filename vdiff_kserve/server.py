@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from socket import socket
+from socket import AF_INET6, create_server, has_dualstack_ipv6, socket
 from types import FrameType
 
 import uvicorn
@@ -44,6 +45,10 @@ FLUSH_SECONDS = 2
 """How long the last responses may take to reach their clients when the server stops."""
 
 
+OPEN_FILES = 65_536
+"""As many as any number of clients needs: each connection is one."""
+
+
 class ServerError(Exception):
     """The server cannot start; the message says why."""
 
@@ -67,6 +72,15 @@ def check_certificate(certificate: str | None, key: str | None) -> None:
             raise ServerError(
                 f"--ssl_certfile {certificate} and its key cannot be used: {error.reason or error}"
             ) from error
+
+
+def allow_connections(most: int = OPEN_FILES) -> None:
+    """Raise the process's limit of open files, connections among them, as far as it may itself:
+    shells and services often begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Server(ModelServer):  # type: ignore[misc]
@@ -116,6 +130,7 @@ class Server(ModelServer):  # type: ignore[misc]
             CheckpointError: the model cannot be loaded.
             ServerError: the address or a port cannot be listened on.
         """
+        allow_connections()
         asyncio.run(self._serve_until_signal(on_ready))
 
     async def _serve_until_signal(self, on_ready: Callable[[str], None]) -> None:
@@ -188,8 +203,7 @@ class HttpServer(RESTServer):  # type: ignore[misc]
         await self._server.bound.wait()
         scheme = "https" if self.config.is_ssl else "http"
         host, port = self._server.address
-        if host in ("0.0.0.0", "::"):
-            host = "127.0.0.1"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     @property
@@ -256,18 +270,22 @@ class DrainingServer(_RefreshingServer):  # type: ignore[misc]
         return self._deadline is not None
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
-        """Bind the port.
+        """Bind the port; the address `::` is for IPv4 too, as gRPC takes it.
 
         Raises:
             ServerError: it is taken, or there is no such address here.
         """
+        host, port = self.config.host, self.config.port
         try:
+            if host == "::":
+                both = has_dualstack_ipv6()
+                sockets = [create_server((host, port), family=AF_INET6, dualstack_ipv6=both)]
             await super().startup(sockets)
-        except SystemExit as error:  # uvicorn's way to say so
-            host, port = self.config.host, self.config.port
+        except (OSError, SystemExit) as error:  # uvicorn's way to say so is SystemExit
+            reason = error if isinstance(error, OSError) else error.__context__
             raise ServerError(
-                f"cannot listen on {host} port {port}: {error.__context__}; choose another address "
-                "by --host and --port"
+                f"cannot listen on {host} port {port}: {reason}; choose another address by "
+                "--host and --port"
             ) from error
         logger.info("Listening on %s port %d; the model is loading.", *self.address)
         self.bound.set()

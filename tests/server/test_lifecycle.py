@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -18,6 +23,11 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceSt
 from tests.server.conftest import COMMON
 from tests.server.process import LISTENING, ServerProcess
 from tests.waiting import wait_until
+from vdiff_kserve.checkpoint import check_readable
+from vdiff_kserve.models import CheckpointError
+from vdiff_kserve.server import allow_connections
+
+NOBODY = 65534
 
 LONG = {"prompt": "the tale", "max_tokens": 240, "ignore_eos": True, "block_length": 240}
 """A request of 240 forward passes: seconds, where an aborted one is gone at once."""
@@ -237,3 +247,50 @@ def test_an_address_that_cannot_be_listened_on_is_an_error(
         assert "error: gRPC cannot listen" in third.output
         assert fourth.wait() == 1
         assert "error: cannot listen on 192.0.2.1 port " in fourth.output
+
+
+def test_every_address_is_of_both_kinds(checkpoint: str) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with ServerProcess(*COMMON, "--model_dir", checkpoint, "--host", "::") as server:
+        server.wait_until_ready()
+        assert server.url.startswith("http://[::1]:")
+        port = server.url.rpartition(":")[2]
+        for host in ("[::1]", "127.0.0.1"):
+            assert httpx.get(f"http://{host}:{port}/health").status_code == 200
+        with ServerProcess(
+            *COMMON, "--model_dir", checkpoint, "--host", "::", "--port", port
+        ) as second:
+            assert second.wait() == 1
+            assert f"error: cannot listen on :: port {port}: " in second.output
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        allow_connections(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, before[1])
+        allow_connections(200)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "."])
+def test_a_file_that_the_user_may_not_read_is_named(checkpoint: str, name: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may become another user")
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        copy = Path(shutil.copytree(checkpoint, Path(folder) / "model"))
+        (copy / name).chmod(0)
+        os.seteuid(NOBODY)
+        try:
+            with pytest.raises(CheckpointError) as refusal:
+                check_readable(copy)
+        finally:
+            os.seteuid(0)
+    message = str(refusal.value)
+    assert message.startswith(f"{copy / name} cannot be read by user {NOBODY} of group ")
+    assert message.endswith("Permission denied")

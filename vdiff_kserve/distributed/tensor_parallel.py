@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -23,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.engine import Engine, Lockstep, RoundObserver
 from vdiff_kserve.loading import LoadedModel, Rank, load_model
-from vdiff_kserve.models import CheckpointError, choose_device
+from vdiff_kserve.models import CheckpointError, choose_device, fit_threads
 
 ADDRESS = "127.0.0.1"
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
@@ -93,7 +92,7 @@ def _join(config: ServerConfig, index: int, store: TCPStore) -> Rank:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+        fit_threads(processes=size)
     if dist.is_initialized():  # of a model that was unloaded
         dist.destroy_process_group()
     dist.init_process_group(

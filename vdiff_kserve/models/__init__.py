@@ -14,6 +14,7 @@ from vdiff_kserve.models.loader import load_causal_decoder, load_decoder
 from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layers
 from vdiff_kserve.models.placement import SPREADS
 from vdiff_kserve.models.precision import choose_device, choose_dtype
+from vdiff_kserve.models.processors import fit_threads
 from vdiff_kserve.models.quantization import QUANTIZATIONS
 from vdiff_kserve.models.reuse_graphs import ReuseGraphs
 from vdiff_kserve.models.served import load_served_model
@@ -44,6 +45,7 @@ __all__ = [
     "check_same_vocabulary",
     "choose_device",
     "choose_dtype",
+    "fit_threads",
     "free_host_memory",
     "keep_freed_memory",
     "load_causal_decoder",
