@@ -74,10 +74,12 @@ def engine_of(decoder: Decoder, auxiliary: Decoder | None = None) -> Engine:
     return Engine(decoder, tiny_spec(decoder), config, auxiliary)
 
 
-def waits_of_rounds(gpu: GpuStandIn, engine: Engine, **decoding: Any) -> list[list[str]]:
-    """What each of the first rounds of four rows waits for."""
+def waits_of_rounds(
+    gpu: GpuStandIn, engine: Engine, count: int = 4, **decoding: Any
+) -> list[list[str]]:
+    """What each of the first rounds of so many rows waits for."""
     rows: list[Row] = []
-    for i in range(4):
+    for i in range(count):
         own = decoding if i % 2 else {"cache": decoding.get("cache", "dual")}
         request = request_of((1, 2, i), 24, **own | {"seed": i})
         rows.append(make_row(request, lambda _: None, engine.spec, engine._has_auxiliary))
@@ -121,6 +123,15 @@ def test_captured_passes_wait_no_more(decoding: dict[str, Any], gpu: GpuStandIn)
     graphs = ReuseGraphs(decoder, 96, run_again)
     engine._runner = ModelRunner(decoder, engine.spec, cache, graphs=graphs)
     for waits in waits_of_rounds(gpu, engine, cache="dual", **decoding):
+        assert len(waits) == 1, waits
+    assert graphs._captured, "nothing was captured"
+
+
+def test_a_captured_whole_pass_waits_no_more(gpu: GpuStandIn) -> None:
+    engine = engine_of(tiny_decoder())
+    graphs = ReuseGraphs(engine._runner._decoder, 96, run_again)
+    engine._runner._graphs = graphs
+    for waits in waits_of_rounds(gpu, engine, count=1, cache="none"):
         assert len(waits) == 1, waits
     assert graphs._captured, "nothing was captured"
 

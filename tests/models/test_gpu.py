@@ -20,6 +20,7 @@ from vdiff_kserve.models import (
     ForwardBatch,
     KeyValueStore,
     ReuseGraphs,
+    RowSpan,
     fused,
     split_attention,
 )
@@ -133,6 +134,20 @@ def test_a_replayed_graph_computes_what_the_pass_computes(
         replayed = graphs.run(canvases, spans, shared)
         assert replayed is not None, "the pass was not captured"
         torch.testing.assert_close(replayed, expected, **BFLOAT16)
+
+
+def test_a_replayed_whole_pass_computes_what_the_pass_computes(decoder: Decoder) -> None:
+    graphs = ReuseGraphs.for_model(decoder, 96)
+    assert graphs is not None
+    rng, shared = random.Random(0), on_gpu(store_for(decoder, PLACES))
+    for i, (length, first, outputs) in enumerate([(70, 8, 8), (65, 30, 20), (96, 0, 32)]):
+        canvas = torch.tensor(rng.choices(range(30), k=length))
+        span = RowSpan(0, length, length, first, outputs, 10)
+        expected = decoder(ForwardBatch.pack([canvas], [span], shared, CUDA))
+        replayed = graphs.run_whole(canvas, span, shared)
+        assert (replayed is None) == (i == 0), "captured when its size comes again"
+        if replayed is not None:
+            torch.testing.assert_close(replayed, expected, **BFLOAT16)
 
 
 def test_answers_in_float32_are_those_of_a_cpu() -> None:

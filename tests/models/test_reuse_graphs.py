@@ -14,7 +14,7 @@ from tests.engine.tiny import request_of, running, tiny_decoder
 from tests.models.test_attention import TOLERANCE, store_for, use_packed
 from vdiff_kserve.engine import EngineConfig
 from vdiff_kserve.models import ForwardBatch, KeyValueStore, ReuseGraphs, RowSpan, reuse_graphs
-from vdiff_kserve.models.reuse_graphs import LONGEST, bucket_of
+from vdiff_kserve.models.reuse_graphs import LONGEST, LONGEST_WHOLE, bucket_of
 
 PLACES = 200
 
@@ -106,6 +106,48 @@ def test_long_passes_are_not_captured() -> None:
     assert graphs_of(tiny_decoder()).choose(spans) == [2]
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@torch.inference_mode()
+def test_captured_whole_passes_equal_plain_ones(
+    cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the keys and values that they leave. A length is captured when it comes again."""
+    decoder, rng = tiny_decoder(), random.Random(5)
+    use_packed(monkeypatch)
+    graphs, shared = graphs_of(decoder), store_for(decoder, PLACES)
+    for length, first, outputs in ((20, 8, 8), (32, 0, 32), (17, 5, 12), (31, 0, 31), (9, 0, 1)):
+        canvas = torch.tensor(rng.choices(range(30), k=length))
+        span = RowSpan(0, length, length, first, outputs, 40 if cached else None)
+        plain = store_for(decoder, PLACES)
+        expected = decoder(ForwardBatch.pack([canvas], [span], plain if cached else None))
+        states = graphs.run_whole(canvas, span, shared)
+        if length in (20, 32):
+            assert states is None, "the first of its size"
+            continue
+        torch.testing.assert_close(states, expected, **TOLERANCE)
+        if cached:
+            own = slice(40, 40 + length)
+            torch.testing.assert_close(shared.keys[:, own], plain.keys[:, own], **TOLERANCE)
+            torch.testing.assert_close(shared.values[:, own], plain.values[:, own], **TOLERANCE)
+        assert torch.equal(shared.keys[:, :40], plain.keys[:, :40]), "of other rows"
+    assert len(graphs._captured) == 2
+
+
+def test_whole_passes_that_are_long_or_need_a_mask_are_not_captured() -> None:
+    def runs(length: int, block: int | None = None) -> bool:
+        graphs = graphs_of(tiny_decoder(attention_block=block), Mock(side_effect=AssertionError))
+        for _ in range(3):
+            span = RowSpan(0, length, length, 0, 4)
+            assert graphs.run_whole(torch.zeros(length).long(), span, store) is None
+        return graphs.failed  # at the attempt
+
+    store = store_for(tiny_decoder(), PLACES)
+    assert runs(LONGEST_WHOLE)
+    assert not runs(LONGEST_WHOLE + 1)
+    assert not runs(8, block=4)
+    assert runs(4, block=4)
+
+
 @torch.inference_mode()
 def test_the_pass_not_used_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     use_packed(monkeypatch)
@@ -114,7 +156,7 @@ def test_the_pass_not_used_for_longest_makes_room(monkeypatch: pytest.MonkeyPatc
     graphs, store = graphs_of(decoder), store_for(decoder, PLACES)
     for rows in (1, 2, 1, 4):
         graphs.run(*reuse_rows(rows, rng), store)
-    assert [bucket for _, bucket in graphs._captured] == [1, 4]
+    assert [shape.rows for shape in graphs._captured] == [1, 4]
 
 
 def test_rows_are_rounded_up_to_few_sizes() -> None:
@@ -172,9 +214,12 @@ def test_models_on_a_cpu_have_no_graphs() -> None:
     assert ReuseGraphs.for_model(tiny_decoder(), 96) is None
 
 
-@pytest.mark.parametrize(("shifted", "eager"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("shifted", "eager", "rows"),
+    [(False, False, 8), (True, False, 8), (False, True, 8), (True, False, 1)],
+)
 def test_the_engine_answers_the_same_with_captured_passes(
-    shifted: bool, eager: bool, monkeypatch: pytest.MonkeyPatch
+    shifted: bool, eager: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of several shapes: refreshes, cached blocks, short last blocks, guidance, no cache."""
     requests = [
@@ -188,7 +233,7 @@ def test_the_engine_answers_the_same_with_captured_passes(
         expected = engine.generate(requests)
     use_packed(monkeypatch)
     captured: list[ReuseGraphs] = []
-    config = EngineConfig(enforce_eager=eager)
+    config = EngineConfig(enforce_eager=eager, max_num_seqs=rows)
 
     def for_model(decoder: torch.nn.Module, longest: int) -> ReuseGraphs:
         captured.append(ReuseGraphs(decoder, longest, run_again))
@@ -198,4 +243,7 @@ def test_the_engine_answers_the_same_with_captured_passes(
     with running(decoder, config, shifted=shifted) as engine:
         assert engine.generate(requests) == expected
     assert bool(captured) != eager
-    assert all(each._captured for each in captured), "nothing was captured"
+    for each in captured:
+        kinds = {shape.is_cached for shape in each._captured}
+        assert True in kinds, "no cached pass was captured"
+        assert rows > 1 or False in kinds, "no whole pass was captured"

@@ -216,6 +216,11 @@ class ModelRunner:
             if states is not None:
                 parts.append((chosen, states))
                 passes = [each for each in passes if all(each is not other for other in chosen)]
+        if len(passes) == 1:
+            alone = passes[0]
+            states = self._graphs.run_whole(alone.canvas, alone.span, self._cache.store)
+            if states is not None:
+                return [*parts, (passes, states)]
         if passes:
             parts.append((passes, self._decoder(self._pack(passes))))
         return parts

@@ -1,8 +1,9 @@
-"""CUDA graphs of cached passes: the same kernels again without launching each from the host.
+"""CUDA graphs of short passes: the same kernels again without launching each from the host.
 
-A cached pass runs a few hundred small kernels over one block of each row; on a fast GPU the host
-cannot launch them as fast as they end. All rows of such a pass have one shape, so it is captured
-once per shape and number of rows (rounded up), over tensors that stay where they are, and replayed
+A pass runs a few hundred small kernels; on a fast GPU the host cannot launch them as fast as they
+end, unless a pass is long. All rows of a cached pass have one shape, so it is captured once per
+shape and number of rows (rounded up); a short pass over the whole canvas of one row is captured by
+its length (rounded up). What is captured is over tensors that stay where they are, and is replayed
 with other contents. What cannot be captured runs as it does without graphs.
 """
 
@@ -10,51 +11,48 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vdiff_kserve.models.attention import PackedRows, VarlenCall, has_kernel, sequences_of
-from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan, ranges
+from vdiff_kserve.models.attention import has_kernel
+from vdiff_kserve.models.batch import KeyValueStore, RowSpan
+from vdiff_kserve.models.captured_pass import CapturedPass, Pass, PassShape, Recorder
 from vdiff_kserve.models.decoder import Decoder
 from vdiff_kserve.models.moe import has_expert_kernel
 
-MAX_GRAPHS = 48
+MAX_GRAPHS = 64
 """Captured passes that are kept; a further one takes the place of the one not used for longest."""
 PAUSE = 256
 """Passes that run without a graph, for want of one, before capturing is tried again where there was
 no memory for it."""
 LONGEST = 256
-"""Most queries of a row whose pass is captured. Longer passes keep a GPU busy by themselves, and
-come in too many lengths: with the cache `prefix`, every block of every request has its own."""
-
-Pass = Callable[[], Tensor]
-Recorder = Callable[[Pass], tuple[Tensor, Callable[[], None]]]
+"""Most queries of a row whose cached pass is captured. Longer passes keep a GPU busy by themselves,
+and come in too many lengths: with the cache `prefix`, every block of every request has its own."""
+LONGEST_WHOLE = 512
+"""Most tokens of a canvas whose whole pass is captured."""
+WHOLE_STEP = 32
+"""What its lengths are rounded up to."""
 
 logger = logging.getLogger("kserve.vdiff.engine")
 
 
-@dataclass(frozen=True)
-class ReuseShape:
-    """What rows of one captured pass have in common.
+def shape_of_reuse(span: RowSpan) -> PassShape | None:
+    """Of a row's pass; None when it is not a short cached one."""
+    if span.cache_offset is None or span.queries == span.keys or span.queries > LONGEST:
+        return None
+    return PassShape(1, span.queries, span.outputs, span.outputs == span.queries, is_cached=True)
 
-    Attributes:
-        queries: tokens computed of each row.
-        first_output: which of them is the first whose hidden state is wanted.
-        outputs: how many are wanted.
-    """
 
-    queries: int
-    first_output: int
-    outputs: int
-
-    @classmethod
-    def of(cls, span: RowSpan) -> ReuseShape | None:
-        """The shape of a row's pass; None when it is not a short cached one."""
-        if span.cache_offset is None or span.queries == span.keys or span.queries > LONGEST:
-            return None
-        return cls(span.queries, span.output_start - span.start, span.outputs)
+def shape_of_whole(span: RowSpan) -> PassShape | None:
+    """Of a row's pass; None when it is not a short one over a whole canvas."""
+    if span.queries < span.keys or span.queries > LONGEST_WHOLE:
+        return None
+    queries, outputs = (
+        -(-each // WHOLE_STEP) * WHOLE_STEP for each in (span.queries, span.outputs)
+    )
+    return PassShape(1, queries, outputs, span.outputs == span.queries, is_cached=False)
 
 
 def bucket_of(rows: int) -> int:
@@ -62,118 +60,6 @@ def bucket_of(rows: int) -> int:
     if rows > 8:
         return -(-rows // 8) * 8
     return 1 << (rows - 1).bit_length()
-
-
-class CapturedReuse:
-    """A pass over at most `bucket` rows of one shape, in memory that stays in its place.
-
-    Places that no row takes are computed as well; their keys and values go to the cache's last
-    place, which belongs to no row.
-
-    Args:
-        longest: bound of the keys of a row.
-        record: captures a pass; returns its output and what runs it again.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        store: KeyValueStore,
-        shape: ReuseShape,
-        bucket: int,
-        longest: int,
-        record: Recorder,
-    ) -> None:
-        self._shape = shape
-        self._bucket = bucket
-        self._spare_place = store.keys.shape[1] - 1
-        device = decoder.device
-        pinned = device.type == "cuda"
-        tokens, outputs = bucket * shape.queries, bucket * shape.outputs
-        self._sizes = (tokens, tokens, tokens, outputs)
-        self._staged = torch.zeros(sum(self._sizes), dtype=torch.int64, pin_memory=pinned)
-        bounds = 3, 2 * bucket + 1
-        self._staged_bounds = torch.zeros(bounds, dtype=torch.int32, pin_memory=pinned)
-        self._copied = torch.cuda.Event() if pinned else None
-        self._inputs = torch.zeros_like(self._staged, device=device)
-        self._bounds = torch.zeros_like(self._staged_bounds, device=device)
-        self._fill([], [])
-        batch = self._batch(store, longest)
-        self._output, self._replay = record(lambda: decoder(batch))
-
-    def run(self, canvases: Sequence[Tensor], spans: Sequence[RowSpan]) -> Tensor:
-        """Hidden states of the wanted positions, rows end to end: [rows * outputs, hidden_size].
-        The next run overwrites them.
-
-        Args:
-            spans: of this pass's shape, with ascending places in the cache.
-        """
-        self._fill(canvases, spans)
-        self._replay()
-        return self._output[: len(spans) * self._shape.outputs]
-
-    def _fill(self, canvases: Sequence[Tensor], spans: Sequence[RowSpan]) -> None:
-        """Bring the rows to the device, in two copies that wait for nothing."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        self._stage_tokens(canvases, spans)
-        self._stage_bounds(spans)
-        self._inputs.copy_(self._staged, non_blocking=True)
-        self._bounds.copy_(self._staged_bounds, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-
-    def _stage_tokens(self, canvases: Sequence[Tensor], spans: Sequence[RowSpan]) -> None:
-        shape, count = self._shape, len(spans)
-        ids, positions, places, wanted = self._staged.split(self._sizes)
-        self._staged.zero_()
-        places.fill_(self._spare_place)
-        if not spans:
-            return
-        starts = [span.start for span in spans]
-        firsts = [span.start + (span.cache_offset or 0) for span in spans]
-        begins = [row * shape.queries + shape.first_output for row in range(count)]
-        tokens, lengths = count * shape.queries, [shape.queries] * count
-        blocks = [
-            canvas[start : start + shape.queries]
-            for canvas, start in zip(canvases, starts, strict=True)
-        ]
-        ids[:tokens] = torch.cat(blocks)
-        positions[:tokens] = ranges(starts, lengths)
-        places[:tokens] = ranges(firsts, lengths)
-        wanted[: count * shape.outputs] = ranges(begins, [shape.outputs] * count)
-
-    def _stage_bounds(self, spans: Sequence[RowSpan]) -> None:
-        """Sequences of queries, of wanted queries and of keys; places without a row have none."""
-        offsets = [span.cache_offset or 0 for span in spans]
-        keys = [span.keys for span in spans]
-        size = self._staged_bounds.shape[1]
-        staged = []
-        for queries in (self._shape.queries, self._shape.outputs):
-            cu_queries, cu_keys = sequences_of([queries] * len(spans), offsets, keys)
-            staged.append(cu_queries + cu_queries[-1:] * (size - len(cu_queries)))
-        staged.append(cu_keys + cu_keys[-1:] * (size - len(cu_keys)))
-        self._staged_bounds.copy_(torch.tensor(staged, dtype=torch.int32))
-
-    def _batch(self, store: KeyValueStore, longest: int) -> ForwardBatch:
-        """The pass over the tensors that `_fill` fills."""
-        shape = self._shape
-        ids, positions, places, wanted = self._inputs.split(self._sizes)
-        cu_queries, cu_outputs, cu_keys = self._bounds
-        rows, outputs = (
-            PackedRows(None, VarlenCall(cu, cu_keys, max(2, most), longest), 0, 0, ())
-            for cu, most in ((cu_queries, shape.queries), (cu_outputs, shape.outputs))
-        )
-        return ForwardBatch.of_tensors(
-            ids,
-            store,
-            positions=positions,
-            output_tokens=None if shape.outputs == shape.queries else wanted,
-            cache_places=places,
-            cached_tokens=None,
-            packed=rows,
-            packed_outputs=outputs,
-        )
 
 
 class CudaRecorder:
@@ -216,7 +102,8 @@ class ReuseGraphs:
         self._decoder = decoder
         self._longest = longest
         self._record = record
-        self._captured: dict[tuple[ReuseShape, int], CapturedReuse] = {}
+        self._captured: dict[PassShape, CapturedPass] = {}
+        self._seen: set[PassShape] = set()
         self._pause = 0
         self.failed = False
 
@@ -239,13 +126,10 @@ class ReuseGraphs:
         are not among them."""
         if self.failed:
             return []
-        by_shape: dict[ReuseShape, list[int]] = {}
-        block = self._decoder.config.attention_block
+        by_shape: dict[PassShape, list[int]] = {}
         for i, span in enumerate(spans):
-            shape = ReuseShape.of(span)
-            if shape is not None and (
-                block is None or span.start // block == (span.keys - 1) // block
-            ):
+            shape = shape_of_reuse(span)
+            if shape is not None and self._needs_no_mask(span):
                 by_shape.setdefault(shape, []).append(i)
         if not by_shape:
             return []
@@ -256,40 +140,63 @@ class ReuseGraphs:
         self, canvases: Sequence[Tensor], spans: Sequence[RowSpan], store: KeyValueStore
     ) -> Tensor | None:
         """Hidden states of rows that `choose` chose; None when they must run without a graph."""
-        shape = ReuseShape.of(spans[0])
+        shape = shape_of_reuse(spans[0])
         assert shape is not None, "only cached passes are captured"
+        return self._run(replace(shape, rows=bucket_of(len(spans))), canvases, spans, store)
+
+    def run_whole(self, canvas: Tensor, span: RowSpan, store: KeyValueStore) -> Tensor | None:
+        """Hidden states of a row by itself; None when it must run without a graph. A length is
+        captured when it comes again: the canvases of one request are equally long."""
+        shape = shape_of_whole(span)
+        if shape is None or not self._needs_no_mask(span):
+            return None
+        if shape not in self._seen:
+            self._seen.add(shape)
+            return None
+        return self._run(shape, [canvas], [span], store)
+
+    def _needs_no_mask(self, span: RowSpan) -> bool:
+        """Whether all of a row's queries see all of its keys."""
+        block = self._decoder.config.attention_block
+        return block is None or span.start // block == (span.keys - 1) // block
+
+    def _run(
+        self,
+        shape: PassShape,
+        canvases: Sequence[Tensor],
+        spans: Sequence[RowSpan],
+        store: KeyValueStore,
+    ) -> Tensor | None:
         if self.failed:
             return None
-        key = shape, bucket_of(len(spans))
-        captured = self._captured.pop(key, None) or self._try_to_capture(store, *key)
+        captured = self._captured.pop(shape, None) or self._try_to_capture(store, shape)
         if captured is None:
             return None
-        self._captured[key] = captured  # behind those used before
+        self._captured[shape] = captured  # behind those used before
         return captured.run(canvases, spans)
 
-    def _try_to_capture(
-        self, store: KeyValueStore, shape: ReuseShape, bucket: int
-    ) -> CapturedReuse | None:
+    def _try_to_capture(self, store: KeyValueStore, shape: PassShape) -> CapturedPass | None:
         """A new captured pass; None where that failed, or did so lately."""
         if self._pause:
             self._pause -= 1
             return None
         try:
-            return self._capture(store, shape, bucket)
+            return self._capture(store, shape)
         except Exception as error:  # noqa: BLE001 - whatever the capture raised
             if _lacks_memory(error):
                 self._pause = PAUSE
-                logger.warning("No memory to capture a pass of %d rows: %s", bucket, error)
+                logger.warning("No memory to capture a pass of %d rows: %s", shape.rows, error)
             else:
                 self.failed = True
                 self._captured.clear()
                 logger.warning("No CUDA graphs, since a pass cannot be captured: %s", error)
         return None
 
-    def _capture(self, store: KeyValueStore, shape: ReuseShape, bucket: int) -> CapturedReuse:
+    def _capture(self, store: KeyValueStore, shape: PassShape) -> CapturedPass:
         if len(self._captured) >= MAX_GRAPHS:
             del self._captured[next(iter(self._captured))]
-        return CapturedReuse(self._decoder, store, shape, bucket, self._longest, self._record)
+        longest = self._longest if shape.is_cached else shape.queries
+        return CapturedPass(self._decoder, store, shape, longest, self._record)
 
 
 def _lacks_memory(error: BaseException | None) -> bool:

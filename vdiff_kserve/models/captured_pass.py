@@ -1,0 +1,162 @@
+"""Passes over memory that stays in its place, so that what was captured of one can run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from vdiff_kserve.models.attention import PackedRows, VarlenCall, sequences_of
+from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan, ranges
+from vdiff_kserve.models.decoder import Decoder
+
+Pass = Callable[[], Tensor]
+Recorder = Callable[[Pass], tuple[Tensor, Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """What a captured pass has room for.
+
+    Attributes:
+        rows: how many.
+        queries: tokens of a row that are computed.
+        outputs: of a row that are wanted.
+        wants_all: whether all tokens are wanted; else the last layer computes those that are.
+        is_cached: whether rows see keys in the cache; else those of their own tokens.
+    """
+
+    rows: int
+    queries: int
+    outputs: int
+    wants_all: bool
+    is_cached: bool
+
+
+class CapturedPass:
+    """A pass over at most `shape.rows` rows.
+
+    Places that no row takes are computed as well; their keys and values go to the cache's last
+    place, which belongs to no row.
+
+    Args:
+        longest: bound of the keys of a row.
+        record: captures a pass; returns its output and what runs it again.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        store: KeyValueStore,
+        shape: PassShape,
+        longest: int,
+        record: Recorder,
+    ) -> None:
+        self._shape = shape
+        self._spare_place = store.keys.shape[1] - 1
+        device = decoder.device
+        pinned = device.type == "cuda"
+        tokens, outputs = shape.rows * shape.queries, shape.rows * shape.outputs
+        self._sizes = (tokens, tokens, tokens, outputs)
+        self._staged = torch.zeros(sum(self._sizes), dtype=torch.int64, pin_memory=pinned)
+        bounds = 3, 2 * shape.rows + 1
+        self._staged_bounds = torch.zeros(bounds, dtype=torch.int32, pin_memory=pinned)
+        self._copied = torch.cuda.Event() if pinned else None
+        self._inputs = torch.zeros_like(self._staged, device=device)
+        self._bounds = torch.zeros_like(self._staged_bounds, device=device)
+        self._fill([], [])
+        batch = self._batch(store, longest)
+        self._output, self._replay = record(lambda: decoder(batch))
+
+    def run(self, canvases: Sequence[Tensor], spans: Sequence[RowSpan]) -> Tensor:
+        """Hidden states of the wanted positions, rows end to end: [outputs, hidden_size]. The next
+        run overwrites them.
+
+        Args:
+            spans: for which this pass has room. Where rows see keys in the cache they are of its
+                shape, with ascending places.
+        """
+        self._fill(canvases, spans)
+        self._replay()
+        return self._output[: sum(span.outputs for span in spans)]
+
+    def _fill(self, canvases: Sequence[Tensor], spans: Sequence[RowSpan]) -> None:
+        """Bring the rows to the device, in two copies that wait for nothing."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        begins = list(accumulate((span.queries for span in spans), initial=0))[:-1]
+        self._stage_tokens(canvases, spans, begins)
+        self._stage_bounds(spans, begins)
+        self._inputs.copy_(self._staged, non_blocking=True)
+        self._bounds.copy_(self._staged_bounds, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def _stage_tokens(
+        self, canvases: Sequence[Tensor], spans: Sequence[RowSpan], begins: Sequence[int]
+    ) -> None:
+        ids, positions, places, wanted = self._staged.split(self._sizes)
+        self._staged.zero_()
+        places.fill_(self._spare_place)
+        if not spans:
+            return
+        starts, lengths = [span.start for span in spans], [span.queries for span in spans]
+        tokens, outputs = sum(lengths), [span.outputs for span in spans]
+        computed = [
+            canvas[start : start + length]
+            for canvas, start, length in zip(canvases, starts, lengths, strict=True)
+        ]
+        ids[:tokens] = torch.cat(computed)
+        positions[:tokens] = ranges(starts, lengths)
+        offsets = [span.cache_offset for span in spans if span.cache_offset is not None]
+        if offsets:
+            firsts = [start + offset for start, offset in zip(starts, offsets, strict=True)]
+            places[:tokens] = ranges(firsts, lengths)
+        wanted_first = [
+            begin + span.output_start - span.start
+            for begin, span in zip(begins, spans, strict=True)
+        ]
+        wanted[: sum(outputs)] = ranges(wanted_first, outputs)
+
+    def _stage_bounds(self, spans: Sequence[RowSpan], begins: Sequence[int]) -> None:
+        """Sequences of queries, of wanted queries and of keys; places without a row have none."""
+        starts, keys = begins, [span.keys for span in spans]
+        if self._shape.is_cached:
+            starts = [span.cache_offset or 0 for span in spans]
+        queries = [span.queries for span in spans]
+        outputs = [span.outputs for span in spans]
+        cu_queries, cu_keys = sequences_of(queries, starts, keys)
+        cu_outputs, _ = sequences_of(outputs, starts, keys)
+        size = self._staged_bounds.shape[1]
+        staged = [
+            each + each[-1:] * (size - len(each)) for each in (cu_queries, cu_outputs, cu_keys)
+        ]
+        self._staged_bounds.copy_(torch.tensor(staged, dtype=torch.int32))
+
+    def _batch(self, store: KeyValueStore, longest: int) -> ForwardBatch:
+        """The pass over the tensors that `_fill` fills."""
+        shape = self._shape
+        ids, positions, places, wanted = self._inputs.split(self._sizes)
+        cu_queries, cu_outputs, cu_keys = self._bounds
+        rows, outputs = (
+            self._rows(VarlenCall(cu, cu_keys, max(2, most), longest), shape.rows * most)
+            for cu, most in ((cu_queries, shape.queries), (cu_outputs, shape.outputs))
+        )
+        return ForwardBatch.of_tensors(
+            ids,
+            store,
+            positions=positions,
+            output_tokens=None if shape.wants_all else wanted,
+            cache_places=places,
+            cached_tokens=None,
+            packed=rows,
+            packed_outputs=outputs,
+        )
+
+    def _rows(self, call: VarlenCall, queries: int) -> PackedRows:
+        if self._shape.is_cached:
+            return PackedRows(None, call, 0, 0, ())
+        return PackedRows(call, None, queries, self._shape.rows * self._shape.queries, ())
