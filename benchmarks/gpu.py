@@ -8,7 +8,8 @@ Needs torch, transformers, safetensors and accelerate only, no server and no che
 
 - the device's own rates: bytes per second of a copy, and operations per second of a large product;
 - cached passes ("reuse") of 1, 4, 16 and 64 rows with a block of 32, and whole passes ("refresh")
-  of 1,024 to 8,192 tokens: milliseconds, and the roofline's time over the measured one;
+  of 1,024 to 8,192 tokens: milliseconds, and the roofline's time over the measured one; on a GPU
+  also whole passes of 128 and 512 tokens, captured and not;
 - on a GPU, attention of the cached passes by itself, by the kernel for few queries and by torch's,
   and the kernels that a pass of one row spends its time in;
 - tokens per second of whole answers at 1, 8 and 32 requests at once, two tokens committed per step,
@@ -68,6 +69,7 @@ from vdiff_kserve.sampler import DecodingParams
 PROMPT, ANSWER, TOKENS_PER_STEP = 128, 256, 2
 CONTEXT = 8192 + BLOCK
 REUSE_ROWS = (1, 4, 16, 64)
+SHORT_TOKENS = (128, 512)
 REFRESH_TOKENS = (1024, 2048, 4096, 8192)
 CONCURRENCY = (1, 8, 32)
 TARGETS = {"reuse of 1 row": 0.7, "refresh": 0.6}
@@ -212,16 +214,23 @@ def kernels_of_reuse(decoder: Decoder, context: int) -> list[tuple[str, float, f
     return [(name, runs[name] / PROFILED, time) for name, time in seconds.most_common()]
 
 
-def measure_refresh(decoder: Decoder, rates: Rates, tokens: int) -> Timing:
+def measure_refresh(
+    decoder: Decoder, rates: Rates, tokens: int, graphs: ReuseGraphs | None = None
+) -> Timing:
     """A pass over a whole canvas that keeps its keys and values; one block's states are wanted."""
     canvas = random_tokens(decoder.config, tokens)
     span = RowSpan(0, tokens, tokens, tokens - BLOCK, BLOCK, cache_offset=0)
     store = cache_for(decoder, tokens)
-    seconds = seconds_of(
-        lambda: decoder(ForwardBatch.pack([canvas], [span], store, decoder.device)), decoder.device
-    )
+
+    def run() -> torch.Tensor:
+        states = None if graphs is None else graphs.run_whole(canvas, span, store)
+        if states is None:
+            states = decoder(ForwardBatch.pack([canvas], [span], store, decoder.device))
+        return states
+
     best = roofline(decoder.config, rates, [tokens], [tokens], decoder.dtype.itemsize)
-    return Timing(f"refresh, {tokens} tokens", seconds, best)
+    name = f"refresh, {tokens} tokens" + (", captured" if graphs else "")
+    return Timing(name, seconds_of(run, decoder.device), best)
 
 
 @contextmanager
@@ -316,6 +325,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     captured = graphs is not None and not graphs.failed
     kernels: list[tuple[str, float, float]] = []
     if device.type == "cuda":
+        for kept in (graphs, None):
+            short = partial(measure_refresh, decoder, rates, graphs=kept)
+            timings += all_that_work(short, SHORT_TOKENS[one], "Short refresh", failures)
         for kernel in ("split", "torch"):
             attention = partial(
                 measure_attention, decoder, rates, context=args.context, kernel=kernel
@@ -360,7 +372,7 @@ def show(report: dict[str, Any], timings: Sequence[Timing]) -> None:
         f"copies {report['bandwidth'] / 1e12:.2f} TB/s, "
         f"products {report['matrix_rate'] / 1e12:.1f} TFLOP/s\n"
     )
-    print(f"{'pass':<24} {'ms':>9} {'roofline ms':>12} {'share':>7}")
+    print(f"{'pass':<28} {'ms':>9} {'roofline ms':>12} {'share':>7}")
     for timing in timings:
         print(line_of(timing))
     targets = ", ".join(f"{name} {share:.0%}" for name, share in TARGETS.items())

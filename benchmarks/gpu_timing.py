@@ -99,6 +99,6 @@ def roofline(
 
 def line_of(timing: Timing) -> str:
     return (
-        f"{timing.name:<24} {timing.seconds * 1e3:9.3f} {timing.best * 1e3:12.3f} "
+        f"{timing.name:<32} {timing.seconds * 1e3:9.3f} {timing.best * 1e3:12.3f} "
         f"{timing.share:7.1%}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -17,7 +18,8 @@ since attention's part grows with the length."""
 
 LEAST, MOST = 256, 16384
 STEP = 64
-SAMPLE_TOKENS = 256
+SAMPLE_TOKENS = {"cpu": 256, "cuda": 2048}
+"""Fewer would measure how fast a GPU reads weights and the host launches kernels."""
 TRIES = 4
 """The fastest counts: the first ones also warm up."""
 ENOUGH_SECONDS = 1.0
@@ -33,13 +35,15 @@ def measured_token_budget(decoder: LanguageModel, longest: int) -> int:
     """
     if decoder.device.type == "cpu":
         keep_freed_memory()
-    tokens = min(SAMPLE_TOKENS, longest)
+    on_gpu = decoder.device.type == "cuda"
+    tokens = min(SAMPLE_TOKENS[decoder.device.type], longest)
     batch = ForwardBatch.dense(torch.zeros(1, tokens, dtype=torch.long, device=decoder.device))
-    if decoder.device.type == "cuda":
-        _seconds(decoder, batch)  # loads libraries and compiles kernels, for seconds
     tried: list[float] = []
-    while len(tried) < TRIES and sum(tried) < ENOUGH_SECONDS:
-        tried.append(_seconds(decoder, batch))
+    with torch.cuda.device(decoder.device) if on_gpu else nullcontext():
+        if on_gpu:
+            _seconds(decoder, batch)  # loads libraries and compiles kernels, for seconds
+        while len(tried) < TRIES and sum(tried) < ENOUGH_SECONDS:
+            tried.append(_seconds(decoder, batch))
     affordable = int(tokens * LONG_PASS_SHARE * REFRESH_SECONDS / min(tried))
     return max(LEAST, min(MOST, affordable // STEP * STEP))
 

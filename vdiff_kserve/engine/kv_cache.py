@@ -33,6 +33,7 @@ def memory_for_cache(
     """
     if device.type != "cuda":
         return int(free_host_memory() * cpu_memory_utilization)
+    torch.cuda.empty_cache()  # of what loading and trial passes have left
     free, total = torch.cuda.mem_get_info(device)
     left = int(total * gpu_memory_utilization) - (total - free)
     return max(0, without_scratch(left, scratch_bytes))
