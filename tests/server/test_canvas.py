@@ -136,6 +136,18 @@ def test_the_sdks_stream_helper_reads_over_steps(client: OpenAI) -> None:
     assert final.choices[0].message.content == plain.choices[0].message.content
 
 
+def test_the_sdks_stream_helper_reads_over_the_steps_of_several_answers(client: OpenAI) -> None:
+    asked: dict[str, Any] = dict(
+        model="tiny", messages=MESSAGES, max_tokens=12, n=3, temperature=1.0, seed=3
+    )
+    whole = client.chat.completions.create(**asked, extra_body=LONG)
+    with client.chat.completions.stream(
+        **asked, extra_body=LONG | {"stream_canvas": True}
+    ) as stream:
+        told = stream.until_done().current_completion_snapshot
+    assert [c.message.content for c in told.choices] == [c.message.content for c in whole.choices]
+
+
 def test_without_being_asked_for_no_step_is_told(client: OpenAI) -> None:
     stream = client.completions.create(model="tiny", prompt="x", max_tokens=8, stream=True)
     assert all("step" not in (getattr(c, "vdiff", None) or {}) for c in stream)

@@ -154,8 +154,9 @@ class Writer(Protocol):
         """The chunks of a stream that a piece comes to; without one they carry usage only."""
         ...
 
-    def step(self, index: int, view: StepInfo) -> BaseModel:
-        """A chunk without text that tells what a denoising step of an answer wrote."""
+    def step(self, index: int, view: StepInfo) -> Sequence[BaseModel]:
+        """A chunk without text that tells what a denoising step of an answer wrote, and what has to
+        come before it."""
         ...
 
 
@@ -237,7 +238,9 @@ class ChatWriter:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._head = _head("chatcmpl", job)
-        self._deltas: list[AnswerDeltas] = []
+        self._deltas = [AnswerDeltas(job.tools) for _ in range(job.num_answers)]
+        self._is_open = job.num_answers == 1
+        self._tells_prompt = job.tells_prompt
 
     def response(self, answers: Sequence[FinishedAnswer]) -> ChatCompletion:
         """The whole response."""
@@ -270,13 +273,11 @@ class ChatWriter:
         """A chunk for each delta; the first of an answer carries the role beside its text."""
         if piece is None:
             return [self._chunk([], usage, info)]
-        job = self._job
-        is_first, is_last = not self._deltas, piece.finish_reason is not None
-        choices = self._opening() if is_first else []
-        answer = self._deltas[piece.index]
+        answer, choices = self._deltas[piece.index], self._opening()
+        is_last = piece.finish_reason is not None
         deltas = answer.of(piece.text, is_last=is_last)
-        tells_tokens = job.tells_logprobs or job.output.return_token_ids
-        if not deltas and (is_last or tells_tokens or (is_first and job.tells_prompt)):
+        tells_tokens = self._job.tells_logprobs or self._job.output.return_token_ids
+        if not deltas and (is_last or tells_tokens or self._tells_prompt):
             deltas = [ChatDelta()]
         if deltas:
             choices += [ChatChunkChoice(index=piece.index, delta=delta) for delta in deltas]
@@ -284,17 +285,18 @@ class ChatWriter:
         chunks = [self._chunk([choice], usage, None) for choice in choices]
         if chunks:
             chunks[-1].vdiff = info
-        if is_first and chunks:
-            chunks[0].prompt_token_ids = _prompt_ids(job, 0)
-            chunks[0].prompt_text = job.prompt_text
+        if chunks and self._tells_prompt:
+            self._tells_prompt = False
+            chunks[0].prompt_token_ids = _prompt_ids(self._job, 0)
+            chunks[0].prompt_text = self._job.prompt_text
         return chunks
 
     def _opening(self) -> list[ChatChunkChoice]:
-        """Begin the answers. Several get a role each, in their order, before one of them has text:
-        OpenAI's library takes any choice that it does not know for the next one."""
-        self._deltas = [AnswerDeltas(self._job.tools) for _ in range(self._job.num_answers)]
-        if len(self._deltas) == 1:
+        """What comes first: several answers get a role each, in their order, before one of them has
+        text, since OpenAI's library takes any choice that it does not know for the next one."""
+        if self._is_open:
             return []
+        self._is_open = True
         return [
             ChatChunkChoice(index=index, delta=answer.open())
             for index, answer in enumerate(self._deltas)
@@ -316,13 +318,11 @@ class ChatWriter:
     ) -> ChatCompletionChunk:
         return ChatCompletionChunk(**self._head, choices=choices, usage=usage, vdiff=info)
 
-    def step(self, index: int, view: StepInfo) -> ChatStep:
-        """A chunk without text."""
-        return ChatStep(
-            **self._head,
-            choices=[ChatChunkChoice(index=index, delta=ChatDelta())],
-            vdiff=view,
-        )
+    def step(self, index: int, view: StepInfo) -> list[ChatCompletionChunk | ChatStep]:
+        """A chunk without text, behind those that begin several answers."""
+        choice = ChatChunkChoice(index=index, delta=ChatDelta())
+        step = ChatStep(**self._head, choices=[choice], vdiff=view)
+        return [*(self._chunk([each], None, None) for each in self._opening()), step]
 
 
 class CompletionWriter:
@@ -390,13 +390,10 @@ class CompletionWriter:
             return list(self._job.prompts[index // self._job.n])
         return _prompt_ids(self._job, index)
 
-    def step(self, index: int, view: StepInfo) -> CompletionStep:
+    def step(self, index: int, view: StepInfo) -> list[CompletionStep]:
         """A chunk without text."""
-        return CompletionStep(
-            **self._head,
-            choices=[CompletionChoice(index=index, text="", finish_reason=None)],
-            vdiff=view,
-        )
+        choice = CompletionChoice(index=index, text="", finish_reason=None)
+        return [CompletionStep(**self._head, choices=[choice], vdiff=view)]
 
     def _logprobs(
         self, tokens: Sequence[ScoredToken], offset: int = 0

@@ -292,7 +292,8 @@ async def _chunks(
     async with aclosing(work.pieces()) as pieces:
         async for piece in pieces:
             if piece.view is not None:
-                yield writer.step(piece.index, piece.view)
+                for chunk in writer.step(piece.index, piece.view):
+                    yield chunk
             if not piece.text and piece.finish_reason is None:
                 continue
             is_last = work.num_unfinished == 0 and not options.include_usage
