@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -245,6 +246,18 @@ def test_metadata_cannot_name_files_elsewhere(base: Path, tmp_path: Path) -> Non
     (run / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="files outside its folder"):
         convert(Conversion(run, str(base)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
+def test_a_run_under_any_python_is_read(base: Path, tmp_path: Path, module: bytes) -> None:
+    run = save(tmp_path / "run", TENSORS)
+    metadata = pickle.loads((run / ".metadata").read_bytes())
+    written = pickle.dumps(metadata, protocol=2)  # names classes in text without a length
+    renamed = re.sub(rb"cpathlib(\._local)?\nPosixPath", b"c" + module + b"\nPosixPath", written)
+    assert b"c" + module in renamed
+    (run / ".metadata").write_bytes(renamed)
+    convert(Conversion(run, str(base)), tmp_path / "out")
+    assert tensors_in(tmp_path / "out").keys() == TENSORS.keys()
 
 
 def test_a_base_model_on_the_hub_is_described_without_its_weights(

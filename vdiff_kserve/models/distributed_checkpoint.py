@@ -48,6 +48,8 @@ ALLOWED_GLOBALS = frozenset(
     }
 )
 """What a `.metadata` file may name, as (module, name), beside torch's number types."""
+MODULES_BY_OTHER_NAMES = {"pathlib._local": "pathlib"}
+"""Where Python 3.13, by which the file may be written, says that paths are defined."""
 
 
 class DistributedCheckpoint:
@@ -130,6 +132,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         super().__init__(stream)
 
     def find_class(self, module: str, name: str) -> Any:
+        module = MODULES_BY_OTHER_NAMES.get(module, module)
         if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
             return value
         if (module, name) not in ALLOWED_GLOBALS:
