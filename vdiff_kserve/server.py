@@ -29,6 +29,7 @@ from kserve.protocol.rest.v1_endpoints import register_v1_endpoints
 from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
 
 from vdiff_kserve.config import ServerConfig
+from vdiff_kserve.http_protocol import BoundedHeads
 from vdiff_kserve.model import DiffusionModel
 from vdiff_kserve.observability.requests import count_refusal
 from vdiff_kserve.openai import handlers
@@ -190,6 +191,7 @@ class HttpServer(RESTServer):  # type: ignore[misc]
             ssl_keyfile=server.ssl_keyfile,
         )
         self.config.host = config.host
+        self.config.http = BoundedHeads
         self._default_model = config.model_name
         self._access = server.access
         self._max_body_bytes = config.max_body_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -214,6 +215,25 @@ def test_a_body_that_just_fits_is_read(http: httpx.Client) -> None:
         content = body + " " * (length - len(body))
         for each in (content.encode(), (c.encode() for c in (content[:9], content[9:]))):
             assert http.post("/v1/completions", content=each, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"GET /",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: ",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ",
+    ],
+)
+def test_a_head_without_end_ends_the_connection(
+    guarded: ServerProcess, http: httpx.Client, beginning: bytes
+) -> None:
+    url = httpx.URL(guarded.url)
+    with socket.create_connection((url.host, url.port), timeout=60) as stranger:
+        stranger.sendall(beginning)
+        with pytest.raises(ConnectionError):
+            stranger.sendall(b"a" * 2**25)
+    assert http.get("/health", headers={"X": "a" * 2**14}).status_code == 200
 
 
 def test_kserves_routes_have_the_same_limit_in_their_own_shape(http: httpx.Client) -> None:
