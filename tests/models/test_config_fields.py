@@ -56,6 +56,12 @@ def test_several_end_tokens_all_end_an_answer(family: str) -> None:
     assert set(spec.end_token_ids) >= {7, 8, 9}
 
 
+def test_both_class_names_of_llada_moe_are_read_alike() -> None:
+    """`inclusionAI/LLaDA-MoE-7B-A1B-Base` names the one without a head."""
+    names = ["LLaDAMoEModel"]
+    assert read("llada_moe", {"architectures": names}) == read("llada_moe", {})
+
+
 def test_dream_decodes_any_answer_as_one_block_like_its_authors() -> None:
     config = CheckpointConfig.read(GOLDEN_DIR / "dream")
     spec = find_family(config).read_spec(config)

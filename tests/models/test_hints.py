@@ -109,5 +109,6 @@ def test_open_dcoder_is_read_as_dream_when_its_family_is_named(tmp_path: Path) -
 
 
 def test_every_family_can_be_named() -> None:
-    assert set(FAMILY_NAMES.values()) == set(FAMILIES)
+    named = [FAMILIES[architecture] for architecture in FAMILY_NAMES.values()]
+    assert all(family in named for family in FAMILIES.values())
     assert set(DIFFUSION_FAMILIES) == set(FAMILY_NAMES)

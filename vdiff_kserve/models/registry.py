@@ -33,17 +33,20 @@ class CausalFormat:
 
 _LLADA_NAMES = TensorNames(llada.TENSOR_NAMES)
 _QWEN_NAMES = TensorNames(qwen.TENSOR_NAMES)
+_LLADA_MOE = Family(llada_moe.read_llada_moe_spec, llada_moe.LLADA_MOE_TENSORS)
 
 FAMILIES: Mapping[str, Family] = {
     "LLaDAModelLM": Family(llada.read_spec, _LLADA_NAMES),
-    "LLaDAMoEModelLM": Family(llada_moe.read_llada_moe_spec, llada_moe.LLADA_MOE_TENSORS),
+    "LLaDAMoEModelLM": _LLADA_MOE,
+    "LLaDAMoEModel": _LLADA_MOE,
     "LLaDA2MoeModelLM": Family(llada_moe.read_llada2_spec, llada_moe.LLADA2_TENSORS),
     "DreamModel": Family(qwen.read_dream_spec, _QWEN_NAMES),
     "SDARForCausalLM": Family(sdar.read_spec, _QWEN_NAMES),
     "SDARMoeForCausalLM": Family(sdar.read_moe_spec, qwen.MOE_TENSORS),
     "Fast_dLLM_QwenForCausalLM": Family(fast_dllm.read_spec, _QWEN_NAMES),
 }
-"""`architectures` in config.json -> diffusion family."""
+"""`architectures` in config.json -> diffusion family. LLaDA-MoE's checkpoints name one class or the
+other; the tensors are the same."""
 
 FAMILY_NAMES: Mapping[str, str] = {
     "llada": "LLaDAModelLM",
@@ -55,6 +58,9 @@ FAMILY_NAMES: Mapping[str, str] = {
     "fast_dllm_v2": "Fast_dLLM_QwenForCausalLM",
 }
 """`--diffusion_family` -> the architecture that it stands for."""
+
+DIFFUSION_GEMMA = "DiffusionGemmaForBlockDiffusion"
+"""Run by transformers' own layers."""
 
 CAUSAL_FORMATS: Mapping[str, CausalFormat] = {
     "Qwen2ForCausalLM": CausalFormat(qwen.read_qwen2_decoder, _QWEN_NAMES),
@@ -87,7 +93,7 @@ def find_by_architecture(config: CheckpointConfig, known: Mapping[str, T]) -> T:
     named = ", ".join(config.architectures) or "nothing"
     served = ", ".join(known)
     if known is FAMILIES:
-        served += ", and causal language models that transformers implements"
+        served += f", {DIFFUSION_GEMMA}, and causal language models that transformers implements"
     raise CheckpointError(
         f"{config.path}: field `architectures` names {named}; served are {served}"
     )

@@ -14,9 +14,8 @@ from vdiff_kserve.models.causal import is_causal, load_causal_model
 from vdiff_kserve.models.checkpoint_config import CheckpointConfig, CheckpointError, Hints
 from vdiff_kserve.models.language_model import LanguageModel
 from vdiff_kserve.models.loader import load_decoder
+from vdiff_kserve.models.registry import DIFFUSION_GEMMA
 from vdiff_kserve.models.spec import ModelSpec
-
-DIFFUSION_GEMMA = "DiffusionGemmaForBlockDiffusion"
 
 
 def load_served_model(
