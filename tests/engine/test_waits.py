@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.engine.tiny import request_of, tiny_auxiliary, tiny_decoder, tiny_spec
 from tests.gpu_stand_in import GPU, GpuStandIn, RemoteTensor, gpu_stand_in, move_there
+from tests.models.plain_kernels import use_plain_kernels
 from tests.models.test_attention import plain_kernel
 from vdiff_kserve.engine import Engine, EngineConfig, budget, measured_token_budget, runner
 from vdiff_kserve.engine.make_row import make_row
@@ -134,6 +135,19 @@ def test_a_captured_whole_pass_waits_no_more(gpu: GpuStandIn) -> None:
     for waits in waits_of_rounds(gpu, engine, count=1, cache="none"):
         assert len(waits) == 1, waits
     assert graphs._captured, "nothing was captured"
+
+
+@pytest.mark.parametrize("cache", ["dual", "none"])
+def test_joined_layers_wait_no_more(
+    cache: str, gpu: GpuStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(tiny_decoder(qkv_bias=True))
+    decoder = engine._runner._decoder
+    decoder.join_layers()
+    use_plain_kernels(monkeypatch)
+    for waits in waits_of_rounds(gpu, engine, cache=cache):
+        assert len(waits) == 1, waits
+    assert decoder.layers[0].attention.is_joined
 
 
 def test_experts_are_chosen_on_the_gpu(gpu: GpuStandIn) -> None:

@@ -57,7 +57,7 @@ def _lay_out(
     layers: list[nn.Module], name: str, device: torch.device | str, dtype: torch.dtype
 ) -> Tensor:
     """One piece of memory, whose parts are then the layers' parameters called `name`."""
-    parameters = [layer.get_parameter(name).detach() for layer in layers]
+    parameters = [getattr(layer, name).detach() for layer in layers]
     rows = [len(parameter) for parameter in parameters]
     whole = torch.empty((sum(rows), *parameters[0].shape[1:]), device=device, dtype=dtype)
     for layer, parameter, part in zip(layers, parameters, whole.split(rows), strict=True):
