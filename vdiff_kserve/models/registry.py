@@ -93,7 +93,8 @@ def find_by_architecture(config: CheckpointConfig, known: Mapping[str, T]) -> T:
     named = ", ".join(config.architectures) or "nothing"
     served = ", ".join(known)
     if known is FAMILIES:
-        served += f", {DIFFUSION_GEMMA}, and causal language models that transformers implements"
+        names = (*FAMILY_NAMES.values(), DIFFUSION_GEMMA, "transformers' causal models")
+        served = ", ".join(names)
     raise CheckpointError(
         f"{config.path}: field `architectures` names {named}; served are {served}"
     )
