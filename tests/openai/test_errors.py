@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from vdiff_kserve.openai.errors import RequestError, invalid_body
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from vdiff_kserve.openai.response_objects import ResponsesRequest
+from vdiff_kserve.openai.tokens import DetokenizeRequest
 
 PROMPT = "a text, a list of texts, a list of token ids from 0 on, or a list of such lists"
 CHOICE = "none, auto, required, or an object that names a function"
@@ -64,3 +65,35 @@ def test_a_field_of_several_forms_is_told_once(
     assert error.message.startswith(f"The request is not valid. body.{field}: ")
     assert error.message.count("body.") == 1
     assert told in error.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionRequest, {"prompt": [{}] * 1000}),
+        (CompletionRequest, {"prompt": [[{}] * 1000]}),
+        (CompletionRequest, {"prompt": "x", "stop": [1] * 1000}),
+        (CompletionRequest, {"prompt": "x", "stop_token_ids": [-1] * 1000}),
+        (CompletionRequest, {"prompt": "x", "structured_outputs": {"choice": [1] * 1000}}),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {str(i): "x" for i in range(2000)}}),
+        (ChatCompletionRequest, {"messages": [{}] * 1000}),
+        (ChatCompletionRequest, in_a_message([1] * 1000)),
+        (ChatCompletionRequest, in_a_message("x") | {"tools": [{}] * 1000}),
+        (ResponsesRequest, {"input": [1] * 1000}),
+        (DetokenizeRequest, {"tokens": [-1] * 1000}),
+    ],
+)
+def test_of_a_long_list_one_wrong_item_is_told(
+    kind: type[BaseModel], fields: dict[str, Any]
+) -> None:
+    """Each error takes microseconds and a kilobyte, and a body has room for millions of items."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(fields)
+    assert caught.value.error_count() <= 5
+
+
+def test_what_clients_are_told_does_not_grow_with_the_errors() -> None:
+    errors = [{"type": "missing", "loc": ("body", f"f{i}"), "msg": "m"} for i in range(10**5)]
+    error = invalid_body(errors)
+    assert error.message.startswith("The request is not valid. body.f0: m; ")
+    assert error.message.count("body.") == 5

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.fields import (
     IGNORED,
+    MAX_UNKNOWN,
     NAMED_ELSEWHERE,
     REFUSED,
     SUPPORTED,
@@ -103,3 +104,14 @@ def test_names_from_elsewhere_stand_for_fields_and_are_none_themselves() -> None
 @pytest.mark.parametrize("body", [{"foo": 1}, {"block_size": None}, {"top_a": 0.5}])
 def test_other_unknown_fields_and_empty_ones_are_ignored(body: dict[str, Any]) -> None:
     refuse_unsupported(CompletionRequest.model_validate({"prompt": "x", **body}))
+
+
+def test_only_so_many_unknown_fields_are_compared() -> None:
+    """Comparing takes time, and a body has room for millions of them."""
+    unknown = {f"u{i}": 1 for i in range(MAX_UNKNOWN)}
+    many = CompletionRequest.model_validate({"prompt": "x", **unknown, "treshold": 0.5})
+    refuse_unsupported(many)
+    unknown.popitem()
+    few = CompletionRequest.model_validate({"prompt": "x", **unknown, "treshold": 0.5})
+    with pytest.raises(RequestError, match="Did you mean threshold"):
+        refuse_unsupported(few)

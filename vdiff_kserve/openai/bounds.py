@@ -20,7 +20,6 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 """Characters of one stop string."""
 MAX_STOP_TOKEN_IDS = 1024
-MAX_LOGIT_BIAS = 1024
 
 
 def check_bounds(
@@ -44,9 +43,6 @@ def check_bounds(
     ids = request.stop_token_ids or ()
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise _too_many("stop_token_ids", MAX_STOP_TOKEN_IDS, "ids", len(ids))
-    biases = request.logit_bias or {}
-    if len(biases) > MAX_LOGIT_BIAS:
-        raise _too_many("logit_bias", MAX_LOGIT_BIAS, "entries", len(biases))
     _check_answers(request, limits)
     for text in _texts(request):
         if text > limits.max_model_len * longest_token:

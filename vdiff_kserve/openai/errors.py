@@ -28,6 +28,8 @@ logger = logging.getLogger("kserve.vdiff.openai")
 
 RETRY_AFTER_SECONDS = 1
 MAX_REPORTED_ERRORS = 5
+MAX_READ_ERRORS = 100
+"""Of those that pydantic finds, of which a long body may have millions."""
 FORMS = {
     "prompt": "a text, a list of texts, a list of token ids from 0 on, or a list of such lists",
     "stop": "a text or a list of texts",
@@ -151,7 +153,7 @@ def out_of_range(field: str, allowed: str, value: object) -> RequestError:
 
 def invalid_body(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     """The body does not have the form of the request. `errors` are pydantic's."""
-    telling = _telling(errors)
+    telling = _telling(errors[:MAX_READ_ERRORS])
     lines = list(dict.fromkeys(f"{_location(e)}: {_message(e)}" for e in telling))
     if len(lines) > MAX_REPORTED_ERRORS:
         lines[MAX_REPORTED_ERRORS:] = [f"and {len(lines) - MAX_REPORTED_ERRORS} more"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,11 @@ DEFAULT_COMPLETION_TOKENS = 16
 TokenId = Annotated[int, Field(ge=0)]
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 """Bounded, since tensors cannot hold what JSON can spell."""
+
+Item = TypeVar("Item")
+ListOf = Annotated[list[Item], Field(fail_fast=True)]
+"""Of a list, one item that is wrong is told: a body has room for millions."""
+MAX_LOGIT_BIAS = 1024
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -81,7 +86,7 @@ class Prediction(_Request):
     """What an answer will probably be."""
 
     type: Literal["content"] = "content"
-    content: Text | list[ContentPart]
+    content: Text | ListOf[ContentPart]
 
 
 class Likelihood(_Request):
@@ -97,6 +102,12 @@ def _by_name(value: Any) -> Any:
     return {"method": value} if isinstance(value, str) else value
 
 
+def _few_biases(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"must have at most {MAX_LOGIT_BIAS} entries, has {len(value)}")
+    return value
+
+
 class StreamOptions(_Request):
     """What a stream carries beside text."""
 
@@ -110,8 +121,8 @@ class GenerationFields(_Request):
     model: Text | None = None
     n: Int32 | None = 1
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: Text | ListOf[Text] | None = None
+    stop_token_ids: ListOf[TokenId] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -155,8 +166,8 @@ class GenerationFields(_Request):
     apd_max_parallel: Int32 | None = None
     apd_threshold: float | None = None
 
-    allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: ListOf[TokenId] | None = None
+    bad_words: ListOf[str] | None = None
     best_of: int | None = None
     cache_salt: str | None = None
     frequency_penalty: float | None = None
@@ -167,7 +178,7 @@ class GenerationFields(_Request):
     include_stop_str_in_output: bool | None = False
     kv_transfer_params: dict[str, Any] | None = None
     length_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few_biases)] | None = None
     min_p: float | None = None
     min_tokens: int | None = 0
     presence_penalty: float | None = None
@@ -192,16 +203,16 @@ class GenerationFields(_Request):
 class CompletionRequest(GenerationFields):
     """The body of `POST completions`."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] | None = None
+    prompt: Text | ListOf[Text] | ListOf[TokenId] | ListOf[ListOf[TokenId]] | None = None
     max_tokens: Int32 | None = DEFAULT_COMPLETION_TOKENS
     add_special_tokens: bool = True
 
     echo: bool | None = False
     logprobs: int | None = None
-    prompt_embeds: str | list[str] | None = None
+    prompt_embeds: str | ListOf[str] | None = None
     suffix: Text | None = None
     infill: bool | None = False
-    infill_lengths: list[Int32] | None = None
+    infill_lengths: ListOf[Int32] | None = None
     likelihood: Annotated[Likelihood, BeforeValidator(_by_name)] | None = None
 
 
@@ -209,7 +220,7 @@ class ChatMessageParam(_Request):
     """One message of a conversation."""
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | ListOf[ContentPart] | None = None
     refusal: str | None = None
     name: str | None = None
 
@@ -224,7 +235,7 @@ class ChatMessageParam(_Request):
 class ChatCompletionRequest(GenerationFields):
     """The body of `POST chat/completions`."""
 
-    messages: list[ChatMessageParam]
+    messages: ListOf[ChatMessageParam]
     max_tokens: Int32 | None = None
     max_completion_tokens: Int32 | None = None
     add_generation_prompt: bool = True
@@ -242,14 +253,14 @@ class ChatCompletionRequest(GenerationFields):
     logprobs: bool | None = False
     media_io_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: ListOf[str] | None = None
     parallel_tool_calls: bool | None = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
     )
     return_prompt_text: bool | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    tools: list[Tool] | None = None
+    tools: ListOf[Tool] | None = None
     top_logprobs: int | None = 0
     web_search_options: dict[str, Any] | None = None
 

@@ -15,6 +15,7 @@ from vdiff_kserve.openai.protocol import (
     DiffusionInfo,
     GenerationFields,
     Int32,
+    ListOf,
     Text,
 )
 
@@ -40,14 +41,14 @@ Status = Literal["in_progress", "completed", "incomplete", "failed"]
 class ResponsesRequest(GenerationFields):
     """The body of `POST responses`: OpenAI's fields, and those that chats have beside OpenAI's."""
 
-    input: Text | list[dict[str, Any]] | None = None
+    input: Text | ListOf[dict[str, Any]] | None = None
     instructions: Text | None = None
     max_output_tokens: Int32 | None = None
     text: Annotated[dict[str, Any] | None, Told] = None
-    tools: Annotated[list[dict[str, Any]] | None, Told] = None
+    tools: Annotated[ListOf[dict[str, Any]] | None, Told] = None
     tool_choice: Annotated[str | dict[str, Any] | None, Told] = None
     parallel_tool_calls: bool | None = True
-    include: list[str] | None = None
+    include: ListOf[str] | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

@@ -17,7 +17,7 @@ from vdiff_kserve.openai.errors import (
 from vdiff_kserve.openai.fields import refuse_unsupported
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.prompts import chat_prompt
-from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, Text
+from vdiff_kserve.openai.protocol import ChatCompletionRequest, ChatMessageParam, ListOf, Text
 from vdiff_kserve.openai.response_input import as_chat, in_own_names
 from vdiff_kserve.openai.response_objects import ResponsesRequest
 from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
@@ -37,7 +37,7 @@ class TokenizeRequest(BaseModel):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[ChatMessageParam] | None = None
+    messages: ListOf[ChatMessageParam] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = False
 
@@ -57,7 +57,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: Text | None = None
-    tokens: list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+    tokens: ListOf[Annotated[int, Field(ge=0, le=2**31 - 1)]]
 
 
 class DetokenizeResponse(BaseModel):
