@@ -62,6 +62,11 @@ def test_both_class_names_of_llada_moe_are_read_alike() -> None:
     assert read("llada_moe", {"architectures": names}) == read("llada_moe", {})
 
 
+def test_dreamon_is_not_taken_for_dream() -> None:
+    with pytest.raises(CheckpointError, match="field `expand_token_id`: DreamOn"):
+        read("dream", {"expand_token_id": 151667})
+
+
 def test_dream_decodes_any_answer_as_one_block_like_its_authors() -> None:
     config = CheckpointConfig.read(GOLDEN_DIR / "dream")
     spec = find_family(config).read_spec(config)

@@ -66,6 +66,10 @@ def read_dream_spec(config: CheckpointConfig) -> ModelSpec:
 
     The authors decode the whole answer as one block.
     """
+    if config.get("expand_token_id") is not None:
+        raise config.error(
+            "expand_token_id", "DreamOn, whose tokens make holes longer and shorter, is not served"
+        )
     decoder = read_qwen_decoder(config, qkv_bias=True, qk_norm=False, attention_block=None)
     vocab_size = decoder.vocab_size
     context = config.context("max_position_embeddings")
