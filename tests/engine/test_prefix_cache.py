@@ -194,7 +194,7 @@ def test_choices_of_one_request_share_their_first_pass() -> None:
         (BLOCK_CAUSAL, SPEC, "exact"),
     ):
         counted = counting(decoder)
-        request = request_of(prompt=(4,) * 17, max_tokens=8, cache=cache, temperature=1.0)
+        request = request_of(prompt=(4,) * 17, max_tokens=8, cache=cache, temperature=3.0)
         choices = [
             replace(request, decoding=replace(request.decoding, seed=seed)) for seed in range(4)
         ]
