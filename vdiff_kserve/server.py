@@ -26,7 +26,7 @@ from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.server import RESTServer, _RefreshingServer
 from kserve.protocol.rest.v1_endpoints import register_v1_endpoints
-from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
+from kserve.protocol.rest.v2_endpoints import V2Endpoints, register_v2_endpoints
 
 from vdiff_kserve.config import ServerConfig
 from vdiff_kserve.http_protocol import BoundedHeads
@@ -37,6 +37,7 @@ from vdiff_kserve.openai.dataplane import EngineDataPlane, FixedRepository, Open
 from vdiff_kserve.openai.document import describe
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.guards import Access, RpcGuard
+from vdiff_kserve.openai.infer import InferenceRequest
 from vdiff_kserve.openai.paths import PAGES
 from vdiff_kserve.openai.routes import build_router, restart_router
 
@@ -225,6 +226,7 @@ class HttpServer(RESTServer):  # type: ignore[misc]
         root.add_api_route("/", self.dataplane.live)
         app.include_router(root)
         register_v1_endpoints(app, self.dataplane, self.model_repository_extension)
+        V2Endpoints.infer.__annotations__["request_body"] = InferenceRequest | bytes
         register_v2_endpoints(app, self.dataplane, self.model_repository_extension)
         describe(app)
 

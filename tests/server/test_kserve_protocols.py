@@ -245,3 +245,35 @@ def test_v2_and_grpc_write_objects_as_json_texts(
     assert refused.status_code == 400
     assert refused.text.count("stop_token_ids") == 1
     assert "a list or an object is written as its JSON text" in refused.text
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"inputs": [{}] * 1000}, "inputs must have at most 64 entries, got 1000"),
+        (tensor("go") | {"outputs": [{}] * 1000}, "outputs must have at most 64 entries"),
+        (
+            tensor("go") | {"parameters": {str(i): [] for i in range(1000)}},
+            "parameters must have at most 256 entries",
+        ),
+        (
+            {"inputs": [tensor("go")["inputs"][0] | {"shape": ["x"] * 1000}]},
+            "shape must have at most 64 entries",
+        ),
+        ({"inputs": [{}] * 3}, "inputs.0.name: Field required"),
+    ],
+)
+def test_a_v2_request_has_only_so_many_parts(
+    http: httpx.Client, body: dict[str, Any], told: str
+) -> None:
+    refused = http.post(V2, json=body)
+    assert refused.status_code == 400
+    assert told in refused.json()["error"]
+
+
+def test_more_prompts_than_can_wait_are_refused_at_once(http: httpx.Client) -> None:
+    many = http.post(V1, json={"instances": ["x"] * 21})
+    assert many.status_code == 400
+    assert "at most 20 prompts, got 21" in many.json()["error"]
+    tensors = {"inputs": [{"name": "p", "shape": [21], "datatype": "BYTES", "data": ["x"] * 21}]}
+    assert "at most 20 prompts, got 21" in http.post(V2, json=tensors).json()["error"]

@@ -10,7 +10,8 @@ from typing import Any
 from kserve import InferInput, InferOutput, InferRequest, InferResponse
 from kserve.errors import InvalidInput
 from kserve.protocol.infer_type import to_http_parameters
-from pydantic import ValidationError
+from kserve.protocol.rest import v2_datamodels
+from pydantic import ValidationError, model_validator
 
 from vdiff_kserve.openai.errors import RequestError, invalid_body
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
@@ -34,6 +35,33 @@ IN_JSON = frozenset(
 """Parameters that are lists or objects, which V2 requests write as JSON texts."""
 
 AnyRequest = ChatCompletionRequest | CompletionRequest
+MAX_TENSORS, MAX_DIMENSIONS, MAX_PARAMETERS = 64, 64, 256
+"""Of one V2 request."""
+
+
+class InferenceRequest(v2_datamodels.InferenceRequest):  # type: ignore[misc]
+    """The body of a V2 request: KServe's, with so few parts that not many of them can be wrong.
+    Each thing that is costs time and memory, and a body has room for millions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_counts(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        tensors: list[Any] = []
+        for name in ("inputs", "outputs"):
+            given = body.get(name)
+            _check_count(name, given, MAX_TENSORS)
+            tensors += given if isinstance(given, list) else ()
+        for part in [body, *(each for each in tensors if isinstance(each, dict))]:
+            _check_count("parameters", part.get("parameters"), MAX_PARAMETERS)
+            _check_count("shape", part.get("shape"), MAX_DIMENSIONS)
+        return body
+
+
+def _check_count(name: str, value: Any, most: int) -> None:
+    if isinstance(value, list | dict) and len(value) > most:
+        raise ValueError(f"{name} must have at most {most} entries, got {len(value)}")
 
 
 async def predict_v1(
@@ -54,6 +82,7 @@ async def predict_v1(
     instances, parameters = body.get("instances"), body.get("parameters") or {}
     if not isinstance(instances, list) or not instances:
         raise RequestError("instances must be a list with at least one entry.", param="instances")
+    _check_requests("instances", len(instances), service)
     if not isinstance(parameters, dict):
         raise RequestError("parameters must be an object.", param="parameters")
     parameters = {"request_id": request_id, **parameters}
@@ -65,6 +94,13 @@ async def predict_v1(
             for instance, given in zip(instances, answers, strict=True)
         ]
     }
+
+
+def _check_requests(field: str, count: int, service: GenerationService) -> None:
+    """Refuse more prompts than can wait, before anything is done for each of them."""
+    most = service.limits.max_choices
+    if count > most:
+        raise RequestError(f"{field} must hold at most {most} prompts, got {count}.", param=field)
 
 
 def _decoded(payload: Any) -> dict[str, Any]:
@@ -154,6 +190,7 @@ async def infer_v2(
     given = to_http_parameters(request.parameters or {})
     parameters = {"request_id": request_id, **{k: _value(k, v) for k, v in given.items()}}
     prompts = _prompts(request.inputs[0])
+    _check_requests("inputs", len(prompts), service)
     requests = [_request({**parameters, "prompt": prompt}) for prompt in prompts]
     answers = [a for given in await service.answer(requests, "v2") for a in given]
     rows = [_facts(answer) for answer in answers]
