@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from socket import AF_INET6, create_server, has_dualstack_ipv6, socket
 from types import FrameType
@@ -85,6 +86,18 @@ def allow_connections(most: int = OPEN_FILES) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def check_access_log(log_format: str | None) -> None:
+    """Refuse a format of the access log when the package that writes it is missing.
+
+    Raises:
+        ServerError: it is.
+    """
+    if log_format and find_spec("asgi_logger") is None:
+        raise ServerError(
+            "--access_log_format needs the package asgi-logger: pip install 'kserve[logging]'"
+        )
+
+
 class Server(ModelServer):  # type: ignore[misc]
     """Serves one model until a signal ends it.
 
@@ -92,7 +105,7 @@ class Server(ModelServer):  # type: ignore[misc]
     shutdown that drains before it closes the port.
 
     Raises:
-        ServerError: the certificate or its key cannot be used.
+        ServerError: the certificate or its key cannot be used, or a package is missing.
     """
 
     def __init__(self, config: ServerConfig, model: DiffusionModel) -> None:
@@ -112,6 +125,7 @@ class Server(ModelServer):  # type: ignore[misc]
             ssl_keyfile=options.ssl_keyfile,
         )
         check_certificate(self.ssl_certfile, self.ssl_keyfile)
+        check_access_log(self.access_log_format)
         self.dataplane = EngineDataPlane(self.registered_models)
         repository = OpenRepository if config.enable_repository_control else FixedRepository
         self.model_repository_extension = repository(self.registered_models)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from vdiff_kserve.models import CheckpointError
 from vdiff_kserve.observability import logs, metrics
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
-from vdiff_kserve.server import ServerError, check_certificate
+from vdiff_kserve.server import ServerError, check_access_log, check_certificate
 from vdiff_kserve.setting import ConfigError
 
 CHAT = ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
@@ -195,3 +196,10 @@ def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         check_certificate(str(empty), str(tmp_path / "tls.key"))
     with pytest.raises(ServerError, match=r"--ssl_certfile .*tls\.crt and its key cannot be used"):
         check_certificate(str(empty), str(empty))
+
+
+@pytest.mark.skipif(find_spec("asgi_logger") is not None, reason="the package is installed")
+def test_an_access_log_without_its_package_is_refused() -> None:
+    check_access_log(None)
+    with pytest.raises(ServerError, match="--access_log_format needs the package asgi-logger"):
+        check_access_log("%(s)s")
