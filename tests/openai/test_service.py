@@ -103,6 +103,21 @@ async def test_a_token_that_only_the_tokenizer_has_is_refused(request_: Any, par
     assert e.value.param == param
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "r" * 10**5, "content": "x"}],
+        [{"role": "user", "content": ""}] * 10**4,
+    ],
+)
+async def test_a_conversation_is_not_tokenized_that_cannot_fit(messages: list[Any]) -> None:
+    """Also where the template, not the messages' contents, makes it long."""
+    made = service(ScriptedEngine(["a"]))
+    with pytest.raises(RequestError, match="characters, which cannot be so few tokens") as caught:
+        await made.respond(chat(messages=messages))
+    assert caught.value.param == "input_tokens"
+
+
 async def test_a_checkpoint_without_a_chat_template_says_what_to_do() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vdiff_kserve.openai.errors import RequestError
-from vdiff_kserve.openai.limits import ServingLimits, stop_strings
+from vdiff_kserve.openai.limits import ServingLimits, stop_strings, too_many_characters
 from vdiff_kserve.openai.protocol import (
     ChatCompletionRequest,
     ChatMessageParam,
@@ -46,11 +46,7 @@ def check_bounds(
     _check_answers(request, limits)
     for text in _texts(request):
         if text > limits.max_model_len * longest_token:
-            raise RequestError(
-                f"This model's maximum context length is {limits.max_model_len} tokens. However, "
-                f"your prompt has {text} characters, which cannot be so few tokens.",
-                param="input_tokens",
-            )
+            raise too_many_characters(text, limits)
 
 
 def tokenized_characters(request: ChatCompletionRequest | CompletionRequest) -> int:

@@ -47,13 +47,17 @@ def canvases_of(
     request: ChatCompletionRequest | CompletionRequest,
     tokenizer: PreTrainedTokenizerFast,
     limits: ServingLimits,
+    most_characters: int,
 ) -> Canvases:
     """The canvases of a request.
+
+    Args:
+        most_characters: of a conversation, as `chat_prompt` has it.
 
     Raises:
         RequestError: a field is wrong, there is no room, or the model lacks one of the tokens.
     """
-    canvases = _canvases_of(request, tokenizer, limits)
+    canvases = _canvases_of(request, tokenizer, limits, most_characters)
     field = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
     behind = [candidate for each in canvases.infillings for candidate in each.candidates]
     for ids in (*canvases.prompts, *behind):  # some tokenizers have more tokens than their model
@@ -65,9 +69,11 @@ def _canvases_of(
     request: ChatCompletionRequest | CompletionRequest,
     tokenizer: PreTrainedTokenizerFast,
     limits: ServingLimits,
+    most_characters: int,
 ) -> Canvases:
     if isinstance(request, ChatCompletionRequest):
-        prompts = [truncated(chat_prompt(request, tokenizer, limits), request, limits)]
+        prompt = chat_prompt(request, tokenizer, limits, most_characters)
+        prompts = [truncated(prompt, request, limits)]
         echoes = [_continued(request)] if request.echo else []
         return Canvases(prompts, [answer_length(request, len(prompts[0]), limits)], echoes=echoes)
     check_infilling(request, limits)

@@ -89,7 +89,8 @@ class Intake:
     ) -> Job:
         check(request, self._limits)
         check_bounds(request, self._limits, self._longest_token)
-        canvases = canvases_of(request, tokenizer, self._limits)
+        most = self._limits.max_model_len * self._longest_token
+        canvases = canvases_of(request, tokenizer, self._limits, most)
         n = request.n or 1
         spec = self._engine.spec
         extra = tuple(request.stop_token_ids or ())

@@ -108,6 +108,15 @@ def check_token_ids(field: str, ids: Sequence[int], limits: ServingLimits) -> No
             )
 
 
+def too_many_characters(count: int, limits: ServingLimits) -> RequestError:
+    """A prompt is longer than the context, whatever its tokens are."""
+    return RequestError(
+        f"This model's maximum context length is {limits.max_model_len} tokens. However, your "
+        f"prompt has {count} characters, which cannot be so few tokens.",
+        param="input_tokens",
+    )
+
+
 def stop_strings(request: GenerationFields) -> tuple[str, ...]:
     """The request's stop strings."""
     if request.stop is None:

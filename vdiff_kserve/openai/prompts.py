@@ -9,7 +9,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.openai.errors import RequestError, nested_too_deep, out_of_range, shorten
-from vdiff_kserve.openai.limits import ServingLimits, check_token_ids, room_beside_answer
+from vdiff_kserve.openai.limits import (
+    ServingLimits,
+    check_token_ids,
+    room_beside_answer,
+    too_many_characters,
+)
 from vdiff_kserve.openai.literals import Literals
 from vdiff_kserve.openai.protocol import (
     ChatCompletionRequest,
@@ -36,12 +41,20 @@ variables of the template."""
 
 
 def chat_prompt(
-    request: ChatCompletionRequest, tokenizer: PreTrainedTokenizerFast, limits: ServingLimits
+    request: ChatCompletionRequest,
+    tokenizer: PreTrainedTokenizerFast,
+    limits: ServingLimits,
+    most_characters: int | None = None,
 ) -> TokenIds:
     """The conversation as the model's chat template writes it, with the functions it may call.
 
+    Args:
+        most_characters: how long it may be, with all that the template writes of each message;
+            None is any length.
+
     Raises:
-        RequestError: there is no message, a part is not text, or the template refuses.
+        RequestError: there is no message, a part is not text, it is too long, or the template
+            refuses.
     """
     if not request.messages:
         raise RequestError("messages must hold at least one message.", param="messages")
@@ -87,6 +100,8 @@ def chat_prompt(
         raise RequestError(
             f"The chat template does not accept these messages: {error}", param="messages"
         ) from error
+    if most_characters is not None and len(text) > most_characters:
+        raise too_many_characters(len(text), limits)
     add_special_tokens = request.add_special_tokens
     if marker is None:
         return encode(tokenizer, str(text), add_special_tokens=add_special_tokens)
