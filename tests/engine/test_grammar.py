@@ -30,6 +30,7 @@ from vdiff_kserve.engine import (
     GrammarError,
     Grammars,
 )
+from vdiff_kserve.engine.grammar import KEPT_GRAMMARS
 from vdiff_kserve.models import Decoder, ModelSpec, load_decoder, load_tokenizer, with_end_of_turn
 from vdiff_kserve.sampler import Constraints, DecodingParams
 
@@ -436,3 +437,14 @@ def test_malformed_and_impossible_schemas_are_refused(
 ) -> None:
     with pytest.raises(GrammarError):
         random_model.generate([request_of(json_grammar(schema))])
+
+
+def test_grammars_that_were_not_used_for_long_are_forgotten() -> None:
+    grammars = Grammars(TOKENIZER, VOCAB, (EOS,), ROOM)
+    texts = [LLMatcher.grammar_from_regex(f"[ab]{number}") for number in range(KEPT_GRAMMARS + 1)]
+    first, *others = [grammars.compile(text) for text in texts[:-1]]
+    assert grammars.compile(texts[0]) is first
+    grammars.compile(texts[-1])
+    assert grammars.compile(texts[0]) is first
+    assert grammars.compile(texts[2]) is others[1]
+    assert grammars.compile(texts[1]) is not others[0]
