@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 KEPT_GRAMMARS = 64
-"""Compiled grammars that are kept, those used last. Most take a tenth of a megabyte; those whose long
-repetitions make many states take up to twenty, for they grow while they are used."""
+"""Compiled grammars that are kept, those used last. Most take a tenth of a megabyte; those whose
+long repetitions make many states take up to twenty, for they grow while they are used."""
 
 
 class GrammarError(EngineError):
