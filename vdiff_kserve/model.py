@@ -28,6 +28,7 @@ from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionReques
 from vdiff_kserve.openai.request_ids import clean_id, new_id
 from vdiff_kserve.openai.response_objects import ResponsesRequest
 from vdiff_kserve.openai.service import GenerationService
+from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
 from vdiff_kserve.openai.tokens import Tokens
 from vdiff_kserve.setting import ConfigError
 
@@ -269,11 +270,10 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
             device=loaded.device,
             max_model_len=str(loaded.limits.max_model_len),
         )
-        service = GenerationService(
+        self._tokens = Tokens(TokenizerThread(loaded.tokenizer), loaded.limits)
+        return GenerationService(
             loaded.engine, loaded.tokenizer, loaded.limits, self.name, loaded.grammars
         )
-        self._tokens = Tokens(service.tokenizer_thread, loaded.limits)
-        return service
 
     def _ready_service(self) -> GenerationService:
         if self._service is None or self._state is not State.READY:
