@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.checkpoint import EMBEDDED_AUXILIARY, auxiliary_checkpoint, find_checkpoint
@@ -52,6 +53,10 @@ from vdiff_kserve.setting import parse_size
 logger = logging.getLogger("kserve.vdiff.model")
 
 WARM_UP_TOKENS = 4
+WARM_UP_DECODING = DecodingParams(
+    policy="low_confidence", steps=8, cache="dual", logits_eos_inf=True
+)
+"""Of a block in a few steps, so that many rows are all at one at some time."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,9 @@ class LoadedModel:
     def warm_up(self) -> None:
         """Run every part of the engine once.
 
-        On a GPU that is also a cached pass over a block, whatever requests do by default: a round
-        that first compiled its kernels and captured it would look stuck.
+        On a GPU those are also cached passes over a block, whatever requests do by default, of all
+        numbers of rows that are captured: a round that first compiled and captured one would make
+        its requests wait.
 
         Raises:
             EngineError: it does not work.
@@ -93,15 +99,19 @@ class LoadedModel:
             decoding=self.limits.decoding,
             request_id="warm-up",
         )
-        requests = [request]
-        if self.device.startswith("cuda") and self.spec.mask_token_id is not None:
-            decoding = self.limits.decoding
-            if not self.spec.block_causal:
-                block = self.spec.block_length
-                decoding = DecodingParams(block_length=block, cache="dual", logits_eos_inf=True)
-            blocks = min(2 * self.spec.block_length, room)
-            requests.append(replace(request, max_tokens=blocks, decoding=decoding))
-        self.engine.generate(requests)
+        self.engine.generate([request])
+        if not self.device.startswith("cuda") or self.spec.mask_token_id is None:
+            return
+        block = min(self.spec.block_length, room)
+        if self.spec.block_causal:
+            cached = replace(request, max_tokens=min(2 * block, room))
+        else:
+            before = (self.spec.eos_token_id,) * max(1, min(block, room - block))
+            decoding = replace(WARM_UP_DECODING, block_length=self.spec.block_length)
+            cached = replace(request, prompt_ids=before, max_tokens=block, decoding=decoding)
+        sizes = self.engine.captured_sizes
+        for rows in tqdm(sizes or [1], desc="Capturing", unit="pass", disable=not sizes):
+            self.engine.generate([cached] * rows)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +17,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.golden import GOLDEN_DIR
 from tests.models.folders import write_config
+from tests.models.test_attention import use_packed
 from tests.models.test_expert_formats import EXPERTS, SIZES, save
+from tests.models.test_reuse_graphs import run_again
 from tests.server.checkpoint import make_tokenizer
 from tests.server.process import ServerProcess
 from vdiff_kserve.config import ServerConfig
-from vdiff_kserve.engine import GenerationRequest, GenerationResult
 from vdiff_kserve.loading import load_model
+from vdiff_kserve.models import Decoder, ReuseGraphs
 
 MESSAGES = [{"role": "user", "content": "Which family are you of?"}]
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -172,21 +174,26 @@ def test_family_and_mask_are_those_that_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "llada2"])
-def test_a_warm_up_on_a_gpu_takes_cached_passes(
+def test_a_warm_up_on_a_gpu_captures_cached_passes_of_all_sizes(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_model(ServerConfig(model_dir=str(make_folder(tmp_path / family, family))))
-    results: list[GenerationResult] = []
-    generate = loaded.engine.generate
+    use_packed(monkeypatch)
+    made: list[ReuseGraphs] = []
 
-    def recorded(requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        results.extend(generate(requests))
-        return results
+    def for_model(decoder: Decoder, longest: int) -> ReuseGraphs:
+        made.append(ReuseGraphs(decoder, longest, run_again))
+        return made[-1]
 
-    monkeypatch.setattr(loaded.engine, "generate", recorded)
+    monkeypatch.setattr(ReuseGraphs, "for_model", for_model)
+    folder = make_folder(tmp_path / family, family)
+    loaded = load_model(ServerConfig(model_dir=str(folder), max_num_seqs=11))
     loaded.warm_up()
-    assert len(results) == 1
+    (graphs,) = made
+    before = {shape.rows for shape in graphs._captured if shape.is_cached}
+    assert before <= {1}
     replace(loaded, device="cuda:0").warm_up()
     loaded.engine.stop()
-    assert len(results) == 3
-    assert results[-1].stats.reuses > 0
+    block = loaded.spec.block_length
+    captured = [shape for shape in graphs._captured if shape.is_cached]
+    assert {s.rows for s in captured if s.outputs == block} == {1, 2, 4, 8, 16}
+    assert not graphs.failed

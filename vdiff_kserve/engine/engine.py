@@ -86,6 +86,7 @@ class Engine:
         if spec.block_causal and config.enable_prefix_caching:
             self._prefixes = PrefixCache(self._cache, spec.prefix_block_length)
         self._memory = RowMemory(self._cache, self._auxiliary_cache, self._prefixes)
+        self._graphs: ReuseGraphs | None = None
         self._runner = self._make_runner(decoder, auxiliary)
         self._scheduler = self._make_scheduler(decoder.stages)
         self._thread = Thread(target=self._run, name="vdiff-engine", daemon=True)
@@ -94,11 +95,11 @@ class Engine:
     def _make_runner(self, decoder: LanguageModel, auxiliary: LanguageModel | None) -> ModelRunner:
         if isinstance(decoder, RenoisingModel):
             return RenoiseRunner(decoder, self.spec, self._cache)
-        graphs, config = None, self.config
+        config = self.config
         if not config.enforce_eager and config.lockstep is None:
-            graphs = ReuseGraphs.for_model(decoder, self.spec.max_model_len)
+            self._graphs = ReuseGraphs.for_model(decoder, self.spec.max_model_len)
         return ModelRunner(
-            decoder, self.spec, self._cache, auxiliary, self._auxiliary_cache, graphs
+            decoder, self.spec, self._cache, auxiliary, self._auxiliary_cache, self._graphs
         )
 
     @property
@@ -133,6 +134,11 @@ class Engine:
     def kv_tokens_used(self) -> int:
         """Canvas tokens of the cache that are lent to running rows."""
         return self._memory.used
+
+    @property
+    def captured_sizes(self) -> list[int]:
+        """The numbers of rows for which cached passes are captured; none without CUDA graphs."""
+        return [] if self._graphs is None else self._graphs.sizes(self.config.max_num_seqs)
 
     def start(self) -> None:
         """Start the loop. An engine is started once."""

@@ -120,6 +120,10 @@ class ReuseGraphs:
             return None
         return cls(decoder, longest, CudaRecorder(device))
 
+    def sizes(self, most: int) -> list[int]:
+        """Numbers of rows that bring up every captured pass that at most so many rows need."""
+        return sorted({min(bucket_of(rows), most) for rows in range(1, most + 1)})
+
     def choose(self, spans: Sequence[RowSpan]) -> list[int]:
         """Which rows of a pass to run captured: those of the most frequent shape, in the order of
         their places in the cache. Block-causal rows whose queries are of two blocks need a mask and
