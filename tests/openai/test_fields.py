@@ -87,13 +87,135 @@ def test_an_unknown_field_is_ignored() -> None:
     refuse_unsupported(CompletionRequest.model_validate({"prompt": "x", "store": True}))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("field", "meant"),
-    [("treshold", "threshold"), ("Block_Length", "block_length"), *NAMED_ELSEWHERE.items()],
+    [
+        *(("treshold", "threshold"), ("Block_Length", "block_length"), ("maxTokens", "max_tokens")),
+        *(("response_fromat", "response_format"), ("structured_output", "structured_outputs")),
+        *(
+            ("temprature", "temperature"),
+            ("max_token", "max_tokens"),
+            ("logit_biass", "logit_bias"),
+        ),
+        *(("topp", "top_p"), ("top-k", "top_k"), ("strem", "stream"), ("stops", "stop")),
+        *(("seeed", "seed"), ("presense_penality", "presence_penalty")),
+        *NAMED_ELSEWHERE.items(),
+    ],
 )
-def test_decoding_field_by_another_name_is_refused_with_its_own(field: str, meant: str) -> None:
-    with pytest.raises(RequestError, match=f"no field {field}. Did you mean {meant}[?]"):
-        refuse_unsupported(CompletionRequest.model_validate({"prompt": "x", field: 1}))
+def test_a_field_by_another_name_is_refused_with_its_own(
+    kind: type[BaseModel], field: str, meant: str
+) -> None:
+    with pytest.raises(RequestError, match=f"no field {field}. Did you mean {meant}[?]") as caught:
+        refuse_unsupported(a_request(kind, {field: 1}))
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("likelihood", {"methode": "pseudo"}, "no field likelihood.methode. Did you mean .*method"),
+        ("structured_outputs", {"grammer": "x"}, "Did you mean structured_outputs.grammar"),
+        ("structured_outputs", {"JSON": {}}, "Did you mean structured_outputs.json"),
+        ("structured_outputs", {"disable_any_whitspace": True}, "disable_any_whitespace"),
+        ("stream_options", {"includeUsage": True}, "Did you mean stream_options.include_usage"),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "x", "schemas": {}}},
+            "no field response_format.json_schema.schemas. .*json_schema.schema[?]",
+        ),
+    ],
+)
+def test_a_misspelled_field_of_an_object_is_refused_with_its_place(
+    field: str, value: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(RequestError, match=told):
+        refuse_unsupported(CompletionRequest.model_validate({"prompt": "x", field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("extra_body", {"threshold": 0.5}, "beside the others"),
+        ("diffusion_max_steps", 4, "a field of vllm_xargs"),
+    ],
+)
+def test_a_field_in_the_wrong_place_is_told_the_right_one(
+    field: str, value: Any, told: str
+) -> None:
+    with pytest.raises(RequestError, match=told):
+        refuse_unsupported(CompletionRequest.model_validate({"prompt": "x", field: value}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (ChatCompletionRequest, "suffix", "x"), (ChatCompletionRequest, "infill", True),
+        (ChatCompletionRequest, "likelihood", "chain"), (ChatCompletionRequest, "prompt", "x"),
+        (CompletionRequest, "messages", MESSAGES), (CompletionRequest, "tools", [{}]),
+        (CompletionRequest, "max_completion_tokens", 5),
+    ],
+)  # fmt: skip
+def test_a_field_of_the_other_endpoint_is_refused_unless_it_asks_for_nothing(
+    kind: type[BaseModel], field: str, value: Any
+) -> None:
+    with pytest.raises(RequestError, match=f"{field} is a field of c.*, not of c") as caught:
+        refuse_unsupported(a_request(kind, {field: value}))
+    assert caught.value.param == field
+    refuse_unsupported(a_request(kind, {field: None}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionRequest, {"max_tokens": 5, "max_completion_tokens": 5}),
+        (CompletionRequest, {"add_generation_prompt": True, "tools": [], "tool_choice": "none"}),
+        (CompletionRequest, {"top_logprobs": 0, "parallel_tool_calls": True, "user": "u"}),
+        (ChatCompletionRequest, {"add_special_tokens": True, "suffix": "", "infill": False}),
+        (ChatCompletionRequest, {"extra_body": {}, "structured_outputs": {"regex": "a", "x": 1}}),
+    ],
+)
+def test_what_asks_for_nothing_there_is_accepted(
+    kind: type[BaseModel], fields: dict[str, Any]
+) -> None:
+    refuse_unsupported(a_request(kind, fields))
+
+
+CLIENTS_SEND = (
+    # OpenAI, OpenRouter, Mistral, Groq and other hosts
+    "metadata", "moderation", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "verbosity", "tool_resources", "max_tool_calls", "random_seed",
+    "safe_prompt", "prompt_mode", "models", "plugins", "provider", "reasoning", "route", "top_a",
+    "session_id", "trace", "transforms", "usage", "speed", "system", "thinking", "enable_thinking",
+    "thinking_budget", "enable_search", "result_format", "reasoning_format", "search_parameters",
+    "documents_only", "deferred", "citation_options",
+    # llama.cpp, Ollama, SGLang, text-generation-webui, KoboldCpp, TGI
+    "cache_prompt", "format", "id", "id_slot", "keep_alive", "max_length", "min_length", "mirostat",
+    "n_keep", "n_predict", "n_probs", "num_ctx", "num_predict", "options", "raw", "repeat_penalty",
+    "response_fields", "return_tokens", "template", "think", "typical_p", "ebnf", "lora_path",
+    "regex", "return_hidden_states", "separate_reasoning", "mode", "character", "preset", "tfs",
+    "guidance_scale", "negative_prompt", "rep_pen", "sampler_order", "stop_sequence", "do_sample",
+    "return_full_text", "typical", "watermark",
+    # vLLM of other versions, litellm, LibreChat, load generators
+    "guided_decoding_backend", "early_stopping", "ec_transfer_params", "lora_request", "api_base",
+    "caching", "custom_llm_provider", "drop_params", "fallbacks", "headers", "num_retries", "tags",
+    "conversationId", "endpoint", "maxContextTokens", "modelLabel", "promptPrefix", "requestId",
+    "resendFiles", "stopSequence", "useResponsesApi", "web_search", "nvext",
+)  # fmt: skip
+"""Fields that servers and programs have beside those that are known here."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("field", CLIENTS_SEND)
+def test_fields_that_clients_send_to_every_server_are_ignored(
+    kind: type[BaseModel], field: str
+) -> None:
+    refuse_unsupported(a_request(kind, {field: "x"}))
+
+
+def a_request(kind: type[BaseModel], fields: dict[str, Any]) -> BaseModel:
+    own = {"prompt": "x"} if kind is CompletionRequest else {"messages": MESSAGES}
+    return kind.model_validate({**own, **fields})
 
 
 def test_names_from_elsewhere_stand_for_fields_and_are_none_themselves() -> None:

@@ -7,10 +7,10 @@ neutral value, which asks for nothing. `python -m vdiff_kserve.openai.fields` wr
 
 from __future__ import annotations
 
-import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,15 @@ from pydantic import BaseModel
 
 from vdiff_kserve.openai.decoding import REQUEST_FIELDS
 from vdiff_kserve.openai.errors import RequestError
+from vdiff_kserve.openai.near_misses import Names
+from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
+
+MAX_STEPS, SEED_CANVAS, PINNED = XARGS = (
+    "diffusion_max_steps",
+    "diffusion_seed_canvas",
+    "diffusion_pinned",
+)
+"""vLLM's names, among its `vllm_xargs`, for `steps` and for what is known of an answer."""
 
 DECODING = "see [decoding](decoding.md)"
 
@@ -144,27 +153,101 @@ NAMED_ELSEWHERE = {
     "gen_length": "max_tokens",
     "kv_window": "apd_window",
     "max_new_tokens": "max_tokens",
+    "num_steps": "steps",
     "remasking_strategy": "policy",
     "small_block_size": "block_length",
 }
 """Names that the models' own scripts and this server's flags have for request fields."""
-MISSPELLED = 0.85
-"""Unknown fields this similar to a decoding field are taken for it."""
-MAX_UNKNOWN, MAX_NAME = 64, 64
-"""Unknown fields that are compared, and their characters: each takes a tenth of a millisecond."""
+MISPLACED = {
+    "extra_body": "extra_body is the word of OpenAI's Python client for fields that it does not "
+    "know; in the body itself, they stand beside the others.",
+} | {name: f"{name} is a field of vllm_xargs, not of the request." for name in XARGS}
+"""Names that stand in a request where they mean nothing, and where they belong."""
+KINDS: dict[type[BaseModel], str] = {
+    ChatCompletionRequest: "chats",
+    CompletionRequest: "completions",
+}
+MAX_UNKNOWN = 64
+"""Unknown fields that are compared: each takes a tenth of a millisecond."""
 
 
 def refuse_unsupported(request: BaseModel) -> None:
-    """Refuse the first field that asks for what this server cannot do, or that is unknown but was
-    meant to be a decoding field.
+    """Refuse the first field that asks for what this server cannot do, that belongs to the other
+    endpoint, or that is unknown but was meant to be a known one.
 
     Raises:
         RequestError: naming the field and the reason.
     """
     refuse_fields(request, REFUSED)
     for field, value in islice((request.model_extra or {}).items(), MAX_UNKNOWN):
-        if value is not None and (meant := _meant_by(field)):
-            raise RequestError(f"There is no field {field}. Did you mean {meant}?", param=field)
+        if value is None:
+            continue
+        if value != {} and (why := MISPLACED.get(field)):
+            raise RequestError(why, param=field)
+        _refuse_of_other_kind(request, field, value)
+        if (meant := NAMED_ELSEWHERE.get(field) or _known().meant_by(field)) and meant != field:
+            raise _no_field(field, meant)
+    for path, part in _parts(request):
+        refuse_misspelled(part, _names_of(type(part)), path)
+
+
+def refuse_misspelled(part: BaseModel, names: Names, path: str = "") -> None:
+    """Refuse the first field that an object does not know but that was meant to be another.
+
+    Args:
+        names: what it may be meant to be.
+        path: where the object stands in the request, with a point at the end.
+
+    Raises:
+        RequestError: naming the field and the one that was meant.
+    """
+    for field, value in islice((part.model_extra or {}).items(), MAX_UNKNOWN):
+        if value is not None and (meant := names.meant_by(field)):
+            raise _no_field(path + field, path + meant)
+
+
+def _no_field(field: str, meant: str) -> RequestError:
+    return RequestError(f"There is no field {field}. Did you mean {meant}?", param=field)
+
+
+def _parts(whole: BaseModel, path: str = "") -> Iterator[tuple[str, BaseModel]]:
+    """The objects that a request holds and where, but for messages and tools: templates read
+    those."""
+    for name, field in type(whole).model_fields.items():
+        part = getattr(whole, name)
+        if isinstance(part, BaseModel):
+            inside = f"{path}{field.alias or name}."
+            yield inside, part
+            yield from _parts(part, inside)
+
+
+def _refuse_of_other_kind(request: BaseModel, field: str, value: Any) -> None:
+    """Refuse a field of completions in a chat, and of chats in a completion, when it asks for
+    something there."""
+    own = next((kind for kind in KINDS if isinstance(request, kind)), None)
+    others = [kind for kind in KINDS if kind is not own and field in kind.model_fields]
+    if own is None or not others or field not in SUPPORTED:
+        return
+    neutral = [others[0].model_fields[field].default]
+    if field == "max_completion_tokens":  # load generators send both names to both endpoints
+        neutral.append(getattr(request, "max_tokens", None))
+    if field == "tool_choice":
+        neutral += ["none", "auto"]
+    if value and value not in neutral:
+        raise RequestError(
+            f"{field} is a field of {KINDS[others[0]]}, not of {KINDS[own]}.", param=field
+        )
+
+
+@cache
+def _known() -> Names:
+    """Those names that change an answer, or are refused because they would."""
+    return Names((SUPPORTED.keys() | REFUSED.keys()) - {"request_id"})
+
+
+@cache
+def _names_of(kind: type[BaseModel]) -> Names:
+    return Names(field.alias or name for name, field in kind.model_fields.items())
 
 
 def refuse_fields(request: BaseModel, refused: Mapping[str, Refused]) -> None:
@@ -179,15 +262,6 @@ def refuse_fields(request: BaseModel, refused: Mapping[str, Refused]) -> None:
             raise RequestError(f"`{field}` is not supported: {reason}.", param=field)
 
 
-def _meant_by(unknown: str) -> str | None:
-    if unknown in NAMED_ELSEWHERE:
-        return NAMED_ELSEWHERE[unknown]
-    if len(unknown) > MAX_NAME:
-        return None
-    near = difflib.get_close_matches(unknown.lower(), _OWN, n=1, cutoff=MISSPELLED)
-    return near[0] if near else None
-
-
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     return any(
         value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral
@@ -199,8 +273,15 @@ def render_table() -> str:
     rows = {name: f"supported | {text}" for name, text in SUPPORTED.items()}
     rows |= {name: f"ignored | {text}" for name, text in IGNORED.items()}
     rows |= {name: f"refused | {each.reason}" for name, each in REFUSED.items()}
-    lines = [f"| `{name}` | {rows[name]} |" for name in sorted(rows) if name not in _OWN]
-    return "\n".join(["| field | here | what it does, or why not |", "|---|---|---|", *lines])
+    lines = [f"| `{name}` | {_kinds(name)} | {rows[name]} |" for name in sorted(rows.keys() - _OWN)]
+    return "\n".join(
+        ["| field | of | here | what it does, or why not |", "|---|---|---|---|", *lines]
+    )
+
+
+def _kinds(field: str) -> str:
+    of = [name for kind, name in KINDS.items() if field in kind.model_fields]
+    return "both" if len(of) > 1 else of[0]
 
 
 _OWN = REQUEST_FIELDS.union(("logits_eos_inf", "confidence_eos_eot_inf")).difference(

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from vdiff_kserve.engine import GenerationStats, Scoring, TokenLogprob, add_scores
 from vdiff_kserve.openai.candidates import EventSource
-from vdiff_kserve.openai.errors import RequestError, out_of_range
+from vdiff_kserve.openai.errors import RequestError, out_of_range, shorten
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.prompts import TokenIds
 from vdiff_kserve.openai.protocol import CompletionRequest, Likelihood
@@ -64,6 +64,7 @@ def scorer_of(
             raise RequestError("likelihood needs echo and logprobs.", param="likelihood")
         return None
     asked = request.likelihood or Likelihood()
+    _check_fields(asked)
     if limits.traits.renoises:
         raise RequestError(
             "echo with logprobs is not supported by this model: it is denoised from random tokens, "
@@ -84,6 +85,21 @@ def scorer_of(
         raise out_of_range("likelihood.context", allowed, asked.context)
     spare = limits.max_choices // len(prompts) - 1
     return Scorer(asked, limits.traits.autoregressive, seed, max(1, min(ROWS_PER_TEXT, spare)))
+
+
+def _check_fields(asked: Likelihood) -> None:
+    if unknown := next(iter(asked.model_extra or {}), None):
+        raise RequestError(
+            f"There is no field likelihood.{shorten(unknown)}; there are "
+            f"{', '.join(Likelihood.model_fields)}.",
+            param="likelihood",
+        )
+    if "samples" in asked.model_fields_set and asked.method != "monte_carlo":
+        raise RequestError(
+            f"likelihood.samples is for the method monte_carlo, and the method here is "
+            f"{asked.method}.",
+            param="likelihood.samples",
+        )
 
 
 class Scores:

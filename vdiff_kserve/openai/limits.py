@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from vdiff_kserve.openai.decoding import REQUEST_FIELDS, ModelTraits, resolve
 from vdiff_kserve.openai.errors import RequestError, out_of_range
-from vdiff_kserve.openai.fields import refuse_unsupported
+from vdiff_kserve.openai.fields import MAX_STEPS, refuse_unsupported
 from vdiff_kserve.openai.protocol import (
     INT64_MAX,
     ChatCompletionRequest,
@@ -18,9 +18,6 @@ from vdiff_kserve.openai.protocol import (
 )
 from vdiff_kserve.openai.tool_parsers import ParserName
 from vdiff_kserve.sampler import MAX_TOP_LOGPROBS, DecodingParams
-
-MAX_STEPS = "diffusion_max_steps"
-"""vLLM's name, among its `vllm_xargs`, for what is `steps` here."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from typing import Any, TypeGuard
 from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.openai.errors import RequestError, out_of_range
-from vdiff_kserve.openai.limits import MAX_STEPS, ServingLimits, check_token_ids
+from vdiff_kserve.openai.fields import PINNED, SEED_CANVAS, XARGS
+from vdiff_kserve.openai.limits import ServingLimits, check_token_ids
 from vdiff_kserve.openai.prompts import encode
 from vdiff_kserve.openai.protocol import GenerationFields
-
-SEED_CANVAS, PINNED = "diffusion_seed_canvas", "diffusion_pinned"
-XARGS = (MAX_STEPS, SEED_CANVAS, PINNED)
 
 Foreknown = tuple[tuple[int, ...], tuple[int, ...]]
 """What answers probably are, and what of them stands from the beginning; -1 for what is unknown."""

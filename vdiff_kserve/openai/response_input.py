@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from vdiff_kserve.openai.errors import RequestError, invalid_body, out_of_range, shorten
-from vdiff_kserve.openai.fields import Refused, refuse_fields
+from vdiff_kserve.openai.fields import Refused, refuse_fields, refuse_misspelled
+from vdiff_kserve.openai.near_misses import Names
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, GenerationFields
 from vdiff_kserve.openai.response_objects import ResponsesRequest
 
@@ -45,6 +46,9 @@ RENAMED = {
 }
 """Fields of chats that clients send here by mistake."""
 
+OWN = Names(ResponsesRequest.model_fields.keys() - GenerationFields.model_fields.keys())
+"""Fields that chats do not all have."""
+
 TEXT_PARTS = ("input_text", "output_text", "text")
 LOGPROBS = "message.output_text.logprobs"
 INCLUDABLE = (
@@ -68,6 +72,7 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
     """
     refuse_fields(request, REFUSED)
     fields = _chats_own(request.model_extra or {})
+    refuse_misspelled(request, OWN)
     if not request.input:
         raise RequestError("input must be given and not be empty.", param="input")
     _check_include(request.include or ())
