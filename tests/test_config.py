@@ -461,6 +461,8 @@ def test_the_configuration_page_is_current():
     assert page.partition(heading)[0] == render_docs().partition(heading)[0], "run `make docs`"
     for option in kserve_options(SETTINGS):
         assert f"`{option.option_strings[0]}`" in page, "run `make docs`"
+    assert "| `--grpc_port` | `VDIFF_GRPC_PORT` | `8081` |" in page
+    assert "| `--enable_grpc` | `VDIFF_ENABLE_GRPC` | `True` |" in page
 
 
 @pytest.mark.parametrize(

@@ -7,23 +7,28 @@ import json
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
-from vdiff_kserve.config import ServerConfig, parse_args
-from vdiff_kserve.setting import ConfigError
+if TYPE_CHECKING:
+    from vdiff_kserve.config import ServerConfig
 
 QUESTION = "What is 17 + 25?"
 
 
 def main() -> int:
     """Serve until a signal comes. Returns the process's exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    config = parse_args()
-
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)  # until the server, which ends in order, has its own
     gc.disable()  # all that is imported stays: searching it for garbage takes half a second
+    from vdiff_kserve.config import parse_args
+
+    config = parse_args()
     from vdiff_kserve.model import DiffusionModel
     from vdiff_kserve.models import CheckpointError
     from vdiff_kserve.observability import logs
-    from vdiff_kserve.server import Server, ServerError
+    from vdiff_kserve.ports import ServerError
+    from vdiff_kserve.server import Server
+    from vdiff_kserve.setting import ConfigError
 
     gc.freeze()  # nor is it searched while requests wait
     gc.enable()
@@ -43,12 +48,22 @@ def main() -> int:
     return code
 
 
+def leave(*_: object) -> None:
+    """End the process on a signal, from wherever it is.
+
+    An exception instead would be raised inside of whatever is being imported or begun; gRPC and
+    torch crash when that is cut off.
+    """
+    os._exit(0)
+
+
 def announce(config: ServerConfig, url: str) -> None:
     """Tell the person who started the server where it is and what to try."""
     body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
+    key = "-H 'Authorization: Bearer YOUR_API_KEY' " if config.api_key else ""
     sys.stdout.write(
         f"{config.model_name} is ready at {url}\nTry:\n"
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+        f"  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'\n"
     )
     sys.stdout.flush()
 

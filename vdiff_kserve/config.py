@@ -747,11 +747,13 @@ def render_docs() -> str:
                 default = setting.default_text or f"`{setting.default}`"
                 lines.append(f"| {flags} | {variables} | {allowed} | {default} | {setting.help} |")
         lines.append("")
-    lines += ["## KServe's own", "", "| option | variable | meaning |", "|---|---|---|"]
+    lines += ["## KServe's own", ""]
+    lines += ["| option | variable | default | meaning |", "|---|---|---|---|"]
     for action in kserve_options(ALL_SETTINGS):
         flag = action.option_strings[0]
         variable = f"`{ENV_PREFIX}{plain(flag).upper()}`"
-        lines.append(f"| `{flag}` | {variable} | {action.help} |")
+        default = "none" if action.default is None else f"`{action.default}`"
+        lines.append(f"| `{flag}` | {variable} | {default} | {action.help} |")
     lines += ["", f"`--workers` must stay 1: {WORKERS_REASON}."]
     return "\n".join(lines) + "\n"
 

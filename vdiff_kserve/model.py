@@ -66,6 +66,7 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
         self._engine: GenerationEngine | None = None
         self._restart: Callable[[], None] | None = None
         self._loader: threading.Thread | None = None
+        self._cut_short = False
         self._service: GenerationService | None = None
         self._tokens: Tokens | None = None
         self._change: asyncio.Task[None] | None = None
@@ -80,8 +81,9 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
 
     @property
     def loading(self) -> bool:
-        """Whether a thread reads the checkpoint. It cannot be ended."""
-        return self._loader is not None and self._loader.is_alive()
+        """Whether a thread reads the checkpoint, or did when the model was stopped. It cannot be
+        ended, and may start an engine that nobody ends."""
+        return self._cut_short or (self._loader is not None and self._loader.is_alive())
 
     @property
     def not_ready_reason(self) -> str | None:
@@ -243,6 +245,7 @@ class DiffusionModel(Model, OpenAIGenerativeModel):  # type: ignore[misc]
     def stop(self) -> None:
         """End the engine; unfinished requests are told that the server stopped."""
         self.refuse()
+        self._cut_short = self.loading
         if self._engine is not None and self._state is not State.STOPPED:
             self._engine.stop()
         self._state = State.STOPPED

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from socket import AF_INET6, create_server, has_dualstack_ipv6, socket
+from socket import socket
 from types import FrameType
 
 import uvicorn
@@ -41,6 +41,14 @@ from vdiff_kserve.openai.guards import Access, RpcGuard
 from vdiff_kserve.openai.infer import InferenceRequest
 from vdiff_kserve.openai.paths import PAGES
 from vdiff_kserve.openai.routes import build_router, restart_router
+from vdiff_kserve.ports import (
+    GRPC_ADVICE,
+    HTTP_ADVICE,
+    ServerError,
+    cannot_listen,
+    check_ports,
+    listen,
+)
 
 logger = logging.getLogger("kserve.vdiff.server")
 
@@ -50,10 +58,6 @@ FLUSH_SECONDS = 2
 
 OPEN_FILES = 65_536
 """As many as any number of clients needs: each connection is one."""
-
-
-class ServerError(Exception):
-    """The server cannot start; the message says why."""
 
 
 def check_certificate(certificate: str | None, key: str | None) -> None:
@@ -147,6 +151,8 @@ class Server(ModelServer):  # type: ignore[misc]
             ServerError: the address or a port cannot be listened on.
         """
         allow_connections()
+        grpc_port = self.grpc_port if self.enable_grpc else None
+        check_ports(self._config.host, self._config.port, grpc_port)
         asyncio.run(self._serve_until_signal(on_ready))
 
     async def _serve_until_signal(self, on_ready: Callable[[str], None]) -> None:
@@ -296,15 +302,11 @@ class DrainingServer(_RefreshingServer):  # type: ignore[misc]
         host, port = self.config.host, self.config.port
         try:
             if host == "::":
-                both = has_dualstack_ipv6()
-                sockets = [create_server((host, port), family=AF_INET6, dualstack_ipv6=both)]
+                sockets = [listen(host, port)]
             await super().startup(sockets)
         except (OSError, SystemExit) as error:  # uvicorn's way to say so is SystemExit
             reason = error if isinstance(error, OSError) else error.__context__
-            raise ServerError(
-                f"cannot listen on {host} port {port}: {reason}; choose another address by "
-                "--host and --port"
-            ) from error
+            raise ServerError(cannot_listen("", host, port, reason, HTTP_ADVICE)) from error
         logger.info("Listening on %s port %d; the model is loading.", *self.address)
         self.bound.set()
 
@@ -323,7 +325,8 @@ class DrainingServer(_RefreshingServer):  # type: ignore[misc]
         if not self._told:
             self._told = True
             logger.info(
-                "Stopping; running requests (%d) may go on for %.0f seconds, new ones are refused.",
+                "Stopping; running requests (%d) may go on for %.0f seconds, new ones are refused. "
+                "A second signal (Ctrl-C) ends them at once.",
                 self._model.active,
                 max(0.0, self._deadline - time.monotonic()),
             )
@@ -382,8 +385,7 @@ class RpcServer(GRPCServer):  # type: ignore[misc]
             port = self._server.add_insecure_port(f"{host}:{self._port}")
         except RuntimeError as error:
             raise ServerError(
-                f"gRPC cannot listen on {host} port {self._port}: {error}; choose another by "
-                "--grpc_port, or --enable_grpc false"
+                cannot_listen("gRPC ", self._host, self._port, error, GRPC_ADVICE)
             ) from error
         await self._server.start()
         logger.info("gRPC listens on %s port %d.", self._host, port)

@@ -20,6 +20,8 @@ from tests.server.conftest import COMMON
 from tests.server.process import ServerProcess
 from tests.server.test_errors import error_of
 from tests.waiting import wait_until
+from vdiff_kserve.__main__ import announce
+from vdiff_kserve.config import ServerConfig
 
 KEYS = ("sk-first-of-two", "sk-second-of-two")
 WRONG = "sk-nobodys"
@@ -114,6 +116,32 @@ def test_whatever_is_no_key_is_refused(http: httpx.Client, header: str | None) -
     error = error_of(http.post("/v1/completions", json=PROMPT, headers=headers), 401)
     assert error["type"] == "AuthenticationError"
     assert "sk-" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (None, "The request has no API key."),
+        ("Bearer", "The request has no API key."),
+        (KEYS[0], "The Authorization header does not begin with Bearer."),
+        (f"Bearer {KEYS[0]}x", "The API key of the request is not one of this server's."),
+    ],
+)
+def test_a_missing_key_and_a_wrong_one_are_told_apart(
+    http: httpx.Client, header: str | None, said: str
+) -> None:
+    headers = {} if header is None else {"Authorization": header}
+    error = error_of(http.get("/v1/models", headers=headers), 401)
+    assert error["message"].startswith(f"{said} This server needs an API key")
+
+
+def test_the_command_to_try_has_a_place_for_the_key(capsys: pytest.CaptureFixture[str]) -> None:
+    announce(ServerConfig(api_key=("sk-1",)), "http://here")
+    told = capsys.readouterr().out
+    assert "-H 'Authorization: Bearer YOUR_API_KEY'" in told
+    assert "sk-1" not in told
+    announce(ServerConfig(), "http://here")
+    assert "Authorization" not in capsys.readouterr().out
 
 
 def test_the_scheme_may_be_spelled_small(http: httpx.Client) -> None:

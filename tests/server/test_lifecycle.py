@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,10 +24,11 @@ from kserve import InferInput, InferRequest
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
 from tests.server.conftest import COMMON
-from tests.server.process import LISTENING, ServerProcess
+from tests.server.process import ServerProcess, free_port
 from tests.waiting import wait_until
 from vdiff_kserve.checkpoint import check_readable
 from vdiff_kserve.models import CheckpointError
+from vdiff_kserve.ports import ServerError, check_ports
 from vdiff_kserve.server import allow_connections
 
 NOBODY = 65534
@@ -199,6 +203,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(
         assert last["choices"][0]["finish_reason"] == "length"
         assert server.wait() == 0
         assert "Stopping; running requests (1) may go on for" in server.output
+        assert "A second signal (Ctrl-C) ends them at once." in server.output
 
 
 def test_what_outlasts_the_grace_period_is_told(
@@ -223,30 +228,72 @@ def test_what_outlasts_the_grace_period_is_told(
         assert server.wait() == 0
 
 
-def test_sigterm_while_loading_exits_cleanly(checkpoint: str) -> None:
-    with ServerProcess(*COMMON, "--model_dir", checkpoint) as server:
-        server.wait_for(LISTENING)
-        server.terminate()
+START = ("Registering model", "Starting uvicorn", "Listening on")
+
+
+def test_a_signal_during_the_start_ends_it_quietly(checkpoint: str) -> None:
+    arguments = (*COMMON, "--model_dir", checkpoint)
+    with ExitStack() as stack:
+        servers = [stack.enter_context(ServerProcess(*arguments)) for _ in START]
+        for server, line, number in zip(
+            servers, START, (signal.SIGINT, signal.SIGINT, signal.SIGTERM), strict=True
+        ):
+            server.wait_for_line(line)
+            server.process.send_signal(number)
+        for server in servers:
+            assert server.wait() == 0, server.output
+            for word in ("Traceback", "never awaited", "rror:"):
+                assert word not in server.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_anything_is_imported_is_heeded_too(number: signal.Signals) -> None:
+    with ServerProcess(*COMMON) as server:
+        status = Path(f"/proc/{server.process.pid}/status")
+
+        def handled() -> bool:
+            caught = re.search(r"SigCgt:\t(\w+)", status.read_text(encoding="utf-8"))
+            return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+        wait_until(handled)
+        server.process.send_signal(number)
         assert server.wait() == 0
+    assert server.output == ""
 
 
-def test_an_address_that_cannot_be_listened_on_is_an_error(
+def test_addresses_that_cannot_be_listened_on_are_one_error(
     checkpoint: str, server: ServerProcess
 ) -> None:
     arguments = (*COMMON, "--model_dir", checkpoint)
-    taken = server.url.rpartition(":")[2]
+    port = server.url.rpartition(":")[2]
+    taken = ("--port", port, "--grpc_port", str(server.grpc_port))
     with (
-        ServerProcess(*arguments, "--port", taken) as second,
-        ServerProcess(*arguments, "--grpc_port", str(server.grpc_port)) as third,
-        ServerProcess(*arguments, "--host", "192.0.2.1") as fourth,
+        ServerProcess(*arguments, *taken) as second,
+        ServerProcess(*arguments, "--host", "192.0.2.1") as third,
     ):
         assert second.wait() == 1
-        assert f"error: cannot listen on 127.0.0.1 port {taken}: " in second.output
-        assert "address already in use; choose another address" in second.output
+        assert second.output.endswith(
+            f"error: cannot listen on 127.0.0.1 port {port}: address already in use; choose "
+            "another address by --host and --port. gRPC cannot listen on 127.0.0.1 port "
+            f"{server.grpc_port}: address already in use; choose another by --grpc_port, or switch "
+            "gRPC off by --enable_grpc false\n"
+        )
+        for said in ("add_port", "GRPC_VERBOSITY", "Traceback"):
+            assert said not in second.output
         assert third.wait() == 1
-        assert "error: gRPC cannot listen" in third.output
-        assert fourth.wait() == 1
-        assert "error: cannot listen on 192.0.2.1 port " in fourth.output
+        assert "error: cannot listen on 192.0.2.1 port " in third.output
+
+
+def test_only_the_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as owner:
+        taken = owner.getsockname()[1]
+        with pytest.raises(ServerError, match=f"^cannot listen on 127.0.0.1 port {taken}: [^.]*$"):
+            check_ports("127.0.0.1", taken, free_port())
+        with pytest.raises(ServerError, match=f"^gRPC cannot listen on 127.0.0.1 port {taken}: "):
+            check_ports("127.0.0.1", 0, taken)
+        with pytest.raises(ServerError, match=r"no\.such\.host\.invalid port 0: "):
+            check_ports("no.such.host.invalid", 0, None)
+    check_ports("127.0.0.1", taken, None)
 
 
 def test_every_address_is_of_both_kinds(checkpoint: str) -> None:

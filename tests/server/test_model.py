@@ -22,7 +22,8 @@ from vdiff_kserve.models import CheckpointError
 from vdiff_kserve.observability import logs, metrics
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
-from vdiff_kserve.server import ServerError, check_access_log, check_certificate
+from vdiff_kserve.ports import ServerError
+from vdiff_kserve.server import check_access_log, check_certificate
 from vdiff_kserve.setting import ConfigError
 
 CHAT = ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}], max_tokens=3)

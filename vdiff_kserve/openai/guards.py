@@ -60,7 +60,8 @@ class Access:
         await self._count(f"address {network_of(address)}" if key is None else f"key {key}")
         if self._digests and key is None:
             raise RequestError(
-                "This server needs an API key, in the header Authorization: Bearer <key>.",
+                f"{_wrong_with(authorization)} This server needs an API key, in the header "
+                "Authorization: Bearer <key>.",
                 status=HTTPStatus.UNAUTHORIZED,
             )
 
@@ -85,6 +86,15 @@ class Access:
                     status=HTTPStatus.TOO_MANY_REQUESTS,
                     retry_after=max(1, math.ceil(again - time.time())),
                 )
+
+
+def _wrong_with(authorization: bytes | None) -> str:
+    scheme, _, token = (authorization or b"").partition(b" ")
+    if not token.strip() and scheme.lower() in (b"", b"bearer"):
+        return "The request has no API key."
+    if scheme.lower() != b"bearer":
+        return "The Authorization header does not begin with Bearer."
+    return "The API key of the request is not one of this server's."
 
 
 def _digest(key: bytes) -> bytes:
