@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, filter_repo_objects
@@ -77,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         download(arguments)
     except (DownloadError, HfHubHTTPError, HFValidationError, OSError) as error:
         say(f"error: {error}")
+        return 1
+    except ClientError as error:  # httpx's, or httpx2's where huggingface_hub is 2.0 or later
+        say(f"error: {arguments.model_id}: {constants.ENDPOINT} cannot be reached ({error})")
         return 1
     return 0
 

@@ -23,7 +23,11 @@ post() {
 }
 
 step "Is it ready?   GET /health"
-get /health >/dev/null && echo yes
+get /health >/dev/null || {
+    [ $? -ne 7 ] || echo "no server answers at $url; start one with make serve" >&2
+    exit 1
+}
+echo yes
 
 step "What does it serve?   GET /v1/models"
 models=$(get /v1/models)

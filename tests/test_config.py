@@ -426,6 +426,16 @@ def test_help_lists_the_settings_before_the_options_of_kserve(capsys):
     text = capsys.readouterr().out
     positions = [text.index(f"--{name}") for name in SETTINGS]
     assert max(positions) < text.index("KServe's options") < text.index("--grpc_port")
+    assert "docs/configuration.md" in text
+
+
+def test_options_of_transformers_are_read_but_not_in_the_help(capsys):
+    assert parse("--protocol", "v2").kserve.protocol == "v2"
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    assert "--predictor_" not in text
+    assert "--protocol" not in text
 
 
 def test_kserve_is_told_of_its_options(monkeypatch):

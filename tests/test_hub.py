@@ -124,6 +124,15 @@ def test_without_network_the_way_out_is_told(hub: Hub, monkeypatch: pytest.Monke
     assert "HF_HUB_OFFLINE is set" in refusal()
 
 
+def test_without_network_shapes_cannot_be_read_and_that_is_told(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.url = "http://127.0.0.1:1"
+    hub.use(monkeypatch, tmp_path / "cache")
+    with pytest.raises(CheckpointError, match=r"http://127\.0\.0\.1:1 cannot be reached"):
+        stored_shapes(MODEL_ID, None)
+
+
 def test_a_server_of_an_unreachable_model_ends_with_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

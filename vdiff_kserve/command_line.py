@@ -47,7 +47,8 @@ class CommandLine(argparse.ArgumentParser):
             description="Serve a diffusion language model through KServe. Without a model option, "
             "the small model inside the package is served.",
             epilog="Every option can be written with dashes or underscores, and set by an "
-            f"environment variable: --max_queue by {ENV_PREFIX}MAX_QUEUE. The command line wins.",
+            f"environment variable: --max_queue by {ENV_PREFIX}MAX_QUEUE. The command line wins. "
+            "docs/configuration.md has them as tables.",
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
@@ -79,6 +80,8 @@ class CommandLine(argparse.ArgumentParser):
         for action in kserve_options(settings):
             if action.default is not None:
                 action.help = f"{action.help} (default: {action.default})"
+            if "predictor" in action.dest or action.dest == "protocol":
+                action.help = argparse.SUPPRESS  # of transformers, which call a server like this
             action.default = argparse.SUPPRESS
             kserve._add_action(action)
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
+from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]
 
 from vdiff_kserve.models import CheckpointError
 
@@ -74,11 +74,10 @@ def _told_as_checkpoint_error(hub_id: str, revision: str | None) -> Iterator[Non
     try:
         yield
     except (
-        HfHubHTTPError,
+        ClientError,  # httpx's, or httpx2's where huggingface_hub is 2.0 or later
         HFValidationError,
         NotASafetensorsRepoError,
         SafetensorsParsingError,
-        httpx.HTTPError,
         OSError,
     ) as error:
         where = hub_id if revision is None else f"{hub_id} at {revision}"
@@ -107,4 +106,6 @@ def _reason(error: Exception) -> str:
             f"{endpoint} cannot be reached ({cause}) and {constants.HF_HUB_CACHE} does not hold "
             "it. Without network, copy the checkpoint to a folder and name that by --model_dir"
         )
+    if isinstance(error, ClientError) and not isinstance(error, HfHubHTTPError):
+        return f"{endpoint} cannot be reached ({error})"
     return str(error)

@@ -12,6 +12,7 @@ import pytest
 
 from hack.download_model import INCLUDED
 from tests.hack.hub import COMMIT, Hub
+from tests.server.process import free_port
 from tests.waiting import wait_until
 from vdiff_kserve import hub as served
 
@@ -124,6 +125,14 @@ def test_a_model_that_does_not_exist_is_an_error(hub, tmp_path):
     code, output = run(hub, tmp_path / "model")
     assert code == 1
     assert "error:" in output
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(hub, tmp_path):
+    hub.url = f"http://127.0.0.1:{free_port()}"
+    code, output = run(hub, tmp_path / "model")
+    assert code == 1
+    assert len(output.splitlines()) == 1, output
+    assert f"error: {MODEL_ID}: {hub.url} cannot be reached" in output
 
 
 def test_nothing_to_download_is_an_error(hub, tmp_path):

@@ -39,8 +39,12 @@ def test_the_tour_shows_every_protocol(url, given):
     assert 'vdiff_requests_running{model_name="llada"}' in sections[8]
 
 
-def test_it_fails_where_nothing_listens():
-    assert tour(f"http://127.0.0.1:{free_port()}").returncode != 0
+def test_it_stops_at_once_where_nothing_listens():
+    url = f"http://127.0.0.1:{free_port()}"
+    done = tour(url)
+    assert done.returncode != 0
+    assert f"no server answers at {url}; start one with make serve" in done.stderr
+    assert done.stdout.count("\n== ") == 1
 
 
 def test_it_fails_for_a_model_that_is_not_served(url):
