@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import vdiff_kserve
+from vdiff_kserve.command_line import kserve_options, plain
 from vdiff_kserve.config import SETTINGS
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +127,7 @@ def test_every_make_command_in_the_documents_exists():
 
 def test_every_option_in_the_readme_exists():
     known = {"help", *SETTINGS, *(alias for each in SETTINGS.values() for alias in each.aliases)}
+    known |= {plain(flag) for each in kserve_options(SETTINGS) for flag in each.option_strings}
     named = re.findall(r"(?<![\w-])--([a-z]\w+)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert set(named) <= known
     assert "model_dir" in named

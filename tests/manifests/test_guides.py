@@ -36,9 +36,10 @@ NOT_RUN = {
 }
 """What the word after `sh` says a block needs, and what its page must say then."""
 FOREIGN = {
-    "base_model", "check", "dcp", "dry_run", "dtype", "gpu_memory", "max_worker_port",
-    "min_worker_port", "model_args", "node_manager_port", "object_manager_port", "only", "parts",
-    "prefix", "seconds", "shard_size", "streams", "tasks", "upgrade", "verify",
+    "base_model", "check", "dcp", "dry_run", "dtype", "gpu_memory", "include", "limit",
+    "max_worker_port", "min_worker_port", "model_args", "node_manager_port",
+    "object_manager_port", "only", "parts", "prefix", "seconds",
+    "shard_size", "streams", "tasks", "upgrade", "verify",
 }  # fmt: skip
 """Options of other programs that the texts name."""
 
