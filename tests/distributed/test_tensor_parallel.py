@@ -97,6 +97,29 @@ def models():
     alone.shutdown()
 
 
+PROGRAM = """
+from vdiff_kserve import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(dtype="float32", tensor_parallel_size=2)
+    llm.generate("hello", SamplingParams(max_tokens=4))
+"""
+
+
+def test_a_program_that_does_not_shut_its_model_down_ends_quietly(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "exit code" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def ranks_of(pid: int) -> list[psutil.Process]:
     """The further ranks of the process."""
     children = psutil.Process(pid).children()

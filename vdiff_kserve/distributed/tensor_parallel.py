@@ -6,9 +6,11 @@ engine until it stops. A rank that ends on its own takes the engine with it: wha
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import threading
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -27,6 +29,8 @@ from vdiff_kserve.models import CheckpointError, choose_device, fit_threads
 ADDRESS = "127.0.0.1"
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 """How long one rank may wait for another inside a forward pass, loading included."""
+PARTING_SECONDS = 10.0
+"""How long the program's end waits for a rank to end by itself."""
 IDLE_TIMEOUT = timedelta(days=365)
 """How long a rank waits for the next round; a server may be idle for long."""
 
@@ -62,10 +66,11 @@ def load_sharded(config: ServerConfig, observer: RoundObserver | None = None) ->
         for process in others:
             process.kill()
         raise
-    watch = threading.Thread(
-        target=_watch, args=(loaded.engine, others), name="vdiff-ranks", daemon=True
-    )
-    watch.start()
+    # Not the engine itself: a daemon thread that is the last to hold a model would free it while
+    # the interpreter ends, which aborts the process.
+    engine = weakref.ref(loaded.engine)
+    threading.Thread(target=_watch, args=(engine, others), name="vdiff-ranks", daemon=True).start()
+    atexit.register(_part, engine, others)
     return loaded
 
 
@@ -113,13 +118,23 @@ def _follow(config: ServerConfig, index: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def _watch(engine: Engine, others: Sequence[BaseProcess]) -> None:
+def _part(engine: weakref.ref[Engine], others: Sequence[BaseProcess]) -> None:
+    """At the end of the program, let the other ranks end by themselves before they are killed."""
+    if (running := engine()) is not None:
+        running.stop()
+    for process in others:
+        process.join(PARTING_SECONDS)
+
+
+def _watch(engine: weakref.ref[Engine], others: Sequence[BaseProcess]) -> None:
     """Fail the engine when a rank ends while it runs."""
     running = {process.sentinel: process for process in others}
     while running:
         for sentinel in wait(list(running)):
             process = running.pop(sentinel)  # type: ignore[arg-type]
             process.join()
-            if process.exitcode:
+            held = engine()
+            if process.exitcode and held is not None and held.alive:
                 logger.critical("%s ended with exit code %s.", process.name, process.exitcode)
-                engine.fail(f"{process.name} ended with exit code {process.exitcode}")
+                held.fail(f"{process.name} ended with exit code {process.exitcode}")
+            del held
