@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vdiff_kserve import __version__
+from vdiff_kserve.command_line import ELSEWHERE
 from vdiff_kserve.config import (
     ALL_SETTINGS,
     DECODING_FLAGS,
@@ -23,7 +25,7 @@ from vdiff_kserve.config import (
 )
 from vdiff_kserve.decoding import DECODING_FIELDS
 from vdiff_kserve.models.precision import DTYPES
-from vdiff_kserve.setting import parse_size
+from vdiff_kserve.setting import SHORT_NAMES, parse_size
 from vdiff_kserve.vllm_options import HINTS
 
 ROOT = Path(__file__).parent.parent
@@ -311,12 +313,52 @@ def test_variables_that_kubernetes_makes_of_services_are_passed_over(capsys):
         ("--diffusion-step=3", "unknown option --diffusion-step; did you mean --diffusion_steps?"),
         ("--grpc-prt 3", "unknown option --grpc-prt; did you mean --grpc_port?"),
         ("--xyzzy", "unknown option --xyzzy; see --help"),
+        ("--model-path x", "unknown option --model-path; did you mean --model_dir?"),
+        ("--gpu_memory 3", "unknown option --gpu_memory; did you mean --gpu_memory_utilization?"),
+        ("--verbose", "unknown option --verbose; did you mean --log_level?"),
         ("model", "unknown argument model; did you mean --model?"),
         ("org/LLaDA-8B", "unknown argument org/LLaDA-8B; a model is named by --model"),
     ],
 )
 def test_an_unknown_flag_is_refused_with_a_suggestion(capsys, argv, message):
     assert refusal(capsys, *argv.split()) == message
+
+
+def test_names_of_other_programs_stand_for_options_that_there_are() -> None:
+    assert set(ELSEWHERE.values()) <= set(ALL_SETTINGS)
+    assert not set(ELSEWHERE) & (set(ALL_SETTINGS) | set(HINTS))
+
+
+@pytest.mark.parametrize(("short", "meant"), SHORT_NAMES.items())
+def test_a_short_name_of_a_number_type_is_refused_with_the_long_one(capsys, short, meant):
+    message = refusal(capsys, "--dtype", short)
+    assert message.endswith(f", got '{short}'; did you mean {meant}?")
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--version", VDIFF_VERSION="3")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"vdiff_kserve {__version__}\n"
+    assert parse(VDIFF_VERSION="3") == ServerConfig()
+
+
+@pytest.mark.parametrize("name", ["model_dir", "model", "apd_model"])
+def test_a_file_in_the_place_of_a_folder_is_told_so(capsys, tmp_path, name):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    message = refusal(capsys, f"--{name}", str(file))
+    assert message.startswith(f"--{name} must be a folder that exists")
+    assert message.endswith(f", got '{file}', which is a file")
+
+
+@pytest.mark.parametrize("name", ["model_dir", "model", "apd_model"])
+def test_the_home_folder_may_be_written_short(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    assert getattr(parse(f"--{name}", "~/models"), name) == str(tmp_path / "models")
+    given = {f"VDIFF_{name.upper()}": "~/models"}
+    assert getattr(parse(**given), name) == str(tmp_path / "models")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +374,7 @@ def test_an_unknown_flag_is_refused_with_a_suggestion(capsys, argv, message):
 )
 def test_an_option_of_vllm_is_refused_with_what_to_do(capsys, argv, option, todo):
     message = refusal(capsys, *argv.split())
-    assert message.startswith(f"unknown {'option' if option[0] == '-' else 'argument'} {option}; ")
+    assert message.startswith(f"vLLM's {'option' if option[0] == '-' else 'argument'} {option}: ")
     assert todo in message
 
 
@@ -342,7 +384,7 @@ def test_all_options_of_a_command_line_for_vllm_are_answered_at_once(capsys):
         parse(*argv.split())
     told = capsys.readouterr().err
     for name in ("serve", "--swap-space", "--seed", "--uvicorn-log-level", "-tp"):
-        assert f" {name}; " in told
+        assert f" {name}: " in told
     assert "max-num-seqs" not in told
     assert "did you mean" not in told
     assert "--help" not in told
@@ -373,7 +415,7 @@ def test_a_configuration_made_in_code_is_checked_too(value):
 KEYS = {
     "--api_key good, sk-1": "--api_key: must be letters, digits and signs",
     "--api_key sk-1 -sk-2": "an argument is unknown; it may be a secret",
-    "--api_key=good --swap-space 4 -sk-1": "unknown option --swap-space",
+    "--api_key=good --swap-space 4 -sk-1": "vLLM's option --swap-space: ",
     "--api_key=good sk-1": "an argument is unknown; it may be a secret",
     "--api_kei=sk-1": "unknown option --api_kei; did you mean --api_key?",
     "--api_key sk-1 --port sk": "--port/--http_port: must be an integer",

@@ -147,3 +147,13 @@ def test_memory_that_is_no_size_is_refused(wrong, capsys):
 def test_a_folder_without_a_config_is_an_error(tmp_path, capsys):
     assert sizing.main(["--model_dir", str(tmp_path), "--gpu_memory", "8GiB"]) == 1
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--model_dir", "--apd_model"])
+def test_a_folder_that_does_not_exist_is_told(
+    capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    argv = ["--model_dir", str(EMBEDDED), "--gpu_memory", "8GiB", option, "/nope"]
+    with pytest.raises(SystemExit):
+        sizing.main(argv)
+    assert f"{option} must be a folder that exists, got '/nope'" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
+from vdiff_kserve import __version__
 from vdiff_kserve.setting import Setting, parse_bool
 
 ENV_PREFIX = "VDIFF_"
@@ -22,6 +23,24 @@ SERVICE_VARIABLE = re.compile(
     r".*_SERVICE_(HOST|PORT(_\w+)?)|.*_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?"
 )
 """And these, for every Service whose name begins with it."""
+
+
+_ELSEWHERE = {
+    "model_dir": "model_path path checkpoint checkpoint_dir checkpoint_path ckpt ckpt_dir",
+    "model_id": "hf_model repo_id hub_id",
+    "log_level": "verbose verbosity debug quiet",
+    "host": "bind address ip listen",
+    "api_key": "token auth_token key",
+    "temperature": "temp",
+    "max_num_seqs": "batch_size max_batch_size",
+    "device": "gpu cuda",
+    "max_model_len": "context_length max_length ctx_size",
+}
+ELSEWHERE = {each: option for option, names in _ELSEWHERE.items() for each in names.split()}
+"""What other programs call an option -> its name here."""
+
+PAGES = ("help", "version")
+"""Options that tell something and have no value."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -52,6 +71,7 @@ class CommandLine(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
+        self.add_argument("--version", action="version", version=f"vdiff_kserve {__version__}")
         self.exclusive = frozenset(exclusive)
         self._hint_for = hint_for
         self._secrets = frozenset(name for name, setting in settings.items() if setting.secret)
@@ -118,23 +138,30 @@ class CommandLine(argparse.ArgumentParser):
             self.error("an argument is unknown; it may be a secret, so it is not shown")
         is_option = [bool(re.match(r"--|-[A-Za-z]", name)) for name in names]
         problems = [
-            f"unknown {'option' if option else 'argument'} {name}; {self._hint(name, flags)}"
+            self._problem("option" if option else "argument", name, flags)
             for place, (name, option) in enumerate(zip(names, is_option, strict=True))
             if place == 0 or (option and (name.startswith("--") or not among_secrets))
         ]
         self.error("\n  ".join(problems))
 
-    def _hint(self, name: str, flags: Mapping[str, str]) -> str:
+    def _problem(self, kind: str, name: str, flags: Mapping[str, str]) -> str:
         if hint := self._hint_for(name):
-            return hint
-        if close := difflib.get_close_matches(plain(name), flags, n=1):
+            return f"vLLM's {kind} {name}: {hint}"
+        return f"unknown {kind} {name}; {self._hint(plain(name), name[0] == '-', flags)}"
+
+    def _hint(self, name: str, is_option: bool, flags: Mapping[str, str]) -> str:
+        if len(whole := [known for known in flags if known.startswith(f"{name}_")]) == 1:
+            return f"did you mean {flags[whole[0]]}?"
+        if name in ELSEWHERE:
+            return f"did you mean {flags[ELSEWHERE[name]]}?"
+        if close := difflib.get_close_matches(name, flags, n=1):
             return f"did you mean {flags[close[0]]}?"
-        return "see --help" if name[0] == "-" else "a model is named by --model"
+        return "see --help" if is_option else "a model is named by --model"
 
     def _read_environment(self, environ: Mapping[str, str], skip: set[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for action in self._actions:
-            if action.dest == "help" or action.dest in skip:
+            if action.dest in PAGES or action.dest in skip:
                 continue
             for flag in action.option_strings:
                 variable = ENV_PREFIX + plain(flag).upper()
@@ -154,7 +181,7 @@ class CommandLine(argparse.ArgumentParser):
         known = [
             plain(flag).upper()
             for action in self._actions
-            if action.dest != "help"
+            if action.dest not in PAGES
             for flag in action.option_strings
         ]
         warnings = []

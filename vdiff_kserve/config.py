@@ -61,7 +61,8 @@ class ServerConfig:
         "llada",
         group="model",
         metavar="NAME",
-        help="Name of the model in requests, paths and metrics.",
+        help="Name of the model in requests, paths and metrics. Paths of KServe's V1 and V2 cannot "
+        "hold a slash: a name with one needs another without, by --served_model_name.",
     )
     served_model_name: tuple[str, ...] = _setting(
         str,
@@ -77,6 +78,7 @@ class ServerConfig:
         None,
         group="model",
         metavar="DIR",
+        is_path=True,
         default_text="the embedded model",
         help="Folder of a checkpoint: config.json, tokenizer and safetensors files.",
     )
@@ -94,6 +96,7 @@ class ServerConfig:
         None,
         group="model",
         metavar="DIR_OR_ID",
+        is_path=True,
         default_text="the embedded model",
         help="Either of the two: a folder when one of that name exists, else a hub id.",
     )
@@ -129,6 +132,7 @@ class ServerConfig:
         None,
         group="model",
         metavar="DIR",
+        is_path=True,
         default_text="the embedded model",
         help="PyTorch Distributed Checkpoint of a training run, such as NeMo-RL writes; converted "
         "at the first start.",
@@ -138,6 +142,7 @@ class ServerConfig:
         None,
         group="model",
         metavar="DIR_OR_ID",
+        is_path=True,
         default_text="none",
         help="With --dcp_path: the model that was trained, for its configuration and tokenizer.",
     )
@@ -146,6 +151,7 @@ class ServerConfig:
         "~/.cache/vdiff_kserve",
         group="model",
         metavar="DIR",
+        is_path=True,
         help="Where converted checkpoints are kept. Downloads are kept below HF_HOME.",
     )
     chat_template: str | None = _setting(
@@ -153,6 +159,7 @@ class ServerConfig:
         None,
         group="model",
         metavar="FILE",
+        is_path=True,
         default_text="the checkpoint's own",
         help="Jinja file with the chat template.",
     )
@@ -348,6 +355,7 @@ class ServerConfig:
         None,
         group="decoding",
         metavar="DIR",
+        is_path=True,
         default_text="the embedded one with the embedded model, else none",
         help="Folder of a causal checkpoint with the same vocabulary (Qwen2, Qwen3 or Llama "
         "format) that checks what policy apd proposes.",
@@ -600,34 +608,36 @@ class ServerConfig:
                 raise ConfigError(f"--{DECODING_FIELDS[name].flag or name} {problem}")
         if self.apd_model and not self.enable_apd:
             raise ConfigError("--apd_model and --disable_apd contradict each other")
-        if self.apd_model and not Path(self.apd_model).is_dir():
-            raise ConfigError(f"--apd_model must be a folder that exists, got {self.apd_model!r}")
+        self._check_folder("apd_model")
 
     def _check_sources(self) -> None:
         if len(given := [name for name in MODEL_SOURCES if getattr(self, name)]) > 1:
             flags = " and ".join(f"--{name}" for name in given)
             raise ConfigError(f"{flags} contradict each other; give one of them")
-        if self.model_dir and not Path(self.model_dir).is_dir():
-            raise ConfigError(f"--model_dir must be a folder that exists, got {self.model_dir!r}")
+        self._check_folder("model_dir")
         if (self.dcp_path is None) != (self.base_model is None):
             raise ConfigError("--dcp_path and --base_model need each other; give both")
-        if self.dcp_path and not Path(self.dcp_path).is_dir():
-            raise ConfigError(f"--dcp_path must be a folder that exists, got {self.dcp_path!r}")
+        self._check_folder("dcp_path")
         hub = SETTINGS["model_id"]
-        if self.base_model and not Path(self.base_model).is_dir() and hub.problem(self.base_model):
-            raise ConfigError(
-                f"--base_model must be a folder that exists or {hub.allowed}, got "
-                f"{self.base_model!r}"
-            )
+        self._check_folder("base_model", hub)
         self._check_placement()
         if self.quantization and self.tensor_parallel_size > 1:
             raise ConfigError("--quantization and --tensor_parallel_size contradict each other")
         if self.revision and self.hub_id is None and self.base_model is None:
             raise ConfigError("--revision is for --model_id, --model and --base_model")
-        if self.model and self.checkpoint_dir is None and hub.problem(self.model):
-            raise ConfigError(
-                f"--model must be a folder that exists or {hub.allowed}, got {self.model!r}"
-            )
+        self._check_folder("model", hub)
+
+    def _check_folder(self, name: str, hub: Setting | None = None) -> None:
+        """Refuse what is no folder, nor a hub id where one is allowed too."""
+        given = getattr(self, name)
+        if not given or Path(given).is_dir():
+            return
+        is_file = Path(given).is_file()
+        if hub is not None and not is_file and not hub.problem(given):
+            return
+        allowed = f" or {hub.allowed}" if hub else ""
+        told = f"{given!r}, which is a file" if is_file else repr(given)
+        raise ConfigError(f"--{name} must be a folder that exists{allowed}, got {told}")
 
     def _check_placement(self) -> None:
         if self.device_map is None:

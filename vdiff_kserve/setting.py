@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ SIZE = (r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)", "a size such as 512MiB or 4GiB")
 """What a size looks like: a regular expression, and words."""
 TRUE_WORDS = ("1", "true", "yes", "on", "y", "t")
 FALSE_WORDS = ("0", "false", "no", "off", "n", "f")
+
+SHORT_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""What other programs call an allowed value."""
 
 
 class ConfigError(ValueError):
@@ -40,6 +44,7 @@ class Setting:
         many: whether it takes several values.
         negation: for a bool, the flag that turns it off.
         secret: the value is never shown.
+        is_path: whether `~` at its beginning is the user's home.
     """
 
     kind: Kind
@@ -57,6 +62,7 @@ class Setting:
     many: bool = False
     negation: str = ""
     secret: bool = False
+    is_path: bool = False
 
     @property
     def allowed(self) -> str:
@@ -91,10 +97,15 @@ class Setting:
         """
         if self.kind is bool:
             return parse_bool(text)
+        if self.is_path:
+            text = os.path.expanduser(text)  # noqa: PTH111  a hub id is no path and stays as it is
         value: int | float | str = text.lower() if self.choices else text
         with contextlib.suppress(ValueError):
             value = self.kind(value)
         if problem := self.problem(value):
+            meant = SHORT_NAMES.get(str(value))
+            if meant in self.choices:
+                problem += f"; did you mean {meant}?"
             raise argparse.ArgumentTypeError(problem)
         return value
 

@@ -178,11 +178,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_model_len", type=int, help="tokens of a request (the model's own)")
     parser.add_argument("--gpu_memory_utilization", type=float, default=0.9)
     arguments = parser.parse_args(with_underscores(argv))
+    for name in ("model_dir", "apd_model"):
+        folder = getattr(arguments, name)
+        if folder is not None and not folder.expanduser().is_dir():
+            parser.error(f"--{name} must be a folder that exists, got {str(folder)!r}")
     try:
         sizing = size(
-            arguments.model_dir,
+            arguments.model_dir.expanduser(),
             arguments.gpu_memory,
-            auxiliary_dir=arguments.apd_model,
+            auxiliary_dir=arguments.apd_model and arguments.apd_model.expanduser(),
             dtype=DTYPES[arguments.dtype],
             request_tokens=arguments.max_model_len,
             utilization=arguments.gpu_memory_utilization,

@@ -249,6 +249,9 @@ def test_a_base_url_without_its_prefix_is_told(http: httpx.Client, path: str) ->
         ("/api/chat", "use /v1/chat/completions"),
         ("/v1/v1/chat/completions", "/v1 twice"),
         ("/openai/v1/v1/models", "/v1 twice"),
+        ("/v1/chat/completion", "Did you mean /v1/chat/completions?"),
+        ("/openai/v1/completion", "Did you mean /v1/completions?"),
+        ("/docs", "--enable_docs_url true"),
     ],
 )
 def test_a_route_of_other_servers_is_refused_with_the_reason(
@@ -257,6 +260,17 @@ def test_a_route_of_other_servers_is_refused_with_the_reason(
     message = error_of(http.post(path, json={"input": "x"}), 404)["message"]
     assert message.startswith(f"There is no route POST {path}. ")
     assert why in message
+
+
+def test_a_slash_for_the_colon_of_v1_is_told(http: httpx.Client) -> None:
+    response = http.post("/v1/models/tiny/predict", json={"instances": ["x"]})
+    assert "a colon before the verb: /v1/models/tiny:predict." in str(error_of(response, 405))
+
+
+def test_a_fixed_model_names_the_option_that_frees_it(http: httpx.Client) -> None:
+    response = http.post("/v2/repository/models/tiny/unload")
+    assert response.status_code == 403
+    assert "--enable_repository_control true" in response.json()["error"]
 
 
 def test_the_connection_goes_on_after_every_error(http: httpx.Client) -> None:

@@ -174,6 +174,6 @@ class OpenRepository(ModelRepositoryExtension):  # type: ignore[misc]
 def _fixed(model_name: str) -> RequestError:
     return RequestError(
         f"The models of this server are fixed; requests do not load or unload "
-        f"`{shorten(model_name)}`.",
+        f"`{shorten(model_name)}` unless it is started with --enable_repository_control true.",
         status=HTTPStatus.FORBIDDEN,
     )

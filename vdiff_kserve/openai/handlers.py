@@ -136,7 +136,8 @@ class Refusals:
         if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             headers = error.headers or {}
             allowed = headers.get("Allow")
-            why = f"It takes {allowed}." if allowed else why_absent(path)
+            takes = f"It takes {allowed}. " if allowed else ""
+            why = f"{takes}{why_absent(path)}"
             message = f"There is no route {request.method} {shorten(path)}. {why}".rstrip()
             response = self.response(
                 request.scope, RequestError(message, status=HTTPStatus(status))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
 PREFIXES = ("/openai/v1", "/v1")
@@ -33,6 +34,11 @@ ABSENT: dict[tuple[str, ...], str] = {
     ("generate", "generate_stream", "invocations"): "Use /v1/completions or /v1/chat/completions.",
 }
 """First part of paths that other servers have -> why this one has not."""
+ROUTES = (CHAT, COMPLETIONS, RESPONSES, FIM)
+MAX_COMPARED = 40
+"""Characters of an unknown path that are compared with those."""
+DOCS = ("/docs", "/redoc")
+SLASH_FOR_COLON = re.compile(r"(/v1/models/[^/]{1,80})/(predict|explain)")
 INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 
 
@@ -68,5 +74,12 @@ def why_absent(path: str) -> str:
     inner = path.removeprefix("/openai").removeprefix("/v1")
     if inner.startswith(PREFIXES):
         return "The path has /v1 twice: a client's base URL and its paths name it once."
+    if path in DOCS:
+        return "The page is off; the server shows it at /docs with --enable_docs_url true."
+    if named := SLASH_FOR_COLON.fullmatch(path):
+        return f"KServe's V1 writes a colon before the verb: {named[1]}:{named[2]}."
     first = inner.strip("/").partition("/")[0]
-    return next((why for names, why in ABSENT.items() if first in names), "")
+    if why := next((why for names, why in ABSENT.items() if first in names), ""):
+        return why
+    near = difflib.get_close_matches(inner[:MAX_COMPARED], ROUTES, n=1, cutoff=0.8)
+    return f"Did you mean {PREFIXES[-1]}{near[0]}?" if near and inner not in ROUTES else ""
