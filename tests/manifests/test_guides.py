@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,27 @@ def test_a_command_without_a_mark_runs(block, default_server):
 @of("python", "")
 def test_python_code_runs(block, default_server):
     run([sys.executable, "-c"], default_server, block.text)
+
+
+def test_python_code_without_a_server_runs():
+    snippets = [
+        textwrap.dedent(found[0])
+        for text in (text_of("python"), (ROOT / "README.md").read_text(encoding="utf-8"))
+        for found in re.finditer(r"(?:^ {4}.*\n(?:\n(?= {4}))?)+", text, re.MULTILINE)
+        if "LLM" in found[0]
+    ]
+    assert len(snippets) == 4
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(snippets)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for answer in ("17 + 25 = 42", " Wednesday [' hunters']", " Paris."):
+        assert answer in done.stdout
 
 
 @of("sh", "render")
