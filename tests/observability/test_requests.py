@@ -302,3 +302,20 @@ def test_the_log_has_numbers_and_no_text(
         record.close()
     tokens, times = "5 prompt tokens, 4 tokens in 2 forwards", "first text after 0.500 s, 0.500 s"
     assert caplog.messages == [f"chat id 200: {tokens}, {times}, stop"]
+
+
+@pytest.mark.parametrize("status", [None, 503, 504])
+def test_the_log_does_not_tell_what_an_unfinished_request_cost(
+    clock: Clock, model: Model, caplog: pytest.LogCaptureFixture, status: int | None
+) -> None:
+    """What it computed behind the last final token was not heard."""
+    record = model.record(clock)
+    record.heard(0, stats(4, nfe=2), 4, has_text=False, finish_reason=None)
+    clock.now += 1.5
+    if status is not None:
+        record.fail(status, None)
+    with caplog.at_level(logging.INFO, "kserve.vdiff.requests"):
+        record.close()
+    cost = "5 prompt tokens, unfinished after 4 final tokens"
+    code = 499 if status is None else status
+    assert caplog.messages == [f"chat id {code}: {cost}, first text never, 1.500 s, no answer"]

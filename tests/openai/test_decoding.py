@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from vdiff_kserve.decoding import CACHES, DECODING_FIELDS, POLICIES, PROFILES, SCHEDULED
 from vdiff_kserve.models import fast_dllm, llada, llada_moe, qwen, sdar
 from vdiff_kserve.models.registry import FAMILIES
-from vdiff_kserve.openai.decoding import ModelTraits, report, resolve
+from vdiff_kserve.openai.decoding import POLICY_OF_FIELD, ModelTraits, report, resolve
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import CompletionRequest
 from vdiff_kserve.sampler import SCHEDULED_POLICIES, CacheMode, DecodingParams, Policy
@@ -44,6 +45,22 @@ def test_the_table_knows_every_policy_and_cache_of_the_sampler() -> None:
     assert set(POLICIES) == set(get_args(Policy))
     assert set(CACHES) == set(get_args(CacheMode))
     assert set(SCHEDULED) == SCHEDULED_POLICIES
+
+
+def test_the_page_tells_which_policy_every_field_chooses() -> None:
+    page = (Path(__file__).parents[2] / "docs/decoding.md").read_text(encoding="utf-8")
+    table = page.split("| field | chooses |\n|---|---|\n")[1].split("\n\n")[0]
+    told = {}
+    for line in table.splitlines():
+        names, chosen = line.strip("|").split(" | ")
+        for name in names.replace("`", "").replace(" ", "").split(","):
+            told[name] = (
+                name if chosen.startswith("the policy of that name") else chosen.split("`")[1]
+            )
+    assert told.pop("steps") == decode(FAST, steps=4, cache="none").policy
+    assert told.pop("alg_temp") == "policy"
+    assert refusal(alg_temp=0.5).param == "alg_temp"
+    assert told == POLICY_OF_FIELD
 
 
 @pytest.mark.parametrize("traits", [BIDIRECTIONAL, AUTOREGRESSIVE, RENOISING])

@@ -254,7 +254,11 @@ def test_a_likelihood_may_be_named_alone() -> None:
     [
         ({"likelihood": "chain"}, "likelihood"),
         ({"likelihood": "chain", "echo": True}, "likelihood"),
-        ({"likelihood": {"samples": 0}}, "likelihood.samples"),
+        ({"likelihood": {"method": "monte_carlo", "samples": 0}}, "likelihood.samples"),
+        ({"likelihood": {"samples": 9}}, "likelihood.samples"),
+        ({"likelihood": {"method": "pseudo", "samples": 9}}, "likelihood.samples"),
+        ({"likelihood": {"methode": "pseudo"}}, "likelihood.methode"),
+        ({"likelihood": {"window": 3}}, "likelihood"),
         ({"likelihood": {"context": 9}}, "likelihood.context"),
         ({"max_tokens": 0}, "max_tokens"),
     ],

@@ -56,6 +56,15 @@ def test_lengths() -> None:
     assert answer_length(request(max_tokens=None), 10, limits()) == 50
     both = ChatCompletionRequest(messages=MESSAGES, max_tokens=5, max_completion_tokens=7)
     assert answer_length(both, 10, limits()) == 7
+    assert answer_length(request(max_tokens=100), 10, limits()) == 90  # what the prompt leaves
+
+
+@pytest.mark.parametrize("wanted", [0, -1, 101])
+def test_lengths_that_no_answer_has_are_refused(wanted: int) -> None:
+    with pytest.raises(RequestError, match=r"max_tokens must be in \[1, 100\]") as caught:
+        answer_length(request(max_tokens=wanted), 10, limits())
+    assert ("0 is for completions with echo" in caught.value.message) == (wanted == 0)
+    assert answer_length(request(max_tokens=0, echo=True), 10, limits()) == 0
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,18 @@ def test_a_developers_message_is_the_systems_where_the_template_has_no_such_role
     assert told.count("system:") == 1
 
 
-@pytest.mark.parametrize("role", ["user", "assistant", "critic"])
+@pytest.mark.parametrize(
+    ("role", "meant"), [("usr", "user"), ("User", "user"), ("assistent", "assistant")]
+)
+def test_a_misspelled_role_is_refused_unless_the_template_names_it(role: str, meant: str) -> None:
+    message = {"role": role, "content": "x"}
+    with pytest.raises(RequestError, match=f"Did you mean {meant}[?] Roles are system") as caught:
+        rendered(PLAIN, message)
+    assert caught.value.param == "messages.0.role"
+    assert rendered(PLAIN.replace("m.role", f"'a' if m.role == '{role}' else m.role"), message)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "critic", "user1", "function"])
 def test_other_roles_are_the_templates(role: str) -> None:
     assert rendered(PLAIN, {"role": role, "content": "x"}) == f"{role}:x;"
 

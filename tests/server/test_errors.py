@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+RESPONSES = "/v1/responses"
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 JSON = {"Content-Type": "application/json"}
@@ -88,6 +89,14 @@ def test_a_wrong_type_is_told_with_the_field(
         (CHAT, {}, "body.messages"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content"),
         (CHAT, {"messages": [{"content": "hi"}]}, "body.messages.0.role"),
+        (RESPONSES, {"input": [{"role": "user", "content": 5}]}, "input.0.content"),
+        (
+            "/v1/responses",
+            {"input": "hi", "text": {"format": {"type": "json_schema"}}},
+            "body.text",
+        ),
+        ("/tokenize", {"messages": [{"role": "user", "content": 5}]}, "body.messages.0.content"),
+        ("/tokenize", HI | {"logprobs": "x"}, "body.logprobs"),
         (CHAT, {"messages": [{"role": "forbidden", "content": "x"}]}, "messages"),
         (
             CHAT,
@@ -169,6 +178,23 @@ def test_a_prompt_that_is_too_long_is_told_with_both_lengths(
 def test_a_body_that_is_no_request_is_refused(http: httpx.Client, body: bytes) -> None:
     error = error_of(http.post(COMPLETIONS, content=body, headers=JSON), 400)
     assert error["param"].startswith("body")
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b'{"prompt": "x",}', "line 1, column 16"),
+        (b'{\n  "prompt": "\xc3\xa9",\n  "max_tokens" 5\n}', "line 3, column 16"),
+        (b"{", "line 1, column 2"),
+    ],
+)
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
+def test_a_body_that_is_not_json_is_told_where(
+    http: httpx.Client, path: str, body: bytes, place: str
+) -> None:
+    error = error_of(http.post(path, content=body, headers=JSON), 400)
+    assert (error["type"], error["param"]) == ("Bad Request", "body")
+    assert error["message"].endswith(place)
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -311,7 +337,7 @@ def nested(depth: int) -> Any:
         (CHAT, HI | {"vllm_xargs": {"a": None}}),
         (CHAT, HI | {"unknown": None}),
         (COMPLETIONS, {"prompt": "hi", "max_tokens": 4, "structured_outputs": {"json": None}}),
-        ("/v1/responses", {"input": [{"role": "user", "content": "x", "extra": None}]}),
+        (RESPONSES, {"input": [{"role": "user", "content": "x", "extra": None}]}),
         ("/v1/responses", {"input": "x", "metadata": {"a": None}, "max_output_tokens": 4}),
         ("/tokenize", {"messages": [{"role": "user", "content": "hi", "extra": None}]}),
         ("/v1/models/tiny:predict", {"instances": [{"prompt": "hi", "unknown": None}]}),

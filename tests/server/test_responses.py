@@ -196,6 +196,9 @@ def test_what_was_asked_for_is_told_again(http: httpx.Client) -> None:
         ("tool_choice", {"type": "mcp"}, "name a function"),
         ("include", ["zz"], "message.output_text.logprobs"),
         ("treshold", 0.5, "Did you mean threshold"),
+        ("maxOutputTokens", 5, "Did you mean max_output_tokens"),
+        ("instruction", "x", "Did you mean instructions"),
+        ("suffix", "x", "a field of completions"),
         ("max_tokens", 5, "it is max_output_tokens"),
     ],
 )

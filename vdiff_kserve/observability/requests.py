@@ -220,17 +220,24 @@ class RequestRecord:
         seconds = time.perf_counter() - self._arrived
         reasons = [a.finish_reason for a in self._answers if a.finish_reason is not None]
         logger.info(
-            "%s %s %d: %d prompt tokens, %d tokens in %d forwards, first text %s, %.3f s, %s",
+            "%s %s %d: %d prompt tokens, %s, first text %s, %.3f s, %s",
             self._endpoint,
             self._request_id,
             self.code,
             self._prompt_tokens,
-            sum(answer.tokens for answer in self._answers),
-            sum(answer.nfe for answer in self._answers),
+            self._cost(),
             "never" if self._first_text is None else f"after {self._first_text:.3f} s",
             seconds,
             "+".join(reasons) or "no answer",
         )
+
+    def _cost(self) -> str:
+        """What the answers cost. Of one that ended early, only what became final was heard: not the
+        forward passes since, nor tokens to the right of a mask."""
+        tokens = sum(answer.tokens for answer in self._answers)
+        if not self.is_complete:
+            return f"unfinished after {tokens} final tokens"
+        return f"{tokens} tokens in {sum(answer.nfe for answer in self._answers)} forwards"
 
     def _count(self) -> None:
         unfinished = sum(answer.finish_reason is None for answer in self._answers)

@@ -151,8 +151,15 @@ def out_of_range(field: str, allowed: str, value: object) -> RequestError:
     return RequestError(f"{field} must be {allowed}, got {shorten(value)}.", param=field)
 
 
-def invalid_body(errors: Sequence[Mapping[str, Any]]) -> RequestError:
-    """The body does not have the form of the request. `errors` are pydantic's."""
+def invalid_body(errors: Sequence[Mapping[str, Any]], text: object = None) -> RequestError:
+    """The body does not have the form of the request.
+
+    Args:
+        errors: pydantic's, or FastAPI's of a body that is not JSON.
+        text: of such a body.
+    """
+    if isinstance(text, str) and errors[0]["type"] == "json_invalid":
+        return _not_json(errors[0], text)
     telling = _telling(errors[:MAX_READ_ERRORS])
     lines = list(dict.fromkeys(f"{_location(e)}: {_message(e)}" for e in telling))
     if len(lines) > MAX_REPORTED_ERRORS:
@@ -160,6 +167,24 @@ def invalid_body(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     return RequestError(
         "The request is not valid. " + "; ".join(lines),
         param=_location(telling[0]),
+        error_type=HTTPStatus.BAD_REQUEST.phrase,
+    )
+
+
+def invalid_part(errors: Sequence[Mapping[str, Any]]) -> RequestError:
+    """The body, read a second time, does not have the form of the request. `errors` are pydantic's,
+    which does not know that it is the body."""
+    return invalid_body([{**error, "loc": ("body", *error["loc"])} for error in errors])
+
+
+def _not_json(error: Mapping[str, Any], text: str) -> RequestError:
+    """FastAPI tells the place as a number of characters from the beginning."""
+    place = error["loc"][-1]
+    before = text[:place] if isinstance(place, int) else text
+    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    return RequestError(
+        f"The request is not valid. body: {_message(error)} at line {line}, column {column}",
+        param="body",
         error_type=HTTPStatus.BAD_REQUEST.phrase,
     )
 

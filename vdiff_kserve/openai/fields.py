@@ -51,7 +51,8 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "logits_eos_inf": DECODING,
     "logprobs": "true in chats; in completions, how many likeliest tokens, in [0, 20]; see below",
     "max_completion_tokens": "as `max_tokens`, and goes before it",
-    "max_tokens": "masks behind the prompt, see [decoding](decoding.md)",
+    "max_tokens": "masks behind the prompt, at most the context and cut to what the prompt leaves "
+    "of it, see [decoding](decoding.md)",
     "messages": "the conversation: text, or lists of text parts",
     "min_tokens": "answer positions from the left without end token or stop string",
     "model": "one of the served names, or left out",

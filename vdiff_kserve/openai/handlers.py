@@ -125,7 +125,7 @@ class Refusals:
     async def refuse_body(self, request: Request, error: Exception) -> Response:
         """Tell that a body is not the route's."""
         assert isinstance(error, RequestValidationError)
-        return self.response(request.scope, invalid_body(error.errors()))
+        return self.response(request.scope, invalid_body(error.errors(), error.body))
 
     async def refuse_http(self, request: Request, error: Exception) -> Response:
         """Tell what the router or FastAPI refuses."""

@@ -131,7 +131,8 @@ def length_field(request: CompletionRequest | ChatCompletionRequest) -> str:
 def answer_length(
     request: CompletionRequest | ChatCompletionRequest, prompt_length: int, limits: ServingLimits
 ) -> int:
-    """Masked positions after a prompt: what the request asks for, cut to what fits the context.
+    """Masked positions after a prompt: what the request asks for, cut to what fits the context,
+    as vLLM has it.
 
     Raises:
         RequestError: the prompt leaves no room, or the asked length is out of range.
@@ -141,6 +142,12 @@ def answer_length(
     wanted = getattr(request, field)
     scores = isinstance(request, CompletionRequest) and request.echo and not request.suffix
     least = 0 if scores else 1
+    if wanted == 0 and not scores:
+        raise RequestError(
+            f"{field} must be in [1, {most}], the model's context length; 0 is for completions "
+            "with echo and without suffix, which tell or score the prompt alone.",
+            param=field,
+        )
     if wanted is not None and not least <= wanted <= most:
         raise out_of_range(field, f"in [{least}, {most}], the model's context length", wanted)
     if wanted == 0 and prompt_length <= most:

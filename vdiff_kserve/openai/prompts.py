@@ -16,6 +16,7 @@ from vdiff_kserve.openai.limits import (
     too_many_characters,
 )
 from vdiff_kserve.openai.literals import Literals
+from vdiff_kserve.openai.near_misses import LONGEST, edits
 from vdiff_kserve.openai.protocol import (
     ChatCompletionRequest,
     ChatMessageParam,
@@ -29,6 +30,9 @@ from vdiff_kserve.openai.tools import (
     tool_use,
     with_tool_text,
 )
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""OpenAI's, of which a chat template may have others beside."""
 
 TokenIds = tuple[int, ...]
 """Token ids of a text."""
@@ -65,9 +69,9 @@ def chat_prompt(
             param="messages",
         )
     use = tool_use(request, limits)
-    knows_developers = "developer" in str(tokenizer.chat_template)
+    template = str(tokenizer.chat_template)
     messages = [
-        read_arguments(_message(message, i, knows_developers=knows_developers), i)
+        read_arguments(_message(message, i, template), i)
         for i, message in enumerate(request.messages)
     ]
     tools = None
@@ -130,9 +134,22 @@ def truncated(
     return prompt[:most] if request.truncation_side == "right" else prompt[-most:]
 
 
-def _message(message: ChatMessageParam, index: int, *, knows_developers: bool) -> dict[str, Any]:
+def _check_role(role: str, where: str, template: str) -> None:
+    """Refuse a misspelled role, which templates write as it is or leave out. Others are theirs."""
+    if role in ROLES or len(role) > LONGEST or not role.isalpha() or role in template:
+        return
+    if meant := next((each for each in ROLES if edits(role.lower(), each) <= 1), None):
+        raise RequestError(
+            f"{where} is {role}. Did you mean {meant}? Roles are {', '.join(ROLES)}, and those "
+            "that the chat template has beside them.",
+            param=where,
+        )
+
+
+def _message(message: ChatMessageParam, index: int, template: str) -> dict[str, Any]:
     """A message as templates read it: `developer` is OpenAI's newer name for `system`, which not
     every template knows, and an assistant may have said nothing."""
+    _check_role(message.role, f"messages.{index}.role", template)
     where = f"messages.{index}.content"
     content, others = message.content, message.model_extra or {}
     if others.get("function_call") is not None:
@@ -148,7 +165,7 @@ def _message(message: ChatMessageParam, index: int, *, knows_developers: bool) -
         fields = message.model_dump(exclude_unset=True)
     except ValueError as error:  # pydantic's limit; its fields are whatever a template may read
         raise nested_too_deep(f"messages.{index}") from error
-    if message.role == "developer" and not knows_developers:
+    if message.role == "developer" and "developer" not in template:
         fields["role"] = "system"
     return fields | {"content": content or ""}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vdiff_kserve.openai.errors import RequestError, invalid_body, out_of_range, shorten
+from vdiff_kserve.openai.errors import RequestError, invalid_part, out_of_range, shorten
 from vdiff_kserve.openai.fields import Refused, refuse_fields, refuse_misspelled
 from vdiff_kserve.openai.near_misses import Names
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, GenerationFields
@@ -96,7 +96,7 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
         try:
             return ChatCompletionRequest.model_validate(fields)
         except ValidationError as error:
-            raise invalid_body(error.errors()) from error
+            raise invalid_part(error.errors()) from error
 
 
 def _check_include(include: Sequence[str]) -> None:
@@ -119,14 +119,16 @@ def in_own_names() -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        first, _, rest = (error.param or "").partition(".")
+        param = error.param or ""
+        body = "body." if param.startswith("body.") else ""
+        first, _, rest = param.removeprefix(body).partition(".")
         if first not in NAMES:
             raise
         own = NAMES[first]
         told = RequestError(
             error.message.replace(first, own),
             status=error.status,
-            param=f"{own}.{rest}" if rest else own,
+            param=body + (f"{own}.{rest}" if rest else own),
             error_type=error.type,
         )
         told.counted = error.counted

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.openai.errors import (
     RequestError,
-    invalid_body,
+    invalid_part,
     nesting_refused,
     told_as_request_error,
 )
@@ -139,6 +139,6 @@ def _as_chat(request: TokenizeRequest) -> ChatCompletionRequest:
     try:
         chat = ChatCompletionRequest.model_validate(fields)
     except ValidationError as error:
-        raise invalid_body(error.errors()) from error
+        raise invalid_part(error.errors()) from error
     refuse_unsupported(chat)
     return chat
