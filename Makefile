@@ -74,18 +74,10 @@ define install
 	@echo "==> Creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "==> Installing $(TORCH)"
-	$(call pip_install,"$(TORCH)")
+	@$(PIP) install --no-cache-dir "$(TORCH)"
 	@echo "==> Installing vdiff-kserve$(1) and what it needs; this takes a few minutes"
-	$(call pip_install,--editable ".$(1)")
+	@$(PIP) install --no-cache-dir --editable ".$(1)"
 	@echo "==> Installed"
-endef
-
-# One line shows what pip does at the moment; what it complains of stays.
-define pip_install
-	@{ $(PIP) install --no-cache-dir --progress-bar off $(1) || echo failed; } | while IFS= read -r line; do \
-		[ "$$line" != failed ] || exit 1; \
-		printf '\033[K%.76s\r' "$$line"; \
-	done; printf '\033[K'
 endef
 
 $(INSTALLED): pyproject.toml
