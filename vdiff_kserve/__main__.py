@@ -23,6 +23,7 @@ def main() -> int:
     from vdiff_kserve.config import parse_args
 
     config = parse_args()
+    from vdiff_kserve.loading import check_before_loading
     from vdiff_kserve.model import DiffusionModel
     from vdiff_kserve.models import CheckpointError
     from vdiff_kserve.observability import logs
@@ -36,6 +37,7 @@ def main() -> int:
     code = 0
     try:
         logs.configure(config.log_level, config.kserve.log_config_file)
+        check_before_loading(config)
         Server(config, model).run(lambda url: announce(config, url))
     except (CheckpointError, ConfigError, ServerError) as error:
         sys.stderr.write(f"error: {error}\n")

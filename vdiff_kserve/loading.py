@@ -33,6 +33,7 @@ from vdiff_kserve.models import (
     LanguageModel,
     ModelSpec,
     bound_kernel_caches,
+    check_folder,
     check_same_vocabulary,
     choose_device,
     choose_dtype,
@@ -40,6 +41,7 @@ from vdiff_kserve.models import (
     load_causal_decoder,
     load_served_model,
     load_tokenizer,
+    read_chat_template,
     with_end_of_turn,
 )
 from vdiff_kserve.openai.decoding import ModelTraits, resolve
@@ -140,13 +142,13 @@ def load_model(
     if rank is None:
         fit_threads()
     folder = find_checkpoint(config)
+    check_folder(folder, _hints(config, folder), trust_code=config.trust_remote_code)
     spread = config.device_map if config.device_map in SPREADS else None
-    named = config.device if spread else config.device_map or config.device
-    device = choose_device(named) if rank is None else rank.device
+    device = choose_device(_device_name(config)) if rank is None else rank.device
     dtype = choose_dtype(config.dtype, device)
     tokenizer = configured_tokenizer(config, folder)
     mesh = None if rank is None else rank.mesh
-    hints = _hints(config, folder, tokenizer)
+    hints = replace(_hints(config, folder), tokenizer_mask_token_id=tokenizer.mask_token_id)
     model, spec = load_served_model(folder, device, dtype, mesh, hints, config.quantization, spread)
     spec = with_end_of_turn(spec, tokenizer)
     if spec.mask_token_id is None:
@@ -195,6 +197,35 @@ def load_model(
     return loaded
 
 
+def check_before_loading(config: ServerConfig) -> None:
+    """Refuse what no weights are needed to refuse, before a server listens for it: the chat
+    template, the device, a folder's kind and files, decoding options that do not fit the model.
+
+    Replicas may run where other devices and folders are; what is downloaded or converted is not
+    there yet.
+
+    Raises:
+        CheckpointError: it cannot be served.
+    """
+    if config.chat_template is not None:
+        read_chat_template(Path(config.chat_template))
+    if config.replicas is not None:
+        return
+    choose_device(_device_name(config))
+    if config.hub_id is not None or config.dcp_path is not None:
+        return
+    folder = find_checkpoint(config)
+    hints = _hints(config, folder)
+    spec = check_folder(folder, hints, trust_code=config.trust_remote_code)
+    if spec is not None:
+        _longest(config, spec)
+        _decoding(config, spec, auxiliary_checkpoint(config, folder) is not None)
+
+
+def _device_name(config: ServerConfig) -> str:
+    return config.device if config.device_map in SPREADS else config.device_map or config.device
+
+
 def _refuse_options_of_masks(config: ServerConfig) -> None:
     for name in ("apd_model", "mask_token_id"):
         if getattr(config, name) is not None:
@@ -204,11 +235,11 @@ def _refuse_options_of_masks(config: ServerConfig) -> None:
             )
 
 
-def _hints(config: ServerConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Hints:
+def _hints(config: ServerConfig, folder: Path) -> Hints:
+    """What the configuration knows of a checkpoint; the tokenizer may know its mask."""
     return Hints(
         family=config.diffusion_family,
         mask_token_id=config.mask_token_id,
-        tokenizer_mask_token_id=tokenizer.mask_token_id,
         block_length=config.decoding.get("block_length"),
         name=config.hub_id or folder.name,
     )
@@ -268,11 +299,39 @@ def _load_auxiliary(
 def _limits(
     config: ServerConfig, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, has_auxiliary: bool
 ) -> ServingLimits:
+    longest = _longest(config, spec)
+    decoding, profiles, traits = _decoding(config, spec, has_auxiliary)
+    return ServingLimits(
+        max_model_len=longest,
+        default_max_tokens=config.default_max_tokens,
+        max_choices=config.max_queue + config.max_num_seqs,
+        vocab_size=spec.decoder.vocab_size,
+        decoding=decoding,
+        profiles=profiles,
+        traits=traits,
+        request_timeout=config.request_timeout,
+        max_schema_bytes=config.max_schema_bytes,
+        grammar_timeout=config.grammar_timeout,
+        auto_tool_choice=config.enable_auto_tool_choice,
+        tool_call_parser=cast("ParserName", config.tool_call_parser),
+        tools_in_prompt=config.tools_in_prompt,
+        template_takes_tools=re.search(r"\btools\b", str(tokenizer.chat_template)) is not None,
+    )
+
+
+def _longest(config: ServerConfig, spec: ModelSpec) -> int:
     longest = config.max_model_len or spec.max_model_len
     if longest > spec.max_model_len:
         raise CheckpointError(
             f"--max_model_len is {longest}, but the checkpoint's context is {spec.max_model_len}"
         )
+    return longest
+
+
+def _decoding(
+    config: ServerConfig, spec: ModelSpec, has_auxiliary: bool
+) -> tuple[DecodingParams, dict[str, DecodingParams], ModelTraits]:
+    """The defaults of requests, the profiles, and what the model can."""
     traits = ModelTraits(
         block_causal=spec.block_causal,
         block_length=spec.block_length,
@@ -291,19 +350,4 @@ def _limits(
         decoding = resolve(config.decoding, profiles[config.profile], profiles, traits)
     except RequestError as error:
         raise CheckpointError(f"the decoding options do not fit the model: {error}") from error
-    return ServingLimits(
-        max_model_len=longest,
-        default_max_tokens=config.default_max_tokens,
-        max_choices=config.max_queue + config.max_num_seqs,
-        vocab_size=spec.decoder.vocab_size,
-        decoding=decoding,
-        profiles=profiles,
-        traits=traits,
-        request_timeout=config.request_timeout,
-        max_schema_bytes=config.max_schema_bytes,
-        grammar_timeout=config.grammar_timeout,
-        auto_tool_choice=config.enable_auto_tool_choice,
-        tool_call_parser=cast("ParserName", config.tool_call_parser),
-        tools_in_prompt=config.tools_in_prompt,
-        template_takes_tools=re.search(r"\btools\b", str(tokenizer.chat_template)) is not None,
-    )
+    return decoding, profiles, traits

@@ -139,6 +139,12 @@ class Server(ModelServer):  # type: ignore[misc]
         model.enable_latency_logging = self.enable_latency_logging
         for name in config.served_names:
             self.register_model(model, name)
+        if all("/" in name for name in config.served_names):
+            logger.warning(
+                "No path of KServe's V1 and V2 reaches %s, for its slash; OpenAI's routes and gRPC do. "
+                "A name without one is --served_model_name's to add.",
+                config.model_name,
+            )
 
     def run(self, on_ready: Callable[[str], None]) -> None:
         """Serve until a signal comes and the running requests are done.

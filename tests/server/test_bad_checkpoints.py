@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.server.checkpoint import make_checkpoint
 from tests.server.process import ServerProcess
+from vdiff_kserve.config import ServerConfig, parse_args
+from vdiff_kserve.loading import check_before_loading
+from vdiff_kserve.models import CheckpointError
 
 WEIGHTS = "model.safetensors"
 NORM = "model.transformer.ln_f.weight"
@@ -80,6 +83,73 @@ def test_a_bad_checkpoint_is_one_message_and_exit_code_1(tmp_path: Path, case: s
     assert message in errors[0]
     assert server.lines[-1].startswith(errors[0])
     assert "Traceback" not in server.output
+
+
+def damage_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{", encoding="utf-8")
+
+
+def empty(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
+KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "BERT": (
+        change_config(lambda c: c.update(architectures=["BertModel"])),
+        "field `architectures` names BertModel; served are LLaDAModelLM",
+    ),
+    "damaged": (
+        damage_config,
+        "config.json is not valid JSON",
+    ),
+    "no weights": (
+        lambda folder: (folder / WEIGHTS).unlink(),
+        "has neither model.safetensors nor model.safetensors.index.json. ",
+    ),
+    "an empty folder": (
+        empty,
+        "is empty: it has no config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kind_of_a_folder_is_told_before_its_missing_tokenizer(
+    tmp_path: Path, kind: str
+) -> None:
+    spoil, message = KINDS[kind]
+    (make_checkpoint(tmp_path) / "tokenizer.json").unlink()
+    spoil(tmp_path)
+    with pytest.raises(CheckpointError) as refusal:
+        check_before_loading(ServerConfig(model_dir=str(tmp_path)))
+    assert message in str(refusal.value)
+    assert ("has no tokenizer.json" in str(refusal.value)) is (kind == "no weights")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--cache", "exact"), "the decoding options do not fit the model: "),
+        (("--policy", "entropy", "--threshold", "0.9"), "do not fit the model: "),
+        (("--device", "cuda:97"), "there is no device cuda:97"),
+        (("--chat_template", "/nope"), "the chat template /nope cannot be read"),
+        (("--max_model_len", "100000"), "--max_model_len is 100000"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(
+    options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        check_before_loading(parse_args(options, {}))
+    assert message in str(refusal.value)
+
+
+def test_what_is_refused_early_is_refused_before_the_server_listens() -> None:
+    with ServerProcess("--chat_template", "/nope") as server:
+        assert server.wait() == 1
+    assert server.output.startswith("error: the chat template /nope cannot be read: ")
+    assert len(server.lines) == 1
 
 
 @pytest.mark.slow

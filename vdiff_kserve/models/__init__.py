@@ -17,10 +17,15 @@ from vdiff_kserve.models.precision import choose_device, choose_dtype
 from vdiff_kserve.models.processors import fit_threads
 from vdiff_kserve.models.quantization import QUANTIZATIONS
 from vdiff_kserve.models.reuse_graphs import ReuseGraphs
-from vdiff_kserve.models.served import load_served_model
+from vdiff_kserve.models.served import check_folder, load_served_model
 from vdiff_kserve.models.sharding import VocabShard
 from vdiff_kserve.models.spec import ModelSpec, Renoising
-from vdiff_kserve.models.tokenizer import check_same_vocabulary, load_tokenizer, with_end_of_turn
+from vdiff_kserve.models.tokenizer import (
+    check_same_vocabulary,
+    load_tokenizer,
+    read_chat_template,
+    with_end_of_turn,
+)
 
 __all__ = [
     "QUANTIZATIONS",
@@ -42,6 +47,7 @@ __all__ = [
     "VocabShard",
     "bound_kernel_caches",
     "can_pack",
+    "check_folder",
     "check_same_vocabulary",
     "choose_device",
     "choose_dtype",
@@ -54,5 +60,6 @@ __all__ = [
     "load_served_model",
     "load_tokenizer",
     "pack_linear_layers",
+    "read_chat_template",
     "with_end_of_turn",
 ]

@@ -42,6 +42,8 @@ class Hints:
 def no_config(folder: Path) -> CheckpointError:
     """An error about a folder without `config.json`, with what it probably is, to be raised."""
     inner = sorted(file.parent for file in folder.glob("*/config.json"))
+    if folder.is_dir() and not any(folder.iterdir()):
+        return CheckpointError(f"{folder} is empty: it has no config.json")
     hint = f"; did you mean {inner[0]}?" if inner else ""
     if (folder / "adapter_config.json").is_file():
         hint = ", but an adapter, which must be merged into its model"

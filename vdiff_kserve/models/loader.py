@@ -273,22 +273,28 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: no safetensors file, a shard of the index is missing, or a file is cut off.
     """
+    files = weight_files(folder)
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's safetensors files.
+
+    Raises:
+        CheckpointError: there is none, or a shard of the index is missing.
+    """
     index = folder / INDEX_FILE
     if index.is_file():
-        files = _indexed_files(index)
-    elif (folder / SINGLE_FILE).is_file():
-        files = [folder / SINGLE_FILE]
-    elif pickle_files(folder):
+        return _indexed_files(index)
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if pickle_files(folder):
         raise CheckpointError(
             f"{folder} holds its weights as Python pickles, which can run code when opened, so "
             "they are not served. Convert them first: python -m vdiff_kserve.convert "
             f"--pickle_path {folder} --output NEW_FOLDER"
         )
-    else:
-        raise CheckpointError(
-            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{_others(folder)}"
-        )
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{_others(folder)}")
 
 
 def _others(folder: Path) -> str:

@@ -44,7 +44,7 @@ def load_tokenizer(
             raise CheckpointError(f"{file} is a pointer: run `git lfs pull` there") from error
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(chat_template))
+        tokenizer.chat_template = read_chat_template(Path(chat_template))
     tokenizer.model_max_length = sys.maxsize  # else the library warns of prompts we refuse anyway
     return tokenizer
 
@@ -54,8 +54,7 @@ def _read(folder: Path, trust_code: bool) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     if all((folder / name).is_file() for name in VOCABULARY_FILES):
         return _from_vocabulary(folder)
-    has_code = "AutoTokenizer" in _json(folder / "tokenizer_config.json").get("auto_map", {})
-    if trust_code and has_code:
+    if trust_code and _has_code(folder):
         logger.warning("Running the tokenizer's code in %s, as --trust_remote_code allows.", folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         if isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -65,11 +64,27 @@ def _read(folder: Path, trust_code: bool) -> PreTrainedTokenizerFast:
         )
     if not any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json")):
         raise no_config(folder)
-    raise CheckpointError(
+    raise CheckpointError(missing_tokenizer(folder, trust_code))
+
+
+def missing_tokenizer(folder: Path, trust_code: bool) -> str:
+    """What to say about a folder that has no tokenizer's files; empty when it has."""
+    has_code = _has_code(folder)
+    if (
+        (folder / "tokenizer.json").is_file()
+        or all((folder / name).is_file() for name in VOCABULARY_FILES)
+        or (trust_code and has_code)
+    ):
+        return ""
+    return (
         f"{folder} has no tokenizer.json, nor {' and '.join(VOCABULARY_FILES)}. Copy it from the "
         "model that this one was made from"
         + (", or let the checkpoint's code run by --trust_remote_code" if has_code else "")
     )
+
+
+def _has_code(folder: Path) -> bool:
+    return "AutoTokenizer" in _json(folder / "tokenizer_config.json").get("auto_map", {})
 
 
 def _from_vocabulary(folder: Path) -> PreTrainedTokenizerFast:
@@ -83,7 +98,12 @@ def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _read_template(file: Path) -> str:
+def read_chat_template(file: Path) -> str:
+    """The chat template in a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or has an error.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
