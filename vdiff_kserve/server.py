@@ -8,7 +8,7 @@ import resource
 import signal
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,6 +102,16 @@ def check_access_log(log_format: str | None) -> None:
         )
 
 
+def warn_of_slashes(names: Sequence[str]) -> None:
+    """Say so when no name of the model fits into a path of V1 and V2."""
+    if all("/" in name for name in names):
+        logger.warning(
+            "KServe's V1 and V2 paths cannot hold the slash of %s; OpenAI's routes and gRPC do. "
+            "A name without one can be added by --served_model_name.",
+            names[0],
+        )
+
+
 class Server(ModelServer):  # type: ignore[misc]
     """Serves one model until a signal ends it.
 
@@ -139,12 +149,7 @@ class Server(ModelServer):  # type: ignore[misc]
         model.enable_latency_logging = self.enable_latency_logging
         for name in config.served_names:
             self.register_model(model, name)
-        if all("/" in name for name in config.served_names):
-            logger.warning(
-                "No path of KServe's V1 and V2 reaches %s, for its slash; OpenAI's routes and gRPC do. "
-                "A name without one is --served_model_name's to add.",
-                config.model_name,
-            )
+        warn_of_slashes(config.served_names)
 
     def run(self, on_ready: Callable[[str], None]) -> None:
         """Serve until a signal comes and the running requests are done.

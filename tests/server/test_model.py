@@ -23,7 +23,7 @@ from vdiff_kserve.observability import logs, metrics
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
 from vdiff_kserve.ports import ServerError
-from vdiff_kserve.server import check_access_log, check_certificate
+from vdiff_kserve.server import check_access_log, check_certificate, warn_of_slashes
 from vdiff_kserve.setting import ConfigError
 
 CHAT = ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
@@ -204,3 +204,13 @@ def test_an_access_log_without_its_package_is_refused() -> None:
     check_access_log(None)
     with pytest.raises(ServerError, match="--access_log_format needs the package asgi-logger"):
         check_access_log("%(s)s")
+
+
+def test_a_name_that_no_path_can_hold_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "kserve.vdiff.server"):
+        warn_of_slashes(("org/model", "model"))
+        assert not caplog.records
+        warn_of_slashes(("org/model",))
+    (told,) = [record.message for record in caplog.records]
+    assert "the slash of org/model" in told
+    assert "--served_model_name" in told
