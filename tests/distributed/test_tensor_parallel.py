@@ -152,6 +152,27 @@ def test_a_rank_that_hangs_makes_the_server_unhealthy_until_it_goes_on(
         wait_until(lambda: client.get("/v2/health/live").status_code == 200)
 
 
+def test_ctrl_c_is_for_the_first_rank_alone(server: ServerProcess) -> None:
+    """A terminal sends it to all: the others still have running requests to finish."""
+    (rank,) = ranks_of(server.process.pid)
+    rank.send_signal(signal.SIGINT)
+    body = {"prompt": "hello", "max_tokens": 4}
+    for _ in range(2):
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+    assert rank.is_running()
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_the_first() -> None:
+    with ServerProcess("--tensor_parallel_size", "2", "--dtype", "float32") as process:
+        wait_until(lambda: bool(ranks_of(process.process.pid)), seconds=60)
+        (rank,) = ranks_of(process.process.pid)
+        process.process.kill()
+        process.wait()
+        psutil.wait_procs([rank], timeout=60)
+        assert not rank.is_running()
+
+
 def test_a_rank_that_dies_makes_the_server_unhealthy(server: ServerProcess) -> None:
     """So that the kubelet restarts the pod; until then requests are told, not left hanging. The
     last test of the server."""

@@ -9,10 +9,14 @@ from __future__ import annotations
 import atexit
 import logging
 import multiprocessing
+import os
+import signal
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
@@ -58,8 +62,9 @@ def load_sharded(config: ServerConfig, observer: RoundObserver | None = None) ->
         )
         for index in range(1, size)
     ]
-    for process in others:
-        process.start()
+    with _without_interrupts():
+        for process in others:
+            process.start()
     try:
         loaded = load_model(config, observer, _join(config, 0, store))
     except BaseException:
@@ -72,6 +77,26 @@ def load_sharded(config: ServerConfig, observer: RoundObserver | None = None) ->
     threading.Thread(target=_watch, args=(engine, others), name="vdiff-ranks", daemon=True).start()
     atexit.register(_part, engine, others)
     return loaded
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside never hear of Ctrl-C, which a terminal sends to all of
+    them: the first rank, which still finishes what runs, ends them."""
+    resource_tracker.ensure_running()  # its first start would unblock the signal again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_first() -> None:
+    """End this rank when the first one is gone, in whatever both were."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
+    os._exit(0)
 
 
 def _check_devices(config: ServerConfig) -> None:
@@ -113,6 +138,7 @@ def _join(config: ServerConfig, index: int, store: TCPStore) -> Rank:
 
 def _follow(config: ServerConfig, index: int, port: int) -> None:
     """The life of a further rank."""
+    threading.Thread(target=_end_with_the_first, name="vdiff-first-rank", daemon=True).start()
     store = TCPStore(ADDRESS, port, config.tensor_parallel_size, is_master=False)
     load_model(config, rank=_join(config, index, store)).engine.follow()
     dist.destroy_process_group()
