@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
@@ -170,9 +169,3 @@ def with_beginning(prompt: TokenIds, tokenizer: PreTrainedTokenizerFast) -> Toke
         return prompt
     begin = tokenizer.bos_token_id
     return (tokenizer.eos_token_id if begin is None else begin,)
-
-
-def hole_texts(texts: Sequence[str], holes: Sequence[str]) -> str:
-    """The whole text."""
-    filled = [part for pair in zip(texts, holes, strict=False) for part in pair]
-    return "".join(filled) + texts[-1]
