@@ -15,6 +15,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
+from tests.device import TEST_DEVICE
 from tests.golden import GOLDEN_DIR, GoldenCase, golden_cases
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
 from vdiff_kserve.engine.renoising import RenoiseRow
@@ -37,7 +38,7 @@ MOE = {"atol": 2e-3, "rtol": 1e-3}
 
 @cache
 def loaded() -> tuple[DiffusionGemma, ModelSpec]:
-    return load_diffusion_gemma(GOLDEN_DIR / FAMILY)
+    return load_diffusion_gemma(GOLDEN_DIR / FAMILY, TEST_DEVICE)
 
 
 def canvas_logits(
@@ -50,16 +51,18 @@ def canvas_logits(
     offsets = [0, *ends[:-1]]
     config = gemma.config
     shape = (config.num_layers, ends[-1], config.num_kv_heads, config.head_dim)
-    store = KeyValueStore(torch.zeros(shape), torch.zeros(shape))
+    store = KeyValueStore(*(torch.zeros(shape, device=TEST_DEVICE) for _ in "kv"))
     read, written = [], []
     for prompt, row, offset in zip(prompts, rows, offsets, strict=True):
         length, whole = len(prompt), len(row)
         read.append(RowSpan(0, length, length, 0, length, offset))
         written.append(RowSpan(length, whole - length, whole, length, whole - length, offset))
-    gemma(ForwardBatch.pack(rows, read, store))
-    soft = None if conditioning is None else gemma.soften(conditioning.flatten(0, 1))
-    hidden = gemma.denoise(ForwardBatch.pack(rows, written, store), soft)
-    return gemma.logits(hidden).unflatten(0, canvases.shape)
+    gemma(ForwardBatch.pack(rows, read, store, TEST_DEVICE))
+    soft = (
+        None if conditioning is None else gemma.soften(conditioning.flatten(0, 1).to(TEST_DEVICE))
+    )
+    hidden = gemma.denoise(ForwardBatch.pack(rows, written, store, TEST_DEVICE), soft)
+    return gemma.logits(hidden).unflatten(0, canvases.shape).cpu()
 
 
 @pytest.mark.parametrize("case", golden_cases(FAMILY, "logits"), ids=lambda case: case.name)

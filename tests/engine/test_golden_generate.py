@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.device import TEST_DEVICE
 from tests.engine.reference_rows import (
     CarryOverRow,
     EveryStepRow,
@@ -41,8 +42,12 @@ FAST_DLLM_ROWS = {"orig": FastDllmOrigRow, "main": FastDllmMainRow}
 def engine_for(
     family: str, row_class: type[Row], block_length: int | None = None
 ) -> Iterator[Engine]:
-    decoder, spec = load_decoder(GOLDEN_DIR / family, hints=Hints(block_length=block_length))
-    auxiliary = load_causal_decoder(GOLDEN_DIR / family / "ar") if family == "apd" else None
+    decoder, spec = load_decoder(
+        GOLDEN_DIR / family, TEST_DEVICE, hints=Hints(block_length=block_length)
+    )
+    auxiliary = (
+        load_causal_decoder(GOLDEN_DIR / family / "ar", TEST_DEVICE) if family == "apd" else None
+    )
     if family in ("llada", "llada_moe"):
         case = golden_cases(family, "generate", "gsai")[0]
         spec = replace(spec, eot_token_id=case.params["eot_id"])
@@ -330,7 +335,7 @@ def test_golden_fast_dllm_v2(case: GoldenCase, row_class: type[Row]) -> None:
     when their last one does not predict the first token."""
     params = case.params
     block, prompt, answer = params["block_size"], case.prompts()[0], case.answers()[0]
-    decoder, spec = load_decoder(GOLDEN_DIR / "fast_dllm_v2")
+    decoder, spec = load_decoder(GOLDEN_DIR / "fast_dllm_v2", TEST_DEVICE)
     for layer in decoder.layers:
         layer.attention.attention_block = block
     spec = replace(spec, decoder=replace(spec.decoder, attention_block=block), block_length=block)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.device import TEST_DEVICE
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
 from vdiff_kserve.engine.request import EventSink
 from vdiff_kserve.engine.row import Decision, Row
@@ -42,7 +43,7 @@ def tiny_decoder(seed: int = 0, **changes: Any) -> Decoder:
         scale = 1.0 if "embed" in name or "lm_head" in name else 2.0 / parameter.shape[1] ** 0.5
         with torch.no_grad():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return decoder.requires_grad_(False).eval()
+    return decoder.requires_grad_(False).eval().to(TEST_DEVICE)
 
 
 def tiny_auxiliary(seed: int = 1) -> Decoder:
@@ -145,7 +146,7 @@ class GatedDecoder(Decoder):
 
         gated = cls(decoder.config)
         gated.load_state_dict(decoder.state_dict())
-        gated.requires_grad_(False).eval()
+        gated.requires_grad_(False).eval().to(decoder.device)
         gated.gate = Semaphore(0)
         gated.passes = 0
         gated.waiting = 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.device import TEST_DEVICE
 from tests.golden import GOLDEN_DIR, GoldenCase, golden_cases
 from tests.models.plain_kernels import use_plain_kernels
 from vdiff_kserve.models import (
@@ -45,14 +46,14 @@ def test_golden_logits(case: GoldenCase, joined: bool, monkeypatch: pytest.Monke
         monkeypatch.setattr(loader, "gains_from_joining", lambda _: True)
         use_plain_kernels(monkeypatch)
     decoder, _ = load_decoder(
-        case.folder, hints=Hints(block_length=case.params.get("block_length"))
+        case.folder, TEST_DEVICE, hints=Hints(block_length=case.params.get("block_length"))
     )
-    assert decoder.layers[0].attention.is_joined == joined
+    assert decoder.layers[0].attention.is_joined == (joined or TEST_DEVICE.type == "cuda")
     if case.params["attention_mask"] == "full bidirectional":
         for layer in decoder.layers:
             layer.attention.attention_block = None
     rows, mask = visible_rows(case)
-    logits = decoder.logits(decoder(ForwardBatch.pack(rows)))
+    logits = decoder.logits(decoder(ForwardBatch.pack(rows, device=TEST_DEVICE))).cpu()
     tolerance = DENSE if decoder.config.moe is None else MOE
     torch.testing.assert_close(logits, case.tensor("logits")[mask], **tolerance)
 
