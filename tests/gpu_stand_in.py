@@ -70,9 +70,7 @@ class GpuStandIn(TorchFunctionMode):
                 return RemoteTensor(getattr(args[0].inner, attribute))
             return func(*args, **kwargs)
         if name == "pin_memory" or kwargs.pop("pin_memory", False):
-            made = args[0].clone() if name == "pin_memory" else func(*args, **kwargs)
-            self._pinned.append(made)
-            return made
+            return self._pin(func, args, kwargs)
         device = kwargs.get("device")
         if name == "to":
             device = next((a for a in args[1:] if isinstance(a, (str, torch.device))), device)
@@ -93,6 +91,14 @@ class GpuStandIn(TorchFunctionMode):
         if name in TO_THE_HOST or (found := next(same, None)) is None:
             return result if name in TO_THE_HOST else tree_map(_remote, result)
         return found
+
+    def _pin(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """A pinned copy of a tensor, or a new one that `func` makes."""
+        if func.__name__ == "pin_memory" and isinstance(args[0], RemoteTensor):
+            raise RuntimeError("only memory of the host can be pinned")
+        made = args[0].clone() if func.__name__ == "pin_memory" else func(*args, **kwargs)
+        self._pinned.append(made)
+        return made
 
     def _move(self, tensor: Tensor, target: str, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """`Tensor.to` another device."""
@@ -156,11 +162,12 @@ def _mixed(values: object) -> bool:
 
 
 def move_there(module: nn.Module) -> None:
-    """Put the parameters of `module` on the GPU."""
+    """Put the parameters and buffers of `module` on the GPU."""
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = RemoteTensor(parameter.detach())  # type: ignore[assignment]
+        for own in (part._parameters, part._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    own[name] = RemoteTensor(tensor.detach())  # type: ignore[assignment]
 
 
 class _Event:

@@ -13,9 +13,9 @@ import torch
 from tests.engine.tiny import (
     EOS,
     MASK,
-    VOCAB,
     WatchingEngine,
     generate,
+    logits_of,
     request_of,
     running,
     tiny_auxiliary,
@@ -179,7 +179,7 @@ def test_log_probabilities_are_of_the_step_that_wrote_the_token(
     steps, expected = engine.watched[0].steps, {}
     for step in steps:
         canvas = step.before[: step.decision.span.keys]
-        logits = logits_of(canvas)
+        logits = logits_of(DECODER, canvas)
         for position, token in zip(
             step.decision.positions.tolist(), step.decision.tokens.tolist(), strict=True
         ):
@@ -200,14 +200,6 @@ def test_log_probabilities_are_of_the_step_that_wrote_the_token(
         best = scores.topk(3)
         assert [t for t, _ in each.top] == best.indices.tolist()
         assert [value for _, value in each.top] == pytest.approx(best.values.tolist(), abs=1e-4)
-
-
-def logits_of(canvas: torch.Tensor) -> torch.Tensor:
-    from vdiff_kserve.models import ForwardBatch, RowSpan
-
-    count = len(canvas)
-    batch = ForwardBatch.pack([canvas], [RowSpan(0, count, count, 0, count)], None, canvas.device)
-    return DECODER.logits(DECODER(batch)).float()[:, :VOCAB]
 
 
 def test_who_asks_for_no_log_probabilities_gets_none() -> None:

@@ -8,10 +8,18 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from tests.engine.tiny import EOS, MASK, WatchingEngine, running, tiny_decoder, tiny_spec
+from tests.engine.tiny import (
+    EOS,
+    MASK,
+    WatchingEngine,
+    logits_of,
+    running,
+    tiny_decoder,
+    tiny_spec,
+)
 from vdiff_kserve.engine import EngineError, GenerationEvent, GenerationRequest
 from vdiff_kserve.engine.make_row import make_row
-from vdiff_kserve.models import Decoder, ForwardBatch
+from vdiff_kserve.models import Decoder
 from vdiff_kserve.sampler import DecodingParams, Policy
 
 DECODER = tiny_decoder()
@@ -47,12 +55,6 @@ def events_of(engine: WatchingEngine, *requests: GenerationRequest) -> list[list
     return told
 
 
-def logits(decoder: Decoder, canvas: torch.Tensor, shifted: bool = False) -> torch.Tensor:
-    with torch.inference_mode():
-        out = decoder.logits(decoder(ForwardBatch.dense(canvas[None])))
-    return torch.cat([out[:1], out[:-1]]) if shifted else out
-
-
 def filled_one_by_one(decoder: Decoder, given: tuple[int, ...], *, shifted: bool) -> torch.Tensor:
     """The reference: the surest mask of the first four is written, until none is left."""
     canvas = torch.tensor(PROMPT + tuple(MASK if t < 0 else t for t in given))
@@ -60,7 +62,7 @@ def filled_one_by_one(decoder: Decoder, given: tuple[int, ...], *, shifted: bool
     while masked.any():
         block = masked.nonzero().squeeze(-1)[:4]
         while masked[block].any():
-            scores = logits(decoder, canvas, shifted)
+            scores = logits_of(decoder, canvas, shifted=shifted)
             left = block[masked[block]]
             candidates = scores.index_fill(1, torch.tensor([MASK]), -torch.inf).argmax(-1)
             sure = scores.softmax(-1)[left, candidates[left]]
@@ -147,7 +149,8 @@ def test_a_judgement_is_the_mean_over_the_hole_and_what_follows_given_the_text_b
     for place in range(len(PROMPT) + 3, len(line)):
         canvas = line.clone()
         canvas[place:] = MASK
-        scores.append(float(logits(DECODER, canvas, shifted).log_softmax(-1)[place, line[place]]))
+        told_of = logits_of(DECODER, canvas, shifted=shifted).log_softmax(-1)
+        scores.append(float(told_of[place, line[place]]))
     assert told[-1].score == pytest.approx(sum(scores) / 7, abs=1e-4)
     assert told[-1].stats.nfe == 3 + 4
 

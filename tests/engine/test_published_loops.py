@@ -5,11 +5,13 @@ The engine runs all prompts at once, with the exact cache; the loops run them on
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.device import TEST_DEVICE
 from tests.engine.published_loops import (
     Forward,
     Sampling,
@@ -17,11 +19,11 @@ from tests.engine.published_loops import (
     llada21_generate,
     sdar_generate,
 )
-from tests.engine.tiny import MASK, running, tiny_decoder, tiny_spec
+from tests.engine.tiny import MASK, logits_of, running, tiny_decoder, tiny_spec
 from tests.models.folders import write_config
 from tests.models.test_expert_formats import save_dense_model, save_model
 from vdiff_kserve.engine import GenerationRequest
-from vdiff_kserve.models import Decoder, ForwardBatch, ModelSpec, load_decoder
+from vdiff_kserve.models import Decoder, ModelSpec, load_decoder
 from vdiff_kserve.models.moe import MoEConfig
 from vdiff_kserve.sampler import DecodingParams
 from vdiff_kserve.sampler.noise import gumbel, seed_of_draw
@@ -48,11 +50,6 @@ def llada2() -> Decoder:
     return tiny_decoder(
         attention_block=8, qk_norm=True, rotary_dim=4, moe=moe, dense_layers=frozenset({0})
     )
-
-
-@torch.inference_mode()
-def forward_of(decoder: Decoder) -> Forward:
-    return lambda ids: decoder.logits(decoder(ForwardBatch.dense(ids[None])))
 
 
 def noise(number: int, position: int, vocab: int) -> Tensor:
@@ -113,7 +110,7 @@ def test_llada2_writes_what_its_loop_writes(
     check(
         lambda end: generate(llada2, tiny_spec(llada2), end, *decodings),
         lambda prompt, end: llada2_generate(
-            forward_of(llada2), prompt, LENGTH, 8, steps, threshold, sampling, end
+            partial(logits_of, llada2), prompt, LENGTH, 8, steps, threshold, sampling, end
         ),
     )
 
@@ -147,7 +144,7 @@ def test_llada2_1_edits_as_its_loop_does(
     def loop(prompt: list[int], end: int) -> list[int]:
         nonlocal edits
         answer, own = llada21_generate(
-            forward_of(llada2),
+            partial(logits_of, llada2),
             prompt,
             LENGTH,
             8,
@@ -177,7 +174,7 @@ def sdar(
         model, fields = save_model(folder, norm_topk_prob=True)
         fields |= {"architectures": ["SDARMoeForCausalLM"]}
     write_config(folder, fields | {"block_size": 8})
-    decoder, spec = load_decoder(folder)
+    decoder, spec = load_decoder(folder, TEST_DEVICE)
 
     def forward(ids: Tensor) -> Tensor:
         blocks = torch.arange(len(ids)) // 8

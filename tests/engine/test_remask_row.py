@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.published_loops import Forward, Sampling, p2_generate
+from tests.engine.published_loops import Sampling, p2_generate
 from tests.engine.test_infill_row import holes
 from tests.engine.test_published_loops import SEED, noise
-from tests.engine.tiny import EOS, MASK, running, tiny_decoder, tiny_spec
+from tests.engine.tiny import EOS, MASK, logits_of, running, tiny_decoder, tiny_spec
 from vdiff_kserve.engine import GenerationEvent, GenerationRequest
 from vdiff_kserve.engine.make_row import make_row
-from vdiff_kserve.models import Decoder, ForwardBatch
 from vdiff_kserve.sampler import DecodingParams
 
 LENGTH = 26
 DECODER = tiny_decoder()
 PROMPTS = [[5, 9, 12], list(range(20, 33)), [3] * 16]
 SAMPLED = {"temperature": 0.7, "top_k": 12, "top_p": 0.9}
-
-
-def forward_of(decoder: Decoder, *, shifted: bool) -> Forward:
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            logits = decoder.logits(decoder(ForwardBatch.dense(ids[None])))
-        return torch.cat([logits[:1], logits[:-1]]) if shifted else logits
-
-    return forward
 
 
 def request_of(
@@ -46,7 +37,7 @@ def test_it_writes_what_the_published_loop_writes(
 ) -> None:
     """All prompts at once here, one by one there; an end token, too."""
     sampling = Sampling(MASK, **sampled, noise=noise)
-    forward = forward_of(DECODER, shifted=shifted)
+    forward = partial(logits_of, DECODER, shifted=shifted)
 
     def loop(prompt: list[int], end: int) -> tuple[list[int], int]:
         return p2_generate(forward, prompt, LENGTH, block, steps, sampling, end)

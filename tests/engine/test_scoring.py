@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.test_infill_row import events_of, logits
-from tests.engine.tiny import MASK, running, tiny_decoder, tiny_spec
+from tests.engine.test_infill_row import events_of
+from tests.engine.tiny import MASK, logits_of, running, tiny_decoder, tiny_spec
 from vdiff_kserve.engine import EngineConfig, GenerationRequest, Scoring, add_scores
 from vdiff_kserve.engine.scoring import probe_of
 from vdiff_kserve.sampler import DecodingParams
@@ -35,7 +35,7 @@ def masked(positions: Any) -> torch.Tensor:
 
 
 def logprobs(canvas: torch.Tensor, decoder: Any = DECODER, shifted: bool = False) -> torch.Tensor:
-    told = logits(decoder, canvas, shifted).log_softmax(-1)
+    told = logits_of(decoder, canvas, shifted=shifted).log_softmax(-1)
     return told[torch.arange(LENGTH), torch.tensor(TEXT)]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.device import pack
 from tests.engine.tiny import MASK, tiny_decoder
 from tests.models.plain_kernels import use_plain_kernels
 from vdiff_kserve.engine.kv_cache import KVCache
@@ -21,7 +22,7 @@ from vdiff_kserve.engine.runner import (
     ROOMY_LOGITS_PER_CHUNK,
     ModelRunner,
 )
-from vdiff_kserve.models import ForwardBatch, ModelSpec, RowSpan
+from vdiff_kserve.models import ModelSpec, RowSpan
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
 from vdiff_kserve.models.moe import MoEConfig, Router
@@ -114,7 +115,7 @@ def test_activations_are_what_a_pass_is_given(
         if isinstance(module, Router):
             module.float()
     canvas = torch.zeros(tokens, dtype=torch.long)
-    batch = ForwardBatch.pack([canvas], [RowSpan(0, tokens, tokens, 0, 8)])
+    batch = pack([canvas], [RowSpan(0, tokens, tokens, 0, 8)])
     with torch.inference_mode(), LiveMemory() as memory:
         use_plain_kernels(monkeypatch, wrap=result_alone)
         monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine import tiny
 from tests.engine.tiny import request_of, tiny_auxiliary, tiny_decoder, tiny_spec
 from tests.gpu_stand_in import GPU, GpuStandIn, RemoteTensor, gpu_stand_in, move_there
 from tests.models.plain_kernels import use_plain_kernels
@@ -56,7 +57,9 @@ def run_again(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> GpuStandIn:
-    """With the attention kernel replaced by what it is documented to do."""
+    """With the attention kernel replaced by what it is documented to do, also where there is a
+    real GPU."""
+    monkeypatch.setattr(tiny, "TEST_DEVICE", torch.device("cpu"))
     monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
     monkeypatch.setattr(packed_attention, "run_kernel", kernel)
     monkeypatch.setattr(fused, "usable", lambda _: False)
@@ -203,6 +206,8 @@ def test_the_stand_in_notices_waits(gpu: GpuStandIn) -> None:
         gpu.waits.clear()
         use()
         assert len(gpu.waits) == 1, use
+    with pytest.raises(RuntimeError, match="pinned"):
+        there.pin_memory()
     gpu.waits.clear()
     assert (torch.arange(4).pin_memory().to(GPU, non_blocking=True) + there).device == GPU
     assert gpu.waits == []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.device import TEST_DEVICE
+from tests.device import TEST_DEVICE, pack
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
 from vdiff_kserve.engine.request import EventSink
 from vdiff_kserve.engine.row import Decision, Row
@@ -49,6 +49,13 @@ def tiny_decoder(seed: int = 0, **changes: Any) -> Decoder:
 def tiny_auxiliary(seed: int = 1) -> Decoder:
     """A causal model with the same vocabulary."""
     return tiny_decoder(seed, num_layers=1, attention_block=1)
+
+
+@torch.inference_mode()
+def logits_of(decoder: Decoder, canvas: Tensor, *, shifted: bool = False) -> Tensor:
+    """Of a whole canvas, each position's own: [length, vocab], on the host."""
+    logits = decoder.logits(decoder(pack([canvas]))).cpu()
+    return torch.cat([logits[:1], logits[:-1]]) if shifted else logits
 
 
 def tiny_spec(decoder: Decoder, shifted: bool = False) -> ModelSpec:

@@ -249,11 +249,11 @@ def _renoising(asked: CheckpointConfig) -> Renoising:
     )
 
 
-def _probe_inputs(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _probe_inputs(vocab_size: int) -> tuple[Tensor, Tensor]:
+    """A prompt and a canvas, on the host."""
     generator = torch.Generator().manual_seed(0)
     prompt, canvas = (
-        torch.randint(3, vocab_size // 2, (length,), generator=generator).to(device)
-        for length in (11, 8)
+        torch.randint(3, vocab_size // 2, (length,), generator=generator) for length in (11, 8)
     )
     return prompt, canvas
 
@@ -261,15 +261,16 @@ def _probe_inputs(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor
 @torch.inference_mode()
 def _probe_stock(model: DiffusionGemmaForBlockDiffusion) -> Tensor:
     """Logits of a short canvas, all by transformers: [tokens, vocab]."""
-    prompt, canvas = _probe_inputs(model.config.text_config.vocab_size, model.device)
-    return model(input_ids=prompt[None], decoder_input_ids=canvas[None]).logits[0]
+    inputs = _probe_inputs(model.config.text_config.vocab_size)
+    prompt, canvas = (ids[None].to(model.device) for ids in inputs)
+    return model(input_ids=prompt, decoder_input_ids=canvas).logits[0]
 
 
 @torch.inference_mode()
 def _probe(gemma: DiffusionGemma) -> Tensor:
     """The same over a store, next to another row."""
     config = gemma.config
-    prompt, canvas = _probe_inputs(config.vocab_size, gemma.device)
+    prompt, canvas = _probe_inputs(config.vocab_size)
     length, end = len(prompt), len(prompt) + len(canvas)
     shape = (config.num_layers, 2 * end, config.num_kv_heads, config.head_dim)
     keys, values = (torch.zeros(shape, dtype=gemma.dtype, device=gemma.device) for _ in range(2))

@@ -200,13 +200,13 @@ def _probe(model: PreTrainedModel) -> DecoderConfig:
     _refuse_other_states(text)
     generator = torch.Generator().manual_seed(0)
     rows = [
-        torch.randint(text.vocab_size, (length,), generator=generator).to(model.device)
-        for length in PROBE_LENGTHS
+        torch.randint(text.vocab_size, (length,), generator=generator) for length in PROBE_LENGTHS
     ]
     alone = _alone(model, rows)
+    together = ForwardBatch.pack(rows, device=model.device)
     try:
         model.set_attn_implementation(NAME)
-        _, calls = _run(model, ForwardBatch.pack(rows, device=model.device))
+        _, calls = _run(model, together)
     except NOT_EXCHANGED as error:
         raise NotCacheableError(f"its attention cannot be exchanged ({error})") from error
     if not calls.shapes:
@@ -262,9 +262,11 @@ def _sizes(
 
 
 def _alone(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
-    """The logits of each row as transformers computes them."""
+    """The logits of each row, which is on the host, as transformers computes them."""
     try:
-        logits = [model(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+        logits = [
+            model(input_ids=row[None].to(model.device), use_cache=False).logits[0] for row in rows
+        ]
     except Exception as error:
         raise CheckpointError(f"transformers cannot run the model: {error!r}") from error
     if any(bool(each.isnan().any()) or not each.any() for each in logits):
