@@ -15,12 +15,14 @@ from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, RowSpan, s
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
 from vdiff_kserve.models.attention import (
+    PackedRows,
     VarlenCall,
     has_kernel,
     pack_rows,
     run_kernel,
     sequences_of,
 )
+from vdiff_kserve.models.split_attention import LONGEST
 
 CPU = torch.device("cpu")
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
@@ -41,9 +43,9 @@ def plain_kernel(
     )
     for (q_start, q_end), (k_start, k_end) in bounds:
         assert 0 <= q_end - q_start <= call.max_queries
-        assert 0 <= k_start <= k_end <= len(key)
         if q_end == q_start:
             continue
+        assert 0 <= k_start <= k_end <= len(key)
         assert k_end - k_start <= call.max_keys
         mask = None
         if causal:
@@ -67,8 +69,14 @@ def store_for(decoder: Decoder, places: int, seed: int = 0) -> KeyValueStore:
     return KeyValueStore(keys, values)
 
 
-def use_packed(monkeypatch: pytest.MonkeyPatch) -> list[VarlenCall]:
-    """Let the decoder pack rows as on a GPU, with the plain kernel; returns the calls it makes."""
+def use_packed(
+    monkeypatch: pytest.MonkeyPatch, *, for_few_queries: bool = True
+) -> list[VarlenCall]:
+    """Let the decoder pack rows as on a GPU, with the plain kernel; returns the calls it makes.
+
+    Args:
+        for_few_queries: whether there is the kernel that also takes keys in any order.
+    """
     calls: list[VarlenCall] = []
 
     def kernel(*args: object) -> Tensor:
@@ -77,6 +85,9 @@ def use_packed(monkeypatch: pytest.MonkeyPatch) -> list[VarlenCall]:
 
     monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
     monkeypatch.setattr(packed_attention, "run_kernel", kernel)
+    if for_few_queries:
+        monkeypatch.setattr(split_attention, "usable", lambda *_: True)
+        monkeypatch.setattr(split_attention, "takes", lambda queries, *_: queries <= LONGEST)
     return calls
 
 
@@ -109,7 +120,7 @@ def test_packed_rows_equal_rows_one_by_one(seed: int, monkeypatch: pytest.Monkey
     expected = decoder(ForwardBatch.pack(canvases, spans, store_for(decoder, places)))
     calls = use_packed(monkeypatch)
     batch = ForwardBatch.pack(canvases, spans, store_for(decoder, places))
-    assert batch.packed is not None
+    assert batch.packed(None, False) is not None
     torch.testing.assert_close(decoder(batch), expected, **TOLERANCE)
     kinds = len({span.cache_offset is None for span in spans})
     assert len(calls) == kinds * decoder.config.num_layers
@@ -128,28 +139,63 @@ def test_causal_rows_take_the_causal_kernel(queries: int, monkeypatch: pytest.Mo
     assert len(calls) == decoder.config.num_layers
 
 
-@pytest.mark.parametrize(("start", "calls_made"), [(8, 2), (4, 1), (0, 1)])
+@pytest.mark.parametrize("for_few_queries", [False, True])
+@pytest.mark.parametrize(("start", "masked_calls"), [(8, 0), (4, 1), (0, 1)])
 @torch.inference_mode()
-def test_passes_over_several_blocks_of_a_block_causal_model_are_masked(
-    start: int, calls_made: int, monkeypatch: pytest.MonkeyPatch
+def test_passes_over_several_blocks_of_a_block_causal_model(
+    start: int, masked_calls: int, for_few_queries: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel knows no block mask: a pass of one block needs none, others go row by row. Only
-    one block is wanted of the last layer."""
+    """torch's kernel knows no block mask: a pass of one block needs none, others go row by row. The
+    kernel for few queries takes each block by itself. Only one block is wanted of the last
+    layer."""
     decoder = tiny_decoder(attention_block=4)
     canvas = torch.arange(12)
     span = RowSpan(start, 12 - start, 12, 8, 4, cache_offset=0)
     expected = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 12)))
-    calls = use_packed(monkeypatch)
+    calls = use_packed(monkeypatch, for_few_queries=for_few_queries)
     packed = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 12)))
     torch.testing.assert_close(packed, expected, **TOLERANCE)
-    assert len(calls) == calls_made
+    assert len(calls) == decoder.config.num_layers - (0 if for_few_queries else masked_calls)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@torch.inference_mode()
+def test_packed_block_causal_rows_equal_rows_one_by_one(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which a pass computes the last positions that a row has so far, and wants the last of
+    those."""
+    decoder, rng = tiny_decoder(attention_block=4), random.Random(seed)
+    canvases, spans, place = [], [], 0
+    for i in range(rng.randint(1, 6)):
+        length = rng.randint(5, 30)
+        cached = i >= rng.randint(0, 3) or any(span.cache_offset is not None for span in spans)
+        start = rng.randint(0, length - 1) // 4 * 4 if cached else 0
+        outputs = rng.randint(1, length - start)
+        offset = place + rng.randint(0, 3) if cached else None
+        canvases.append(torch.tensor(rng.choices(range(CONFIG.vocab_size), k=length)))
+        spans.append(RowSpan(start, length - start, length, length - outputs, outputs, offset))
+        place = offset + length if cached else place
+    stores = [store_for(decoder, place + 3) for _ in range(2)]
+    expected = decoder(ForwardBatch.pack(canvases, spans, stores[0]))
+    calls = use_packed(monkeypatch)
+    torch.testing.assert_close(
+        decoder(ForwardBatch.pack(canvases, spans, stores[1])), expected, **TOLERANCE
+    )
+    torch.testing.assert_close(stores[1].keys, stores[0].keys, **TOLERANCE)
+    kinds = len({span.cache_offset is None for span in spans})
+    assert len(calls) == kinds * decoder.config.num_layers
 
 
 def test_rows_that_no_call_can_take_are_left_to_the_reference() -> None:
-    assert pack_rows([4, 4], [4, 4], [8, 8], [8, 0], CPU) is None, "not in the cache's order"
-    assert pack_rows([4, 4], [4, 4], [8, 8], [0, 4], CPU) is None, "overlapping places"
-    assert pack_rows([4, 4], [4, 4], [8, 4], [0, None], CPU) is None, "no place behind one"
-    assert pack_rows([4], [4], [8], [None], CPU) is None, "keys that are nowhere"
+    def packed(keys: list[int], offsets: list[int | None]) -> PackedRows | None:
+        return pack_rows([[(4, each)] for each in keys], [4] * len(keys), keys, offsets, CPU)
+
+    assert packed([8, 8], [0, 8]).is_ordered
+    assert not packed([8, 8], [8, 0]).is_ordered
+    assert not packed([8, 8], [0, 4]).is_ordered, "overlapping places"
+    assert packed([8, 4], [0, None]) is None, "no place behind one"
+    assert packed([8], [None]) is None, "keys that are nowhere"
 
 
 def test_the_places_between_rows_belong_to_sequences_without_queries() -> None:

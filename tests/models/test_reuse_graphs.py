@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.tiny import request_of, running, tiny_decoder
+from tests.engine.tiny import request_of, running, tiny_decoder, tiny_spec
 from tests.models.test_attention import TOLERANCE, store_for, use_packed
 from vdiff_kserve.engine import EngineConfig
+from vdiff_kserve.engine.make_row import make_row
+from vdiff_kserve.engine.passes import MOST_BLOCKS, Pass
 from vdiff_kserve.models import ForwardBatch, KeyValueStore, ReuseGraphs, RowSpan, reuse_graphs
-from vdiff_kserve.models.reuse_graphs import LONGEST, LONGEST_WHOLE, bucket_of
+from vdiff_kserve.models.reuse_graphs import LONGEST, LONGEST_WHOLE, MOST_ROWS, bucket_of
 
 PLACES = 200
 
@@ -99,6 +101,44 @@ def test_the_most_frequent_shape_is_captured_in_the_order_of_the_cache() -> None
     assert graphs_of(tiny_decoder(attention_block=4)).choose(two_blocks) == []
 
 
+def test_blocks_of_a_row_are_rows_of_a_captured_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's first block too, though it sees nothing but itself. Without the kernel that takes
+    keys in any order there are none."""
+    row = make_row(request_of((1,), 30), lambda _: None, tiny_spec(tiny_decoder()), False)
+    spans = [
+        RowSpan(8, 4, 12, 8, 4, 100),
+        RowSpan(0, 12, 12, 8, 4, 50),
+        RowSpan(4, 8, 12, 8, 4, 0),
+    ]
+    decoder = tiny_decoder(attention_block=4)
+    assert graphs_of(decoder).takes_blocks is None
+    assert graphs_of(decoder).choose(spans) == [0]
+    use_packed(monkeypatch)
+    graphs = graphs_of(decoder)
+    parts = [part.span for span in spans for part in Pass(row, False, row.canvas, span).by_block(4)]
+    assert [(part.start, part.keys) for part in parts] == [
+        (8, 12), (0, 4), (4, 8), (8, 12), (4, 8), (8, 12)
+    ]  # fmt: skip
+    assert graphs.takes_blocks == 4
+    assert graphs.choose(parts) == [4, 5, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        RowSpan(4, 8, 12, 8, 4),  # no cache
+        RowSpan(4, 8, 12, 7, 4, 0),  # wants another block's last state
+        RowSpan(4, 8, 12, 4, 8, 0),  # wants two blocks'
+        RowSpan(2, 10, 12, 8, 4, 0),
+        RowSpan(0, 4 * MOST_BLOCKS + 4, 4 * MOST_BLOCKS + 4, 4 * MOST_BLOCKS, 4, 0),
+    ],
+)
+def test_other_passes_are_not_taken_apart(span: RowSpan) -> None:
+    row = make_row(request_of((1,), 30), lambda _: None, tiny_spec(tiny_decoder()), False)
+    whole = Pass(row, False, row.canvas, span)
+    assert whole.by_block(4) == [whole]
+
+
 def test_long_passes_are_not_captured() -> None:
     """The shape that is captured is the more seldom one."""
     spans = [RowSpan(8, LONGEST + 1, 900, 8, 8, 0), RowSpan(8, LONGEST + 1, 900, 8, 8, 1000)]
@@ -160,9 +200,17 @@ def test_the_pass_not_used_for_longest_makes_room(monkeypatch: pytest.MonkeyPatc
 
 
 def test_rows_are_rounded_up_to_few_sizes() -> None:
-    sizes = [bucket_of(rows) for rows in range(1, 65)]
+    sizes = [bucket_of(rows) for rows in range(1, MOST_ROWS + 1)]
     assert all(size >= rows for rows, size in enumerate(sizes, 1))
-    assert sorted(set(sizes)) == [1, 2, 4, *range(8, 65, 8)]
+    assert sorted(set(sizes)) == [1, 2, 4, *range(8, 65, 8), 80, 96, 112, 128]
+
+
+def test_passes_of_very_many_rows_are_not_captured() -> None:
+    spans = [RowSpan(8, 8, 20, 8, 8, 20 * i) for i in range(MOST_ROWS + 1)]
+    graphs = graphs_of(tiny_decoder())
+    assert graphs.choose(spans) == []
+    assert graphs.choose(spans[1:]) == list(range(MOST_ROWS))
+    assert graphs.sizes(500)[-1] == MOST_ROWS
 
 
 def test_a_pass_that_cannot_be_captured_is_told_once_and_runs_without(
@@ -247,3 +295,24 @@ def test_the_engine_answers_the_same_with_captured_passes(
         kinds = {shape.is_cached for shape in each._captured}
         assert True in kinds, "no cached pass was captured"
         assert rows > 1 or False in kinds, "no whole pass was captured"
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_an_engine_of_a_block_causal_model_runs_captured_passes_only(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, blocks whose keys and values become final in the next one's first pass, and steps of
+    blocks, in one captured pass a round."""
+    requests = [
+        request_of(tuple(range(1, 2 + 3 * i)), 20 + 3 * i, cache="exact", seed=i) for i in range(6)
+    ]
+    decoder = tiny_decoder(attention_block=8)
+    with running(decoder) as engine:
+        expected = [result.token_ids for result in engine.generate(requests)]
+    use_packed(monkeypatch)
+    monkeypatch.setattr(
+        ReuseGraphs, "for_model", lambda decoder, longest: ReuseGraphs(decoder, longest, run_again)
+    )
+    with running(decoder, EngineConfig(max_num_seqs=rows)) as engine:
+        monkeypatch.setattr(engine._runner, "_pack", Mock(side_effect=AssertionError))
+        assert [result.token_ids for result in engine.generate(requests)] == expected

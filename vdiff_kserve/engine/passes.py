@@ -11,6 +11,10 @@ from torch import Tensor
 from vdiff_kserve.engine.row import Row
 from vdiff_kserve.models import RowSpan
 
+MOST_BLOCKS = 8
+"""Of a pass that is taken apart. A block by itself is as long as a row's pass is in most steps, so
+that both can be captured as one."""
+
 
 class Pass(NamedTuple):
     """One forward pass over a canvas of a row: its own, or the one without a prompt that guidance
@@ -25,6 +29,27 @@ class Pass(NamedTuple):
     def place(self) -> int:
         """Where its keys and values lie in the cache; -1 when they are in none."""
         return -1 if self.span.cache_offset is None else self.span.cache_offset
+
+    def by_block(self, block: int) -> list[Pass]:
+        """The same as a pass for each block of `block` positions, for a model whose blocks see
+        themselves and what is left of them; itself when it is not over a few whole blocks, of which
+        the last one's hidden states are wanted. They are computed together: each layer keeps all
+        keys and values before it attends."""
+        span, starts = self.span, range(self.span.start, self.span.keys, block)
+        last = RowSpan(starts[-1], block, span.keys, starts[-1], block, span.cache_offset)
+        wanted = span.output_start, span.outputs
+        if (
+            span.cache_offset is None
+            or span.start % block
+            or span.keys % block
+            or wanted != (last.output_start, last.outputs)
+            or len(starts) > MOST_BLOCKS
+        ):
+            return [self]
+        return [
+            self._replace(span=replace(last, start=start, keys=start + block, output_start=start))
+            for start in starts
+        ]
 
 
 def passes_of(rows: Sequence[tuple[Row, RowSpan]], mask_token_id: int | None) -> list[Pass]:

@@ -206,6 +206,9 @@ class ModelRunner:
         """Passes and their hidden states: captured ones of one shape, and all others in one go."""
         if self._graphs is None:
             return [(passes, self._decoder(self._pack(passes)))]
+        if self._graphs.takes_blocks is not None:
+            block = self._graphs.takes_blocks
+            passes = [part for each in passes for part in each.by_block(block)]
         # Rows that lie in the cache as they come in the pass take one attention call.
         passes = sorted(passes, key=lambda each: each.place)
         parts = []

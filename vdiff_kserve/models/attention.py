@@ -3,8 +3,9 @@
 Rows are told apart by where their queries and keys begin and end (`cu_seqlens`, as FlashAttention's
 variable-length kernels take them), so nothing is padded. Keys in the cache are read where they lie:
 between two rows' keys stands a sequence without queries, which covers the places that are not
-theirs and costs nothing. Few queries over many keys have a kernel of their own. What neither can do
-goes to `layers.attend`, which can do all.
+theirs and costs nothing. Few queries over many keys have a kernel of their own; it also takes
+sequences that share keys, as the blocks of a row do when each sees itself and what is left of it.
+What neither can do goes to `layers.attend`, which can do all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,22 +56,14 @@ class PackedRows:
         fresh: rows whose keys are those of the pass itself; they come first. None without any.
         cached: rows whose keys lie in the cache, in its order. None without any.
         fresh_queries: query tokens of the first call; `fresh_keys` are its tokens.
-        shapes: (queries, keys) of every row.
+        is_ordered: whether runs of keys are disjoint and ascending, as torch's kernel takes them.
     """
 
     fresh: VarlenCall | None
     cached: VarlenCall | None
     fresh_queries: int
     fresh_keys: int
-    shapes: Sequence[tuple[int, int]]
-
-    def sees_all(self, block: int | None) -> bool:
-        """Whether no row needs a mask when blocks of `block` positions see none after them."""
-        if block is None:
-            return True
-        return all(
-            (keys - queries) // block == (keys - 1) // block for queries, keys in self.shapes
-        )
+    is_ordered: bool = True
 
 
 def sequences_of(
@@ -80,7 +74,7 @@ def sequences_of(
     Every row has two sequences: one without queries up to its first key, and its own.
 
     Args:
-        key_starts: place of each row's first key. Runs of keys are disjoint and ascending.
+        key_starts: place of each row's first key.
     """
     cu_queries, cu_keys = [0], [0]
     for count, start, length in zip(queries, key_starts, keys, strict=True):
@@ -89,8 +83,12 @@ def sequences_of(
     return cu_queries, cu_keys
 
 
+Part = tuple[int, int]
+"""Queries of a row that follow each other and see the same keys: how many, and how many keys."""
+
+
 def pack_rows(
-    queries: Sequence[int],
+    parts: Sequence[Sequence[Part]],
     tokens: Sequence[int],
     keys: Sequence[int],
     offsets: Sequence[int | None],
@@ -99,33 +97,54 @@ def pack_rows(
     """The calls for rows that lie end to end; None for rows that no call can take.
 
     Args:
-        queries: query tokens of each row; `tokens` are those that the pass computes, `keys` those
-            that the row sees.
+        parts: of the query tokens of each row.
+        tokens: how many of each row the pass computes; `keys` are those that the row sees.
         offsets: where each row's keys begin in the cache; None for a row that has none there.
     """
     uncached = sum(offset is None for offset in offsets)
     places = [offset for offset in offsets[uncached:] if offset is not None]
     ends = [place + count for place, count in zip(places, keys[uncached:], strict=False)]
-    ordered = all(end <= place for end, place in zip(ends, places[1:], strict=False))
+    is_ordered = all(len(row) == 1 for row in parts) and all(
+        end <= place for end, place in zip(ends, places[1:], strict=False)
+    )
     whole = list(tokens[:uncached]) == list(keys[:uncached])
-    if len(places) < len(offsets) - uncached or not ordered or not whole:
+    if len(places) < len(offsets) - uncached or not whole:
         return None
     fresh = cached = None
     if uncached:
-        starts = [sum(tokens[:row]) for row in range(uncached)]
-        fresh = _call(queries[:uncached], starts, keys[:uncached], device)
+        starts = list(accumulate(tokens[:uncached], initial=0))[:-1]
+        fresh = _call(parts[:uncached], starts, device)
     if places:
-        cached = _call(queries[uncached:], places, keys[uncached:], device)
-    shapes = list(zip(queries, keys, strict=True))
-    return PackedRows(fresh, cached, sum(queries[:uncached]), sum(tokens[:uncached]), shapes)
+        cached = _call(parts[uncached:], places, device)
+    queries = sum(count for row in parts[:uncached] for count, _ in row)
+    return PackedRows(fresh, cached, queries, sum(tokens[:uncached]), is_ordered)
 
 
 def _call(
-    queries: Sequence[int], key_starts: Sequence[int], keys: Sequence[int], device: torch.device
+    parts: Sequence[Sequence[Part]], key_starts: Sequence[int], device: torch.device
 ) -> VarlenCall:
-    both = torch.tensor(sequences_of(queries, key_starts, keys), dtype=torch.int32)
+    starts = [start for row, start in zip(parts, key_starts, strict=True) for _ in row]
+    queries, keys = zip(*(part for row in parts for part in row), strict=True)
+    both = torch.tensor(sequences_of(queries, starts, keys), dtype=torch.int32)
     cu_queries, cu_keys = to_device(both, device)
     return VarlenCall(cu_queries, cu_keys, max(2, *queries), max(keys))
+
+
+def can_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: PackedRows,
+    cached: tuple[Tensor, Tensor] | None,
+) -> bool:
+    """Whether `attend_packed` takes these: keys in no order want the kernel for few queries."""
+    if rows.is_ordered:
+        return True
+    fresh = rows.fresh is None or split_attention.usable(query, key, value, rows.fresh)
+    if rows.cached is None:
+        return fresh
+    assert cached is not None
+    return fresh and split_attention.usable(query, *cached, rows.cached)
 
 
 def attend_packed(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, groupby
+from functools import cache, cached_property
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
 
 from vdiff_kserve.gpu import to_device
-from vdiff_kserve.models.attention import PackedRows, pack_rows
+from vdiff_kserve.models.attention import PackedRows, Part, pack_rows
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,23 @@ class RowSpan:
     def whole(cls, length: int) -> RowSpan:
         """All of a canvas, without a cache, every hidden state wanted."""
         return cls(0, length, length, 0, length)
+
+    def parts(self, block: int | None, *, wanted: bool) -> list[Part]:
+        """The queries, or those whose hidden states are wanted, by what they see.
+
+        Args:
+            block: None when each sees all keys; else it sees its own and earlier blocks of so many
+                positions.
+        """
+        start, count = (self.output_start, self.outputs) if wanted else (self.start, self.queries)
+        if block is None:
+            return [(count, self.keys)]
+        ends = range((start // block + 1) * block, start + count, block)
+        bounds = [start, *ends, start + count]
+        return [
+            (end - first, min((first // block + 1) * block, self.keys))
+            for first, end in pairwise(bounds)
+        ]
 
 
 @dataclass(frozen=True)
@@ -115,12 +132,10 @@ class ForwardBatch:
         return cls(input_ids.reshape(-1), (RowSpan.whole(length),) * rows)
 
     @classmethod
-    def of_tensors(
-        cls, input_ids: Tensor, store: KeyValueStore, **tensors: Tensor | PackedRows | None
-    ) -> ForwardBatch:
-        """A pass whose tensors are given: by name, what is otherwise derived from the spans."""
+    def of_tensors(cls, input_ids: Tensor, store: KeyValueStore, **derived: object) -> ForwardBatch:
+        """A pass without spans: `derived` is what otherwise comes from them, by name."""
         batch = cls(input_ids, (), store)
-        batch.__dict__.update(tensors)
+        batch.__dict__.update(derived)
         return batch
 
     @cached_property
@@ -164,23 +179,22 @@ class ForwardBatch:
         return _ranges_on(self.input_ids.device, kept) if kept else None
 
     @cached_property
-    def packed(self) -> PackedRows | None:
-        """The rows as `attend_packed` takes them; None when it cannot."""
-        return self._pack_rows(self._queries)
+    def packed(self) -> Callable[[int | None, bool], PackedRows | None]:
+        """The rows as `attend_packed` takes them, by the size of blocks that see none after them
+        (None without any), and whether only the wanted hidden states are computed. None when it
+        cannot take them."""
 
-    @cached_property
-    def packed_outputs(self) -> PackedRows | None:
-        """The same when only the wanted hidden states are computed."""
-        return self._pack_rows([span.outputs for span in self.spans])
+        @cache
+        def packed(block: int | None, wanted: bool) -> PackedRows | None:
+            return pack_rows(
+                [span.parts(block, wanted=wanted) for span in self.spans],
+                self._queries,
+                [span.keys for span in self.spans],
+                [span.cache_offset for span in self.spans],
+                self.input_ids.device,
+            )
 
-    def _pack_rows(self, queries: list[int]) -> PackedRows | None:
-        return pack_rows(
-            queries,
-            self._queries,
-            [span.keys for span in self.spans],
-            [span.cache_offset for span in self.spans],
-            self.input_ids.device,
-        )
+        return packed
 
     @property
     def _queries(self) -> list[int]:

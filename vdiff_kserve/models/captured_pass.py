@@ -152,11 +152,10 @@ class CapturedPass:
             output_tokens=None if shape.wants_all else wanted,
             cache_places=places,
             cached_tokens=None,
-            packed=rows,
-            packed_outputs=outputs,
+            packed=lambda _, wanted: outputs if wanted else rows,
         )
 
     def _rows(self, call: VarlenCall, queries: int) -> PackedRows:
         if self._shape.is_cached:
-            return PackedRows(None, call, 0, 0, ())
-        return PackedRows(call, None, queries, self._shape.rows * self._shape.queries, ())
+            return PackedRows(None, call, 0, 0)
+        return PackedRows(call, None, queries, self._shape.rows * self._shape.queries)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vdiff_kserve.models import fused
-from vdiff_kserve.models.attention import attend_packed, has_kernel
+from vdiff_kserve.models.attention import attend_packed, can_attend, has_kernel
 from vdiff_kserve.models.batch import ForwardBatch
 from vdiff_kserve.models.joined_linear import JoinedLinear
 from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
@@ -114,9 +114,10 @@ class Attention(JoinedLinear):
         cached = self._cached(batch)
         block = self.attention_block
         if has_kernel(query.device, query.dtype, self.head_dim):
-            rows = batch.packed if outputs is None else batch.packed_outputs
-            if rows is not None and (block == 1 or rows.sees_all(block)):
-                return self.o_proj(attend_packed(query, key, value, rows, cached, block == 1))
+            causal = block == 1  # which the kernel knows by itself
+            rows = batch.packed(None if causal else block, outputs is not None)
+            if rows is not None and can_attend(query, key, value, rows, cached):
+                return self.o_proj(attend_packed(query, key, value, rows, cached, causal))
         groups = batch.groups if outputs is None else batch.output_groups
         return self.o_proj(attend(query, key, value, groups, cached, block))
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from vdiff_kserve.models import split_attention
 from vdiff_kserve.models.attention import has_kernel
 from vdiff_kserve.models.batch import KeyValueStore, RowSpan
 from vdiff_kserve.models.captured_pass import CapturedPass, Pass, PassShape, Recorder
@@ -30,6 +32,8 @@ no memory for it."""
 LONGEST = 256
 """Most queries of a row whose cached pass is captured. Longer passes keep a GPU busy by themselves,
 and come in too many lengths: with the cache `prefix`, every block of every request has its own."""
+MOST_ROWS = 128
+"""Of a captured pass; more keep a GPU busy by themselves."""
 LONGEST_WHOLE = 512
 """Most tokens of a canvas whose whole pass is captured."""
 WHOLE_STEP = 32
@@ -38,9 +42,13 @@ WHOLE_STEP = 32
 logger = logging.getLogger("kserve.vdiff.engine")
 
 
-def shape_of_reuse(span: RowSpan) -> PassShape | None:
-    """Of a row's pass; None when it is not a short cached one."""
-    if span.cache_offset is None or span.queries == span.keys or span.queries > LONGEST:
+def shape_of_reuse(span: RowSpan, block: int | None = None) -> PassShape | None:
+    """Of a row's pass; None when it is not a short cached one.
+
+    Args:
+        block: so many tokens count as one also where the row has no more.
+    """
+    if span.cache_offset is None or span.queries == span.keys != block or span.queries > LONGEST:
         return None
     return PassShape(1, span.queries, span.outputs, span.outputs == span.queries, is_cached=True)
 
@@ -56,9 +64,11 @@ def shape_of_whole(span: RowSpan) -> PassShape | None:
 
 
 def bucket_of(rows: int) -> int:
-    """The number of rows that a captured pass for `rows` has: 1, 2, 4, 8, then multiples of 8."""
+    """The number of rows that a captured pass for `rows` has: 1, 2, 4, 8, then multiples of 8, and
+    beyond 64 of 16."""
     if rows > 8:
-        return -(-rows // 8) * 8
+        step = 8 if rows <= 64 else 16
+        return -(-rows // step) * step
     return 1 << (rows - 1).bit_length()
 
 
@@ -120,31 +130,44 @@ class ReuseGraphs:
             return None
         return cls(decoder, longest, CudaRecorder(device))
 
+    @cached_property
+    def takes_blocks(self) -> int | None:
+        """The size of blocks of which several of one row may be rows of a captured pass; None when
+        they may not. A block sees what is left of it, so that they share keys."""
+        config, decoder = self._decoder.config, self._decoder
+        block, group = config.attention_block, config.num_heads // config.num_kv_heads
+        if block is None or block == 1:
+            return None
+        heads = decoder.device, decoder.dtype, config.head_dim, group
+        return block if split_attention.takes(block, *heads) else None
+
     def sizes(self, most: int) -> list[int]:
         """Numbers of rows that bring up every captured pass that at most so many rows need."""
+        most = min(most, MOST_ROWS)
         return sorted({min(bucket_of(rows), most) for rows in range(1, most + 1)})
 
     def choose(self, spans: Sequence[RowSpan]) -> list[int]:
         """Which rows of a pass to run captured: those of the most frequent shape, in the order of
-        their places in the cache. Block-causal rows whose queries are of two blocks need a mask and
-        are not among them."""
+        their places in the cache. Rows whose queries are of several blocks are not among them."""
         if self.failed:
             return []
         by_shape: dict[PassShape, list[int]] = {}
         for i, span in enumerate(spans):
-            shape = shape_of_reuse(span)
+            shape = shape_of_reuse(span, self.takes_blocks)
             if shape is not None and self._needs_no_mask(span):
                 by_shape.setdefault(shape, []).append(i)
         if not by_shape:
             return []
         chosen = max(by_shape.values(), key=len)
+        if len(chosen) > MOST_ROWS:
+            return []
         return sorted(chosen, key=lambda i: spans[i].cache_offset or 0)
 
     def run(
         self, canvases: Sequence[Tensor], spans: Sequence[RowSpan], store: KeyValueStore
     ) -> Tensor | None:
         """Hidden states of rows that `choose` chose; None when they must run without a graph."""
-        shape = shape_of_reuse(spans[0])
+        shape = shape_of_reuse(spans[0], self.takes_blocks)
         assert shape is not None, "only cached passes are captured"
         return self._run(replace(shape, rows=bucket_of(len(spans))), canvases, spans, store)
 

@@ -37,13 +37,20 @@ def usable(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall) -> bool:
     """Whether `attend` takes these; dimensions as there."""
     heads, size = query.shape[1:]
     return (
-        query.is_cuda
-        and call.max_queries <= LONGEST
-        and query.is_contiguous()
+        query.is_contiguous()
         and all(each.stride()[1:] == (size, 1) for each in (key, value))
         and not torch.is_grad_enabled()
-        and query.device.index == torch.cuda.current_device()
-        and works(query.device, query.dtype, size, heads // key.shape[1])
+        and takes(call.max_queries, query.device, query.dtype, size, heads // key.shape[1])
+    )
+
+
+def takes(queries: int, device: torch.device, dtype: torch.dtype, size: int, group: int) -> bool:
+    """Whether there is a kernel on this device for rows of so many queries and such heads."""
+    return (
+        queries <= LONGEST
+        and device.type == "cuda"
+        and device.index == torch.cuda.current_device()
+        and works(device, dtype, size, group)
     )
 
 
