@@ -1,6 +1,7 @@
 """A GPU's roofline and how near the engine comes: `python -m benchmarks.gpu`, in under 8 minutes.
 
     python -m benchmarks.gpu                         LLaDA-8B's shape, random bfloat16 weights
+    python -m benchmarks.gpu --model llada2-mini     LLaDA2.0-mini's: 256 experts, block-causal
     python -m benchmarks.gpu --layers 4 --quick      a few seconds, to see that all of it runs
     python -m benchmarks.gpu --device cpu --layers 2 --width 256 --vocabulary 2304 --quick
 
@@ -37,6 +38,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.gpu_models import (
+    add_model_options,
+    cache_for,
+    config_of,
+    random_decoder,
+    random_tokens,
+    spec_of,
+)
 from benchmarks.gpu_timing import (
     BLOCK,
     Rates,
@@ -54,10 +63,7 @@ from vdiff_kserve.engine import (
 )
 from vdiff_kserve.models import (
     Decoder,
-    DecoderConfig,
     ForwardBatch,
-    KeyValueStore,
-    ModelSpec,
     ReuseGraphs,
     RowSpan,
     split_attention,
@@ -82,11 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    add("--layers", type=int, default=32)
-    add("--width", type=int, default=4096)
-    add("--inner", type=int, help="width of the MLP (3 times the model's)")
-    add("--heads", type=int, help="(one per 128 of the width)")
-    add("--vocabulary", type=int, default=126_464)
+    add_model_options(parser)
     add("--context", type=int, default=1024, help="cached tokens of each row of a reuse pass")
     add("--enforce_eager", action="store_true", help="without CUDA graphs")
     add("--quick", action="store_true", help="the smallest size of each")
@@ -94,55 +96,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def config_of(args: argparse.Namespace) -> DecoderConfig:
-    """LLaDA-8B's shape unless told otherwise."""
-    heads = args.heads or max(1, args.width // 128)
-    return DecoderConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.width,
-        intermediate_size=args.inner or 3 * args.width,
-        num_layers=args.layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=args.width // heads,
-        rms_norm_eps=1e-5,
-        rope_theta=5e5,
-        rope_in_float32=True,
-        tie_embeddings=False,
-    )
-
-
-def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """Weights made where they stay."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder = decoder.to(dtype).to_empty(device=device)
-    torch.manual_seed(0)
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else parameter.fill_(1)
-    if device.type == "cuda":
-        decoder.join_layers()
-    return decoder.requires_grad_(False).eval()
-
-
-def cache_for(decoder: Decoder, places: int) -> KeyValueStore:
-    config = decoder.config
-    shape = (config.num_layers, places + 1, config.num_kv_heads, config.head_dim)
-    keys, values = (torch.empty(shape, device=decoder.device, dtype=decoder.dtype) for _ in "kv")
-    return KeyValueStore(keys.normal_(), values.normal_())
-
-
-def random_tokens(config: DecoderConfig, count: int) -> torch.Tensor:
-    """Zeros would take a GPU less power, and so less time."""
-    return torch.randint(config.vocab_size, (count,))
-
-
 def reuse_pass(
     decoder: Decoder, rows: int, context: int, graphs: ReuseGraphs | None
 ) -> Callable[[], torch.Tensor]:
     """A pass over one block of each row, the rest of its canvas in the cache."""
     canvases = [random_tokens(decoder.config, context) for _ in range(rows)]
-    start = context // 2
+    block_causal = decoder.config.attention_block is not None
+    start = (context - BLOCK if block_causal else context // 2) // BLOCK * BLOCK
     spans = [
         RowSpan(start, BLOCK, context, start, BLOCK, cache_offset=row * context)
         for row in range(rows)
@@ -246,13 +206,15 @@ def measure_generation(
     decoder: Decoder, answer: int, args: argparse.Namespace, failures: list[str]
 ) -> dict[int, tuple[float, float]]:
     """Tokens per second and seconds of a round by concurrency, each request of its own prompt,
-    cache `dual`. Everything runs twice: the first time captures passes."""
-    vocabulary = decoder.config.vocab_size
-    spec = ModelSpec("llada", decoder.config, vocabulary - 1, vocabulary - 2, None, CONTEXT, BLOCK)
+    cache `dual` (`exact` where it is). Everything runs twice: the first time captures passes."""
+    vocabulary, spec = decoder.config.vocab_size, spec_of(decoder.config, CONTEXT)
     budget = measured_token_budget(decoder, CONTEXT)
     rng = random.Random(0)
     decoding = DecodingParams(
-        steps=answer // TOKENS_PER_STEP, block_length=BLOCK, cache="dual", logits_eos_inf=True
+        steps=answer // TOKENS_PER_STEP,
+        block_length=BLOCK,
+        cache="exact" if spec.block_causal else "dual",
+        logits_eos_inf=True,
     )
 
     def requests(count: int) -> list[GenerationRequest]:

@@ -84,17 +84,38 @@ def roofline(
     config: DecoderConfig, rates: Rates, queries: Sequence[int], keys: Sequence[int], itemsize: int
 ) -> float:
     """Least seconds of a pass without logits, for rows of so many queries and keys. Of the last
-    layer only keys and values, and one block of each row, are computed."""
+    layer only keys and values, and one block of each row, are computed. Tokens choose experts
+    evenly, and no query of a block-causal model sees a later block."""
     width, kept = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     key_value = config.hidden_size * kept
-    rest = config.hidden_size * (2 * width + 3 * config.intermediate_size)
-    layers, tokens, wanted = config.num_layers, sum(queries), BLOCK * len(queries)
-    pairs = sum(q * k for q, k in zip(queries, keys, strict=True))
-    last_pairs = sum(BLOCK * k for k in keys)
-    moved = itemsize * layers * (key_value + rest + kept * sum(keys))
-    products = layers * key_value * tokens + rest * ((layers - 1) * tokens + wanted)
-    attention = 2 * width * ((layers - 1) * pairs + last_pairs)
-    return max(moved / rates.bandwidth, 2 * (products + attention) / rates.matrix)
+    tokens, wanted = sum(queries), BLOCK * len(queries)
+    pairs, last_pairs = _pairs(config, queries, keys), sum(BLOCK * k for k in keys)
+    moved, products = 0.0, 0.0
+    for layer in range(config.num_layers):
+        computed = tokens if layer < config.num_layers - 1 else wanted
+        read, multiplied = _mlp(config, layer, computed)
+        moved += key_value + 2 * config.hidden_size * width + read + kept * sum(keys)
+        products += key_value * tokens + computed * (2 * config.hidden_size * width + multiplied)
+    attention = 2 * width * ((config.num_layers - 1) * pairs + last_pairs)
+    return max(itemsize * moved / rates.bandwidth, 2 * (products + attention) / rates.matrix)
+
+
+def _pairs(config: DecoderConfig, queries: Sequence[int], keys: Sequence[int]) -> float:
+    """Of a query and a key that it sees."""
+    hidden = sum(q * (q - BLOCK) / 2 for q in queries) if config.attention_block else 0
+    return sum(q * k for q, k in zip(queries, keys, strict=True)) - hidden
+
+
+def _mlp(config: DecoderConfig, layer: int, tokens: int) -> tuple[float, float]:
+    """Weights of a layer's MLP or experts that are read for so many tokens, and products of one."""
+    experts = config.moe
+    if experts is None or layer in config.dense_layers:
+        weights = 3 * config.hidden_size * config.intermediate_size
+        return weights, weights
+    one, number = 3 * config.hidden_size * experts.expert_size, experts.num_experts
+    always = config.hidden_size * (number + 3 * experts.shared_size)
+    chosen = number * (1 - (1 - experts.experts_per_token / number) ** tokens)
+    return always + one * chosen, always + one * experts.experts_per_token
 
 
 def line_of(timing: Timing) -> str:

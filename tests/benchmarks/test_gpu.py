@@ -18,6 +18,8 @@ from benchmarks.gpu import (
     parse_arguments,
     roofline,
 )
+from benchmarks.gpu_models import random_decoder
+from vdiff_kserve.models import Decoder
 
 SMALL = ["--device", "cpu", "--dtype", "float32", "--layers", "2", "--width", "128"]
 SMALL += ["--vocabulary", "300", "--quick"]
@@ -45,6 +47,35 @@ def test_a_long_pass_takes_as_long_as_its_products() -> None:
     products = key_value * 8192 + rest * BLOCK + attention
     seconds = roofline(config, Rates(1e18, 1e12), [8192], [8192], itemsize=2)
     assert seconds == pytest.approx(2 * products / 1e12)
+
+
+def test_llada2_mini_reads_the_experts_that_its_tokens_choose() -> None:
+    config = config_of(parse_arguments(["--model", "llada2-mini"]))
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in Decoder(config).parameters())
+    assert parameters == pytest.approx(16.2e9, rel=0.01)
+    attention = 2048 * 128 * (2 * 16 + 2 * 4)
+    dense, one = 3 * 2048 * 5120, 3 * 2048 * 512
+    for tokens, chosen in ((1, 8), (100_000, 256)):
+        seconds = roofline(config, Rates(1e12, 1e30), [tokens], [0], itemsize=2)
+        experts = chosen if tokens == 1 else (18 * 256 + 256 * (1 - (1 - 8 / 256) ** BLOCK)) / 19
+        if tokens == 1:  # the last layer computes a block
+            experts = (18 * 8 + 256 * (1 - (1 - 8 / 256) ** BLOCK)) / 19
+        read = 20 * attention + dense + 19 * (2048 * (256 + 3 * 512) + one * experts)
+        assert seconds == pytest.approx(2 * read / 1e12)
+
+
+def test_a_block_causal_model_of_experts_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    report = main([*SMALL, "--model", "llada2-mini"])
+    assert report["failures"] == []
+    assert report["tokens_per_second"]["1"] > 0
+
+
+def test_a_router_keeps_its_precision() -> None:
+    args = parse_arguments([*SMALL, "--model", "llada2-mini"])
+    decoder = random_decoder(config_of(args), torch.device("cpu"), torch.bfloat16)
+    assert decoder.layers[1].mlp.router.weight.dtype == torch.float32
+    assert decoder.dtype == torch.bfloat16
 
 
 def test_every_figure_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

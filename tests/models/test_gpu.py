@@ -15,6 +15,7 @@ from tests.models.test_attention import mixed_rows, store_for
 from tests.models.test_reuse_graphs import PLACES, reuse_rows
 from vdiff_kserve.engine import EngineConfig
 from vdiff_kserve.engine.make_row import make_row
+from vdiff_kserve.engine.passes import Pass
 from vdiff_kserve.models import (
     Decoder,
     ForwardBatch,
@@ -134,6 +135,46 @@ def test_a_replayed_graph_computes_what_the_pass_computes(
         replayed = graphs.run(canvases, spans, shared)
         assert replayed is not None, "the pass was not captured"
         torch.testing.assert_close(replayed, expected, **BFLOAT16)
+
+
+def test_blocks_of_rows_that_see_none_after_them_are_computed_and_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts of several blocks by the kernel for few queries, and the same blocks captured."""
+    block, lengths = 32, (96, 64, 160)
+    made = tiny_decoder(head_dim=64, hidden_size=256, attention_block=block)
+    made = made.to(CUDA, torch.bfloat16)
+    made.join_layers()
+    canvases, spans, place = [], [], 3
+    for length in lengths:
+        start = 0 if length == 96 else length - 2 * block
+        canvases.append(torch.randint(30, (length,)))
+        spans.append(RowSpan(start, length - start, length, length - block, block, place))
+        place += length
+    row = make_row(request_of((1,), 30), lambda _: None, tiny_spec(made), False)
+    parts = [
+        part
+        for canvas, span in zip(canvases, spans, strict=True)
+        for part in Pass(row, False, canvas, span).by_block(block)
+    ]
+    stores = [on_gpu(store_for(made, place + 1)) for _ in range(3)]
+    with torch.inference_mode():
+        packed = made(ForwardBatch.pack(canvases, spans, stores[0], CUDA))
+        graphs = ReuseGraphs.for_model(made, 200)
+        assert graphs is not None
+        assert graphs.takes_blocks == block
+        captured = graphs.run(
+            [each.canvas for each in parts], [each.span for each in parts], stores[1]
+        )
+        assert captured is not None, "the pass was not captured"
+        monkeypatch.setattr("vdiff_kserve.models.decoder.has_kernel", lambda *_: False)
+        plain = made(ForwardBatch.pack(canvases, spans, stores[2], CUDA))
+    torch.testing.assert_close(packed, plain, **BFLOAT16)
+    last = [i for i, part in enumerate(parts) if part.span.keys == len(part.canvas)]
+    wanted = torch.cat([captured[i * block : (i + 1) * block] for i in last])
+    torch.testing.assert_close(wanted, plain, **BFLOAT16)
+    for store in stores[:2]:
+        torch.testing.assert_close(store.keys[:, :-1], stores[2].keys[:, :-1], **BFLOAT16)
 
 
 def test_a_replayed_whole_pass_computes_what_the_pass_computes(decoder: Decoder) -> None:
