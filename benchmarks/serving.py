@@ -32,8 +32,13 @@ from tqdm import tqdm
 
 from benchmarks import serving_report
 from benchmarks.load import Client, Load, Prompt, closed_loop, workload
-from benchmarks.serving_checkpoint import parse_sizes, read_checkpoint, write_random_checkpoint
-from benchmarks.serving_compare import compare
+from benchmarks.serving_checkpoint import (
+    CONTEXT,
+    parse_sizes,
+    read_checkpoint,
+    write_random_checkpoint,
+)
+from benchmarks.serving_compare import compare, requests_to_compare
 from benchmarks.serving_engine import BareEngine, decoding_of, long_prompt
 from benchmarks.serving_machine import (
     attention_flops,
@@ -63,6 +68,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model").add_mutually_exclusive_group()
     model.add_argument("--model_dir", type=Path, default=EMBEDDED)
     model.add_argument("--random", metavar="LxWxV", help="layers, width and vocabulary")
+    parser.add_argument("--context", type=int, help=f"of a random model ({CONTEXT})")
     add = parser.add_argument_group("server").add_argument
     add("--base_url", help="a server that runs already and has the same model")
     add("--dtype", default="auto")
@@ -71,7 +77,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("load").add_argument
     add("--scenario", choices=SCENARIOS, default="load")
     add("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N")
-    add("--requests", type=int, default=64, help="of each level, the same for all")
+    add(
+        "--requests", type=int, nargs="+", default=[64], metavar="N",
+        help="of every level, or a number for each; they are the first of one list",
+    )  # fmt: skip
     add("--prompt_tokens", type=int, nargs=2, default=(16, 512), metavar=("LOW", "HIGH"))
     add("--new_tokens", type=int, nargs=2, default=(64, 256), metavar=("LOW", "HIGH"))
     add("--cache", default="dual")
@@ -85,6 +94,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="also one after the other and without a server, at these levels (16)",
     )  # fmt: skip
     add("--turns", type=int, default=2, help="how often the compared ways take turns")
+    add("--engine_only", action="store_true", help="compare with the bare engine's rate alone")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args(argv)
     if args.random and args.dtype == "auto":
@@ -93,6 +103,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.compare = [COMPARED if COMPARED in args.concurrency else max(args.concurrency)]
     if args.compare and not set(args.compare) <= set(args.concurrency):
         parser.error("--compare takes levels of --concurrency")
+    if len(args.requests) not in (1, len(args.concurrency)):
+        parser.error("--requests takes one number, or one for each level of --concurrency")
+    if args.context and not args.random:
+        parser.error(
+            "--context is for a random model; --server_args '--max_model_len N' for others"
+        )
     if args.turns < 1:
         parser.error("--turns takes a number from 1")
     if args.scenario == "long_prompt" and args.base_url:
@@ -153,12 +169,22 @@ class Benchmark:
         return {"cache": self.args.cache, **chosen, **self.args.fields}
 
     @cached_property
-    def prompts(self) -> list[Prompt]:
-        """The requests of every level, and some more to warm up with at the end."""
+    def _prompts(self) -> list[Prompt]:
+        """The requests of the longest level, and some more to warm up with at the end."""
         args = self.args
-        return self.mixed(
-            args.requests + WARM_UP, tuple(args.prompt_tokens), tuple(args.new_tokens)
-        )
+        count = max(args.requests) + WARM_UP
+        return self.mixed(count, tuple(args.prompt_tokens), tuple(args.new_tokens))
+
+    @property
+    def warm_up_prompts(self) -> list[Prompt]:
+        """What is asked before anything counts."""
+        return self._prompts[-WARM_UP:]
+
+    def prompts(self, concurrency: int) -> list[Prompt]:
+        """The requests of a level."""
+        levels, counts = self.args.concurrency, self.args.requests
+        counts = counts * len(levels) if len(counts) == 1 else counts
+        return self._prompts[: counts[levels.index(concurrency)]]
 
     def exactly(self, count: int, prompt_tokens: int, new_tokens: int) -> list[Prompt]:
         """Prompts of one length."""
@@ -188,19 +214,21 @@ class Benchmark:
 
     def level(self, url: str, concurrency: int, on_answer: Callable[[], object]) -> Level:
         """Ask all prompts with `concurrency` in flight."""
-        client = self.client(url)
-        prompts = self.prompts[: self.args.requests]
+        client, prompts = self.client(url), self.prompts(concurrency)
         before = scrape_at_rest(url)
         load = asyncio.run(closed_loop(client, prompts, concurrency, on_answer))
         return Level(load, Rounds.between(before, scrape_at_rest(url)))
 
     def warm_up(self, url: str) -> dict[str, Any]:
-        """Ask a few prompts that do not count; returns how they were decoded.
+        """Ask a few prompts that do not count; returns how they were decoded. On a GPU the first
+        also goes alone: passes over whole canvases of one row are captured when they come again.
 
         Raises:
             SystemExit: the server refuses them.
         """
-        prompts = self.prompts[self.args.requests :]
+        prompts = self.warm_up_prompts
+        if self.device.type == "cuda":
+            asyncio.run(closed_loop(self.client(url), prompts[:1], 1))
         load = asyncio.run(closed_loop(self.client(url), prompts, len(prompts)))
         if load.errors:
             raise SystemExit(f"The server refuses the load: {next(iter(load.errors))}")
@@ -214,11 +242,11 @@ def run_load(benchmark: Benchmark) -> dict[str, Any]:
         lambda: matrix_rates(benchmark.spec.decoder, benchmark.device, benchmark.dtype)
     )
     peak = best_layer_rate(rates)
-    runs = len(args.concurrency)
+    requests = sum(len(benchmark.prompts(rows)) for rows in args.concurrency)
     if args.compare:
-        runs += args.turns * (1 + 2 * len(args.compare))
+        requests += requests_to_compare(benchmark)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=runs * args.requests, unit="request"))
+        bar = stack.enter_context(tqdm(total=requests, unit="request"))
         url, budget = args.base_url, None
         if url is None:
             server = stack.enter_context(benchmark.server(max(args.concurrency)))
@@ -274,6 +302,11 @@ def run_long_prompt(benchmark: Benchmark) -> dict[str, Any]:
         return long_prompt(bare, running, long, bar.update)
 
 
+def name_of(device: torch.device) -> str:
+    """A device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 SCENARIO_RUNS: dict[str, Callable[[Benchmark], dict[str, Any]]] = {
     "load": run_load,
     "short_among_long": run_short_among_long,
@@ -288,14 +321,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="vdiff-random-") as temporary:
         folder = args.model_dir
         if args.random:
-            folder = write_random_checkpoint(Path(temporary), parse_sizes(args.random))
+            folder = write_random_checkpoint(
+                Path(temporary), parse_sizes(args.random), device=choose_device(args.device),
+                context=args.context or CONTEXT,
+            )  # fmt: skip
         benchmark = Benchmark(args, folder)
         report = {
             "command": shlex.join(["python", "-m", "benchmarks.serving", *given]),
             "scenario": args.scenario,
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "device": str(benchmark.device),
+            "device": name_of(benchmark.device),
             "dtype": str(benchmark.dtype).removeprefix("torch."),
             "context": benchmark.spec.max_model_len,
             **SCENARIO_RUNS[args.scenario](benchmark),

@@ -86,10 +86,11 @@ def _rounds(levels: list[dict[str, Any]]) -> None:
 
 def _compared(compared: Mapping[str, Any]) -> None:
     alone = compared["one_after_the_other"]
-    print(
-        f"\nthe same requests in {compared['turns']} turns; one after the other: "
-        f"{alone['tokens_per_second']:.1f} tokens/s, {alone['errors']} errors"
-    )
+    print(f"\nthe same requests in {compared['turns']} turns", end="")
+    if alone["tokens_per_second"] is not None:
+        rate = alone["tokens_per_second"]
+        print(f"; one after the other: {rate:.1f} tokens/s, {alone['errors']} errors", end="")
+    print()
     print(
         f"{'in flight':>9} {'tokens/s':>9} {'to that':>8} {'batching':>8} {'bare engine':>11} "
         f"{'to it':>7} {'by turn':>15} {'passes':>8} {'its passes':>10} {'its plan+apply':>14}"
@@ -98,12 +99,16 @@ def _compared(compared: Mapping[str, Any]) -> None:
         by_turn = level["to_bare_engine_by_turn"]
         print(
             f"{level['concurrency']:9d} {level['tokens_per_second']:9.1f} "
-            f"{level['to_one_after_the_other']:7.2f}x {level['batching']:7.2f}x "
+            f"{_times_of(level['to_one_after_the_other'])} {_times_of(level['batching'])} "
             f"{level['engine_tokens_per_second']:11.1f} "
             f"{level['to_bare_engine']:7.1%} {min(by_turn):6.1%} - {max(by_turn):6.1%} "
             f"{level['forward_passes']:8d} {level['engine_forward_passes']:10d} "
             f"{level['engine_bookkeeping']:14.1%}"
         )
+
+
+def _times_of(factor: float | None) -> str:
+    return f"{'-' if factor is None else f'{factor:.2f}x':>8}"
 
 
 def _short(report: Mapping[str, Any]) -> None:

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks import serving
+from benchmarks import serving, serving_checkpoint, serving_machine
 from benchmarks.load import Answer, Client, Load, Prompt, closed_loop, percentile, workload
 from benchmarks.serving_checkpoint import parse_sizes, read_checkpoint, write_random_checkpoint
 from benchmarks.serving_engine import BareEngine, WatchedEngine, decoding_of
-from benchmarks.serving_machine import attention_flops, round_flops
+from benchmarks.serving_machine import attention_flops, matrix_rates, round_flops
 from benchmarks.serving_server import Rounds, Server, model_name, scrape_at_rest
-from vdiff_kserve.models import load_tokenizer
+from vdiff_kserve.models import load_decoder, load_tokenizer
 from vdiff_kserve.sampler import DecodingParams
 
 CPU = torch.device("cpu")
@@ -33,6 +34,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(checkpoint: Path) -> Iterator[Server]:
     with Server(checkpoint, "--max_num_seqs", "4", "--dtype", "float32") as process:
         yield process
+
+
+@pytest.fixture(autouse=True)
+def rates_are_rough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_machine, "MEASURE_S", 0.02)
 
 
 def test_percentiles_are_those_of_numpy() -> None:
@@ -121,7 +127,58 @@ def test_the_random_checkpoint_has_a_tokenizer_of_its_own_words(checkpoint: Path
     assert tokenizer.encode(tokenizer.decode([5, 77, 125])) == [5, 77, 125]
 
 
-@pytest.mark.parametrize("sizes", ["12x512", "12x500x100", "0x64x100", "axbxc"])
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    files = folder.glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_the_random_weights_are_of_one_size_and_differ(checkpoint: Path) -> None:
+    weights = stored(checkpoint)
+    for name, weight in weights.items():
+        if weight.dim() == 1:
+            assert (weight == 1).all()
+        else:
+            assert weight.float().std().item() == pytest.approx(0.06, rel=0.1), name
+    first, second = (weights[f"model.transformer.blocks.{i}.up_proj.weight"] for i in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_a_large_random_checkpoint_is_in_several_files(tmp_path: Path, checkpoint: Path) -> None:
+    write_random_checkpoint(tmp_path, parse_sizes("2x64x128"), context=96, shard_bytes=50_000)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    one_file, several = stored(checkpoint), stored(tmp_path)
+    assert one_file.keys() == several.keys()
+    assert all(torch.equal(several[name], weight) for name, weight in one_file.items())
+    _, spec = load_decoder(tmp_path)
+    assert spec.max_model_len == 96
+
+
+def test_a_random_checkpoint_is_written_by_its_command(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    serving_checkpoint.main(["1x64x32", str(folder), "--context", "64", "--device", "cpu"])
+    spec, token_ids = read_checkpoint(folder)
+    assert spec.decoder == parse_sizes("1x64x32")
+    assert (spec.max_model_len, len(token_ids)) == (64, 30)
+    with pytest.raises(FileExistsError):
+        serving_checkpoint.main(["1x64x32", str(folder)])
+
+
+def test_wide_models_have_the_heads_of_published_ones() -> None:
+    narrow, wide = parse_sizes("12x512x8192"), parse_sizes("32x4096x126464")
+    assert (narrow.num_heads, narrow.head_dim) == (8, 64)
+    assert (wide.num_heads, wide.num_kv_heads, wide.head_dim) == (32, 32, 128)
+    assert (wide.intermediate_size, wide.num_layers) == (12_288, 32)
+
+
+def test_matrix_rates_are_of_the_device_and_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_machine, "SQUARE", {"cpu": 64})
+    rates = matrix_rates(parse_sizes("2x64x128"), CPU, torch.float32)
+    assert set(rates) == {"32 tokens", "128 tokens", "512 tokens", "1024 tokens", "square"}
+    assert min(rates.values()) > 1e6
+
+
+@pytest.mark.parametrize("sizes", ["12x512", "12x500x100", "0x64x100", "1x2112x100", "axbxc"])
 def test_wrong_sizes_are_told(sizes: str) -> None:
     with pytest.raises(ValueError, match="must"):
         parse_sizes(sizes)
@@ -253,3 +310,45 @@ def test_the_command_compares_and_ends_with_a_line_of_json(
     by_turn = compared["to_bare_engine_by_turn"]
     assert len(by_turn) == 2
     assert min(by_turn) <= compared["to_bare_engine"] <= max(by_turn)
+
+
+def test_levels_have_requests_of_their_own_and_the_engine_is_compared_alone(
+    capsys: pytest.CaptureFixture[str], server: Server, checkpoint: Path
+) -> None:
+    report = serving.main(
+        [
+            *("--base_url", server.url, "--model_dir", str(checkpoint), "--dtype", "float32"),
+            *("--concurrency", "1", "2", "--requests", "2", "5", "--prompt_tokens", "4", "4"),
+            *("--new_tokens", "8", "8", "--fields", '{"policy": "low_confidence", "steps": 4}'),
+            *("--compare", "1", "2", "--turns", "1", "--engine_only"),
+        ]
+    )
+    assert "batching" in capsys.readouterr().out
+    assert report["device"] == "cpu"
+    assert [(level["requests"], level["tokens"]) for level in report["levels"]] == [
+        (2, 16),
+        (5, 40),
+    ]
+    assert [level["forward_passes"] for level in report["levels"]] == [8, 20]
+    assert report["compared"]["one_after_the_other"]["tokens"] == 0
+    for level, passes in zip(report["compared"]["levels"], (8, 20), strict=True):
+        assert level["forward_passes"] == level["engine_forward_passes"] == passes
+        assert level["to_bare_engine"] > 0
+        assert level["to_one_after_the_other"] is None
+        assert level["batching"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--concurrency", "1", "2", "--requests", "1", "2", "3"],
+        ["--context", "64"],
+        ["--concurrency", "1", "2", "--compare", "4"],
+    ],
+)
+def test_options_that_contradict_each_other_are_told(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        serving.parse_arguments(arguments)
+    assert "error: --" in capsys.readouterr().err
