@@ -19,7 +19,10 @@ from benchmarks.serving_checkpoint import parse_sizes, read_checkpoint, write_ra
 from benchmarks.serving_engine import BareEngine, WatchedEngine, decoding_of
 from benchmarks.serving_machine import attention_flops, matrix_rates, round_flops
 from benchmarks.serving_server import Rounds, Server, model_name, scrape_at_rest
-from vdiff_kserve.models import load_decoder, load_tokenizer
+from tests.models.test_attention import use_packed
+from tests.models.test_reuse_graphs import run_again
+from vdiff_kserve.engine import Engine
+from vdiff_kserve.models import Decoder, ReuseGraphs, load_decoder, load_tokenizer
 from vdiff_kserve.sampler import DecodingParams
 
 CPU = torch.device("cpu")
@@ -219,6 +222,32 @@ def test_the_bare_engine_does_what_the_server_did(server: Server, checkpoint: Pa
     run = bare.run(prompts, 2, prompts[:1])
     assert run.tokens == load.tokens
     assert run.passes == load.summary()["forward_passes"]
+
+
+def test_the_bare_engine_captures_no_pass_while_the_clock_runs(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_packed(monkeypatch)
+    made: list[ReuseGraphs] = []
+
+    def for_model(decoder: Decoder, longest: int) -> ReuseGraphs:
+        made.append(ReuseGraphs(decoder, longest, run_again))
+        return made[-1]
+
+    monkeypatch.setattr(ReuseGraphs, "for_model", for_model)
+    _, token_ids = read_checkpoint(checkpoint)
+    *prompts, last = workload(6, 0, token_ids, (20, 20), (64, 64), context=2304)
+    decoding = DecodingParams(steps=8, cache="dual", logits_eos_inf=True)
+    bare = BareEngine.load(checkpoint, CPU, torch.float32, decoding, 2048)
+    engine = bare.start(5, 5, Engine)
+    bare.warm_up(engine, [last])
+    (graphs,) = made
+    warm = set(graphs._captured)
+    assert {shape.rows for shape in warm if shape.is_cached} == {1, 2, 4, 8}
+    assert any(not shape.is_cached for shape in warm), "no whole pass was captured"
+    engine.generate([bare.request(prompt) for prompt in prompts])
+    engine.stop()
+    assert set(graphs._captured) == warm
 
 
 def test_steps_of_a_row_are_noted(checkpoint: Path) -> None:
