@@ -42,7 +42,7 @@ CONTEXT = 2304
 STD, STD_WIDTH = 0.06, 512
 """Of the weights, up to this width. Those of wider models are smaller, so that their products have
 the same size."""
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 1 << 30
 WRITERS = 4
 """Files written at once, each from memory."""
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
