@@ -172,6 +172,7 @@ def _fields(config: DecoderConfig) -> dict[str, object]:
         "mask_token_id": config.vocab_size - 2,
         "max_sequence_length": CONTEXT,
         "mlp_hidden_size": config.intermediate_size,
+        "model_type": "llada",
         "n_heads": config.num_heads,
         "n_kv_heads": config.num_kv_heads,
         "n_layers": config.num_layers,
@@ -180,6 +181,7 @@ def _fields(config: DecoderConfig) -> dict[str, object]:
         "rope_full_precision": config.rope_in_float32,
         "rope_theta": config.rope_theta,
         "scale_logits": False,
+        "transformers_version": "4.46.3",
         "vocab_size": config.vocab_size,
         "weight_tying": config.tie_embeddings,
     }
