@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.device import TEST_DEVICE
 from tests.engine.tiny import CONFIG
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest
 from vdiff_kserve.models import DecoderConfig, ForwardBatch, ModelSpec
@@ -36,7 +37,8 @@ TRANSITIONS = transition_matrix()
 
 
 class MarkovPosterior(nn.Module):
-    """Has a decoder's face; its logits are the log posterior of every position.
+    """Has a decoder's face; its logits are the log posterior of every position. Computed on the
+    host, they are decoded where tests compute.
 
     The first token of a canvas is given; masked positions follow from it and from all others that
     are committed.
@@ -49,12 +51,12 @@ class MarkovPosterior(nn.Module):
         super().__init__()
         self.transitions = transitions
         self.config: DecoderConfig = replace(CONFIG, vocab_size=VOCAB, hidden_size=VOCAB)
-        self.device, self.dtype = torch.device("cpu"), torch.float64
+        self.device, self.dtype = TEST_DEVICE, torch.float64
         self.passes = 0
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         self.passes += 1
-        canvases = batch.input_ids.split([span.queries for span in batch.spans])
+        canvases = batch.input_ids.cpu().split([span.queries for span in batch.spans])
         longest = max(len(canvas) for canvas in canvases)
         padded = torch.full((len(canvases), longest), MASK)
         for row, canvas in enumerate(canvases):
@@ -64,7 +66,7 @@ class MarkovPosterior(nn.Module):
             posterior[row, span.output_start : span.output_start + span.outputs]
             for row, span in enumerate(batch.spans)
         ]
-        return torch.cat(wanted)
+        return torch.cat(wanted).to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden.clone()
@@ -78,7 +80,8 @@ class MarkovChain(MarkovPosterior):
         tokens = batch.input_ids
         if batch.output_tokens is not None:
             tokens = tokens[batch.output_tokens]
-        return specials_impossible(self.transitions[tokens.clamp(max=STATES - 1)].log())
+        following = self.transitions[tokens.cpu().clamp(max=STATES - 1)]
+        return specials_impossible(following.log()).to(self.device)
 
 
 def log_posterior(canvases: Tensor, transitions: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from tests.device import TEST_DEVICE
 from vdiff_kserve.sampler import (
     DecodingParams,
     Policy,
@@ -51,21 +52,32 @@ def row_of(logits: Tensor, params: DecodingParams, *, first: int = 3, quota: int
 
 
 def step_rows(rows: list[OpenRow]) -> StepRows:
+    """The batch, on `TEST_DEVICE`."""
     counts = torch.tensor([len(row.positions) for row in rows])
+    row_of_each = torch.arange(len(rows)).repeat_interleave(counts)
     return StepRows(
-        row=torch.arange(len(rows)).repeat_interleave(counts),
-        position=torch.tensor([p for row in rows for p in row.positions]),
-        written=torch.tensor([token for row in rows for token in row.written]),
+        row=row_of_each.to(TEST_DEVICE),
+        position=torch.tensor([p for row in rows for p in row.positions]).to(TEST_DEVICE),
+        written=torch.tensor([token for row in rows for token in row.written]).to(TEST_DEVICE),
         params=[row.params for row in rows],
         seeds=[row.params.seed for row in rows],
         quotas=[row.quota for row in rows],
         lengths=[row.positions[-1] + 5 for row in rows],
+        host_row=row_of_each,
     )
 
 
 def propose_rows(rows: list[OpenRow]) -> tuple[Proposal, StepRows]:
+    """The candidates and the batch, on `TEST_DEVICE`."""
+    logits = torch.cat([row.logits for row in rows]).to(TEST_DEVICE, copy=True)
     batch = step_rows(rows)
-    return propose(torch.cat([row.logits for row in rows]).clone(), batch, SPECIAL), batch
+    return propose(logits, batch, SPECIAL), batch
+
+
+def proposal_of(*rows: OpenRow) -> Proposal:
+    """The candidates, on the host."""
+    proposal, _ = propose_rows(list(rows))
+    return Proposal(proposal.token.cpu(), proposal.confidence.cpu(), proposal.score.cpu())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.device import TEST_DEVICE
 from tests.sampler.markov import chi_square, chi_square_limit
 from vdiff_kserve.sampler import DecodingParams, SpecialTokens, StepRows, propose, verify
 from vdiff_kserve.sampler.apd import leading_run, mixture_logits, target_tokens
@@ -18,11 +19,13 @@ POSITIONS = 24_000
 
 
 def distributions() -> tuple[Tensor, Tensor]:
-    """Logits of one diffusion model [9, the mask included] and one causal model [8]."""
+    """Logits of one diffusion model [9, the mask included] and one causal model [8], on
+    `TEST_DEVICE`."""
     generator = torch.Generator().manual_seed(4)
     diffusion = torch.randn(TOKENS + 1, generator=generator)
     diffusion[SPECIAL.mask] = -torch.inf
-    return diffusion, torch.randn(TOKENS, generator=generator)
+    auxiliary = torch.randn(TOKENS, generator=generator)
+    return diffusion.to(TEST_DEVICE), auxiliary.to(TEST_DEVICE)
 
 
 DIFFUSION, AUXILIARY = distributions()
@@ -31,14 +34,16 @@ DIFFUSION, AUXILIARY = distributions()
 def pairs_of_positions(**decoding: Any) -> StepRows:
     """Rows of two positions each; the second ones are where acceptance means something."""
     count = POSITIONS
+    row = torch.arange(count).repeat_interleave(2)
     return StepRows(
-        row=torch.arange(count).repeat_interleave(2),
-        position=torch.arange(2 * count) % 100,
-        written=torch.full((2 * count,), -1),
+        row=row.to(TEST_DEVICE),
+        position=torch.arange(2 * count, device=TEST_DEVICE) % 100,
+        written=torch.full((2 * count,), -1, device=TEST_DEVICE),
         params=[DecodingParams("apd", **decoding)] * count,
         seeds=range(count),
         quotas=[2] * count,
         lengths=[100] * count,
+        host_row=row,
     )
 
 
@@ -117,7 +122,7 @@ def test_greedy_check_compares_the_most_likely_tokens() -> None:
     _, diffusion, auxiliary = draft_of(rows)
     best = int((0.5 * DIFFUSION[:TOKENS] + 0.5 * AUXILIARY).argmax())
     for token in range(TOKENS):
-        draft = torch.full((len(rows.row),), token)
+        draft = torch.full_like(rows.row, token)
         accepted = verify(draft, diffusion, auxiliary, rows)
         assert accepted[0::2].all()
         assert accepted[1::2].all() if token == best else not accepted[1::2].any()
@@ -125,9 +130,9 @@ def test_greedy_check_compares_the_most_likely_tokens() -> None:
 
 def test_token_outside_the_smaller_vocabulary_is_accepted_first_only() -> None:
     rows = pairs_of_positions(apd_mixture_weight=0.5)
-    diffusion = torch.zeros(len(rows.row), TOKENS + 2)
+    diffusion = torch.zeros(len(rows.row), TOKENS + 2, device=TEST_DEVICE)
     diffusion[:, -1] = 5
-    draft = torch.full((len(rows.row),), TOKENS + 1)
+    draft = torch.full_like(rows.row, TOKENS + 1)
     auxiliary = AUXILIARY.expand(len(rows.row), -1)
     accepted = verify(draft, diffusion, auxiliary, rows)
     assert accepted[0::2].all()
@@ -147,13 +152,13 @@ def test_impossible_tokens_of_either_model_do_not_spoil_the_other_ones() -> None
 
 
 def one_position(params: DecodingParams) -> StepRows:
-    zero = torch.zeros(1, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64, device=TEST_DEVICE)
     return StepRows(zero, zero, zero - 1, [params], [0], [1], [4])
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_leading_run_stops_at_each_rows_first_rejection(rows: list[list[bool]]) -> None:
-    accepted = torch.tensor([yes for row in rows for yes in row])
-    numbers = torch.tensor([i for i, row in enumerate(rows) for _ in row])
+    accepted = torch.tensor([yes for row in rows for yes in row], device=TEST_DEVICE)
+    numbers = torch.tensor([i for i, row in enumerate(rows) for _ in row], device=TEST_DEVICE)
     expected = [all(row[: i + 1]) for row in rows for i in range(len(row))]
     assert leading_run(accepted, numbers).tolist() == expected

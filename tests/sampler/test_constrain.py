@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.device import TEST_DEVICE
 from tests.sampler.rows import VOCAB, OpenRow, row_of, step_rows
 from vdiff_kserve.sampler import (
     ConstrainedRow,
@@ -26,7 +27,6 @@ from vdiff_kserve.sampler import (
 
 FIRST = 3
 PROMPT = (4, 4, 8)
-CPU = torch.device("cpu")
 
 
 def with_constraints(rows: list[OpenRow], answers: list[list[int]]) -> StepRows:
@@ -36,7 +36,7 @@ def with_constraints(rows: list[OpenRow], answers: list[list[int]]) -> StepRows:
         ConstrainedRow(
             i,
             row.params.constraints,
-            TokenRules.of(row.params.constraints, PROMPT, VOCAB, CPU),
+            TokenRules.of(row.params.constraints, PROMPT, VOCAB, TEST_DEVICE),
             FIRST,
             torch.tensor(answer),
             torch.tensor(row.positions),
@@ -44,7 +44,7 @@ def with_constraints(rows: list[OpenRow], answers: list[list[int]]) -> StepRows:
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
         if row.params.constraints is not None
     ]
-    return replace(batch, constraints=ConstraintTable.of(asking, len(rows), CPU))
+    return replace(batch, constraints=ConstraintTable.of(asking, len(rows), TEST_DEVICE))
 
 
 def open_row(
@@ -62,6 +62,11 @@ def open_row(
         tuple(answer[i] for i in places),
         logits[places],
     )
+
+
+def constrained(logits: Tensor, rows: StepRows) -> Tensor:
+    """Logits as the rows' constraints leave them, on the host."""
+    return constrain(logits.to(TEST_DEVICE, copy=True), rows).cpu()
 
 
 def by_loop(logits: list[float], place: int, answer: list[int], asked: Constraints) -> list[float]:
@@ -145,7 +150,7 @@ def test_logits_are_those_of_a_plain_loop(batch, cut: int) -> None:
     step = with_constraints(rows, answers)
     cut = min(cut, len(given_logits))
     chunks = [slice(0, cut), slice(cut, len(given_logits))]
-    changed = torch.cat([constrain(given_logits[c].clone(), step.part(c)) for c in chunks])
+    changed = torch.cat([constrained(given_logits[c], step.part(c)) for c in chunks])
     expected = torch.tensor(
         [
             by_loop(logits[p - FIRST].tolist(), p - FIRST, answer, row.params.constraints)
@@ -162,7 +167,7 @@ def test_rows_that_ask_for_nothing_keep_their_very_logits() -> None:
     logits = torch.randn(3, VOCAB)
     rows = step_rows([row_of(logits, DecodingParams())])
     assert constrain(logits, rows) is logits
-    assert ConstraintTable.of([], 1, CPU) is None
+    assert ConstraintTable.of([], 1, TEST_DEVICE) is None
 
 
 def test_a_shorter_vocabulary_is_constrained_as_far_as_it_goes() -> None:
@@ -178,8 +183,8 @@ def test_a_shorter_vocabulary_is_constrained_as_far_as_it_goes() -> None:
     answer = [0, -1, -1, VOCAB - 1]
     row = open_row(answer, torch.cat([logits[:1], logits, logits[:1]]), asked)
     step = with_constraints([row], [answer])
-    whole = constrain(logits.clone(), step)
-    short = constrain(logits[:, : VOCAB - 3].clone(), step)
+    whole = constrained(logits, step)
+    short = constrained(logits[:, : VOCAB - 3], step)
     assert torch.equal(short, whole[:, : VOCAB - 3])
     assert whole.isinf().any()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tests.device import TEST_DEVICE
 from tests.sampler.rows import SPECIAL, VOCAB, row_of, step_rows
 from vdiff_kserve.sampler import DecodingParams, Logprobs, raw_logprobs, tell
 
@@ -16,14 +17,14 @@ def test_nobody_asks_and_nothing_is_computed() -> None:
 
 
 def test_the_softmax_is_the_models_own_and_the_mask_is_not_listed() -> None:
-    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(3))
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(3)).to(TEST_DEVICE)
     logits[:, SPECIAL.mask] += 4
     rows = step_rows([row_of(logits[:2], DecodingParams()), row_of(logits[2:], ASKING)])
     raw = raw_logprobs(logits, rows)
-    token = torch.tensor([0, 1, 2, 3, 4])
+    token = torch.tensor([0, 1, 2, 3, 4], device=TEST_DEVICE)
     told = tell(raw.clone(), token, rows, SPECIAL.mask)
     expected = logits[2:].log_softmax(-1)
-    torch.testing.assert_close(told.chosen, expected[torch.arange(3), token[2:]])
+    torch.testing.assert_close(told.chosen, expected.gather(-1, token[2:, None]).squeeze(-1))
     assert not (told.top_tokens == SPECIAL.mask).any()
     expected[:, SPECIAL.mask] = -torch.inf
     ranked = expected.sort(-1, descending=True)
@@ -34,9 +35,9 @@ def test_the_softmax_is_the_models_own_and_the_mask_is_not_listed() -> None:
 
 
 def test_parts_are_joined_in_order() -> None:
-    logits = torch.randn(4, VOCAB)
+    logits = torch.randn(4, VOCAB, device=TEST_DEVICE)
     rows = step_rows([row_of(logits, ASKING)])
-    token = torch.tensor([0, 1, 2, 3])
+    token = torch.tensor([0, 1, 2, 3], device=TEST_DEVICE)
     whole = tell(raw_logprobs(logits, rows), token, rows, SPECIAL.mask)
     parts = []
     for chunk in (slice(0, 1), slice(1, 4)):

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.device import TEST_DEVICE
 from tests.sampler.markov import chi_square, chi_square_limit
 from vdiff_kserve.sampler import noise
 from vdiff_kserve.sampler.noise import gumbel, uniform
 
 
 def numbers(seeds: Tensor, positions: Tensor, count: int, stream: noise.Stream = "token") -> Tensor:
-    """float64 [seeds, positions, count]."""
-    grid = torch.cartesian_prod(seeds, positions)
-    flat = uniform(grid[:, 0], grid[:, 1], stream, count)
+    """float64 [seeds, positions, count], on the host."""
+    grid = torch.cartesian_prod(seeds, positions).to(TEST_DEVICE)
+    flat = uniform(grid[:, 0], grid[:, 1], stream, count).cpu()
     return flat.reshape(len(seeds), len(positions), count)
 
 
@@ -74,7 +75,7 @@ def test_seeds_that_differ_in_one_bit_share_nothing() -> None:
 
 
 def test_number_does_not_depend_on_what_is_drawn_beside_it() -> None:
-    seeds, positions = torch.tensor([3, 3, 9]), torch.tensor([7, 8, 7])
+    seeds, positions = torch.tensor([[3, 3, 9], [7, 8, 7]], device=TEST_DEVICE)
     together = uniform(seeds, positions, "token", 20)
     for i in range(3):
         alone = uniform(seeds[i : i + 1], positions[i : i + 1], "token", 11)
@@ -92,7 +93,8 @@ def test_numbers_stay_below_one_at_the_last_bits(monkeypatch: pytest.MonkeyPatch
 
 
 def test_gumbel_numbers_have_the_distribution_of_their_name() -> None:
-    sample = gumbel(torch.arange(400), torch.arange(400), 100)
+    places = torch.arange(400, device=TEST_DEVICE)
+    sample = gumbel(places, places, 100).cpu()
     assert kolmogorov_smirnov(torch.exp(-torch.exp(-sample))) < 1.95
     assert float(sample.mean()) == pytest.approx(0.5772, abs=0.03)
     assert float(sample.var()) == pytest.approx(math.pi**2 / 6, abs=0.05)
@@ -100,7 +102,7 @@ def test_gumbel_numbers_have_the_distribution_of_their_name() -> None:
 
 def test_numbers_are_the_same_for_ever() -> None:
     """A seed that a user noted down gives the same answer with the next version."""
-    sample = uniform(torch.tensor([0, 42]), torch.tensor([5, 5]), "token", 2)
+    sample = numbers(torch.tensor([0, 42]), torch.tensor([5]), 2).squeeze(1)
     recorded = torch.tensor(
         [[0.5833485936234164, 0.9795878560758435], [0.5119496652470612, 0.4396317975784014]],
         dtype=torch.float64,
@@ -109,11 +111,11 @@ def test_numbers_are_the_same_for_ever() -> None:
 
 
 def test_random_tokens_are_even_and_new_in_every_draw() -> None:
-    vocab, positions = 50, torch.arange(4000)
+    vocab, positions = 50, torch.arange(4000, device=TEST_DEVICE)
     draws = [noise.random_tokens(7, positions, number, vocab) for number in range(3)]
     for tokens in draws:
         counts = torch.bincount(tokens, minlength=vocab).double()
-        assert chi_square(counts, torch.full((vocab,), 1 / vocab)) < chi_square_limit(vocab - 1)
+        assert chi_square(counts, torch.full_like(counts, 1 / vocab)) < chi_square_limit(vocab - 1)
     for one, other in itertools.combinations(draws, 2):
         assert (one == other).double().mean() < 0.05
     assert torch.equal(draws[1], noise.random_tokens(7, positions, 1, vocab))

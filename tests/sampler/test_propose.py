@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.device import TEST_DEVICE
 from tests.sampler.markov import chi_square, chi_square_limit
-from tests.sampler.rows import SPECIAL, VOCAB, propose_rows, row_of, step_rows
+from tests.sampler.rows import SPECIAL, VOCAB, proposal_of, propose_rows, row_of, step_rows
 from vdiff_kserve.sampler import (
     DecodingParams,
     Evidence,
@@ -17,7 +18,6 @@ from vdiff_kserve.sampler import (
     accumulate,
     fuse,
     guide,
-    propose,
     select,
 )
 from vdiff_kserve.sampler.step import filter_tokens
@@ -62,7 +62,8 @@ def test_filter_keeps_what_a_plain_loop_keeps(
 ) -> None:
     logits = random_logits(seed, len(rules)).double()
     top_k, top_p, min_p = (torch.tensor(values) for values in zip(*rules, strict=True))
-    filtered = filter_tokens(logits.clone(), top_k, top_p.double(), min_p.double())
+    rule_by_rule = (each.to(TEST_DEVICE) for each in (top_k, top_p.double(), min_p.double()))
+    filtered = filter_tokens(logits.to(TEST_DEVICE), *rule_by_rule).cpu()
     for before, after, rule in zip(logits, filtered, rules, strict=True):
         kept = set((after > -torch.inf).nonzero().flatten().tolist())
         assert kept == kept_by_loop(before.tolist(), *rule)
@@ -78,7 +79,7 @@ def test_filter_off_changes_nothing() -> None:
 def test_greedy_candidate_and_its_confidence() -> None:
     logits = random_logits(2, 50)
     logits[:, SPECIAL.mask] += 3
-    proposal, _ = propose_rows([row_of(logits, DecodingParams())])
+    proposal = proposal_of(row_of(logits, DecodingParams()))
     without_mask = logits.clone()
     without_mask[:, SPECIAL.mask] = -torch.inf
     assert torch.equal(proposal.token, without_mask.argmax(-1))
@@ -94,7 +95,7 @@ def test_sample_follows_the_tempered_softmax(temperature: float) -> None:
         row_of(logits, DecodingParams(temperature=temperature, seed=seed), first=1 + seed % 50)
         for seed in range(8000)
     ]
-    proposal, _ = propose_rows(rows)
+    proposal = proposal_of(*rows)
     expected = logits[0].double() / temperature
     expected[SPECIAL.mask] = -torch.inf
     counts = torch.bincount(proposal.token, minlength=VOCAB)[: VOCAB - 1].double()
@@ -111,7 +112,7 @@ def test_filtered_sample_follows_the_filtered_softmax_and_dream_is_sure_of_that(
         DecodingParams("maskgit_plus", temperature=0.8, top_k=4, top_p=0.9, seed=seed)
         for seed in range(6000)
     ]
-    proposal, _ = propose_rows([row_of(logits, p) for p in params])
+    proposal = proposal_of(*(row_of(logits, p) for p in params))
     tempered = logits[0].double() / 0.8
     tempered[SPECIAL.mask] = -torch.inf
     kept = sorted(kept_by_loop(tempered.tolist(), 4, 0.9, 0.0))
@@ -126,8 +127,8 @@ def test_filtered_sample_follows_the_filtered_softmax_and_dream_is_sure_of_that(
 def test_greedy_row_is_not_disturbed_by_a_sampling_neighbour() -> None:
     logits = random_logits(5, 4)
     greedy, hot = DecodingParams(), DecodingParams(temperature=1.0, top_k=3, seed=3)
-    alone, _ = propose_rows([row_of(logits, greedy)])
-    both, _ = propose_rows([row_of(logits, greedy), row_of(logits, hot)])
+    alone = proposal_of(row_of(logits, greedy))
+    both = proposal_of(row_of(logits, greedy), row_of(logits, hot))
     assert torch.equal(both.token[:4], alone.token)
     assert torch.equal(both.confidence[:4], alone.confidence)
 
@@ -135,7 +136,7 @@ def test_greedy_row_is_not_disturbed_by_a_sampling_neighbour() -> None:
 def test_neighbouring_positions_and_seeds_draw_on_their_own() -> None:
     flat = torch.zeros(64, VOCAB)
     rows = [row_of(flat, DecodingParams(temperature=1.0, seed=seed)) for seed in range(60)]
-    tokens = propose_rows(rows)[0].token.reshape(60, 64)
+    tokens = proposal_of(*rows).token.reshape(60, 64)
     for left, right in ((tokens[:, :-1], tokens[:, 1:]), (tokens[:-1], tokens[1:])):
         pairs = torch.bincount((left * VOCAB + right).flatten(), minlength=VOCAB**2).double()
         pairs = pairs.reshape(VOCAB, VOCAB)[: VOCAB - 1, : VOCAB - 1].reshape(1, -1)
@@ -147,10 +148,10 @@ def test_scores_of_margin_and_entropy() -> None:
     logits = random_logits(6, 20)
     probability = logits.softmax(-1)
     top = probability.sort(-1, descending=True).values
-    margin, _ = propose_rows([row_of(logits, DecodingParams("topk_margin"))])
+    margin = proposal_of(row_of(logits, DecodingParams("topk_margin")))
     torch.testing.assert_close(margin.score.float(), top[:, 0] - top[:, 1])
     for policy in ("entropy", "entropy_bound"):
-        surety, _ = propose_rows([row_of(logits, DecodingParams(policy))])
+        surety = proposal_of(row_of(logits, DecodingParams(policy)))
         entropy = torch.distributions.Categorical(probability).entropy()
         torch.testing.assert_close(-surety.score.float(), entropy)
 
@@ -191,10 +192,10 @@ def test_credit_equals_a_dense_matrix(
     positions = 5
     credit = DecodingParams("credit", credit_weight=weight, credit_decay=decay, credit_power=power)
     rows = step_rows([row_of(torch.zeros(positions, VOCAB), credit)])
-    evidence = Evidence.none(positions, torch.device("cpu"))
-    dense = torch.zeros(positions, VOCAB)
+    evidence = Evidence.none(positions, TEST_DEVICE)
+    dense = torch.zeros(positions, VOCAB, device=TEST_DEVICE)
     for i in range(steps):
-        logits = random_logits(seed + i, positions, scale=1.0)
+        logits = random_logits(seed + i, positions, scale=1.0).to(TEST_DEVICE)
         best, token = logits.softmax(-1).max(-1)
         dense = decay * dense
         dense[torch.arange(positions), token] += best**power
@@ -206,27 +207,28 @@ def test_credit_equals_a_dense_matrix(
 def test_evidence_of_rows_of_different_age_is_joined_without_mixing() -> None:
     credit = DecodingParams("credit")
     young, old = (step_rows([row_of(torch.zeros(n, VOCAB), credit)]) for n in (2, 3))
-    evidence = Evidence.none(3, torch.device("cpu"))
+    evidence = Evidence.none(3, TEST_DEVICE)
     for i in range(4):
-        evidence = accumulate(evidence, random_logits(i, 3), old)
-    fresh = accumulate(Evidence.none(2, torch.device("cpu")), random_logits(9, 2), young)
+        evidence = accumulate(evidence, random_logits(i, 3).to(TEST_DEVICE), old)
+    logits = random_logits(9, 2).to(TEST_DEVICE)
+    fresh = accumulate(Evidence.none(2, TEST_DEVICE), logits, young)
     joined = Evidence.join([fresh, evidence])
     rows = step_rows([row_of(torch.zeros(n, VOCAB), credit) for n in (2, 3)])
-    logits = random_logits(10, 5)
+    logits = random_logits(10, 5).to(TEST_DEVICE)
     expected = torch.cat([fuse(logits[:2], fresh, young), fuse(logits[2:], evidence, old)])
     torch.testing.assert_close(fuse(logits, joined, rows), expected)
 
 
 def test_credit_leaves_other_policies_alone() -> None:
     rows = step_rows([row_of(torch.zeros(2, VOCAB), DecodingParams("threshold"))])
-    logits = random_logits(11, 2)
-    evidence = accumulate(Evidence.none(2, torch.device("cpu")), logits, rows)
+    logits = random_logits(11, 2).to(TEST_DEVICE)
+    evidence = accumulate(Evidence.none(2, TEST_DEVICE), logits, rows)
     assert torch.equal(fuse(logits, evidence, rows), logits)
 
 
 def test_propose_reads_bfloat16() -> None:
     logits = random_logits(12, 3).bfloat16()
     row = row_of(logits, DecodingParams())
-    proposal = propose(logits.clone(), step_rows([row]), SPECIAL)
+    proposal = proposal_of(row)
     assert torch.equal(proposal.token, logits[:, : SPECIAL.mask].float().argmax(-1))
     assert (proposal.confidence <= 1).all()

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.device import TEST_DEVICE
 from tests.sampler.random_rows import open_rows
 from tests.sampler.rows import (
     POLICIES,
@@ -273,7 +274,8 @@ def test_confidence_eos_eot_inf_leaves_end_tokens_for_last() -> None:
 def test_rank_counts_the_better_ones_of_the_row(priority: list[float], data: st.DataObject) -> None:
     numbers = st.integers(0, 4)
     row = sorted(data.draw(st.lists(numbers, min_size=len(priority), max_size=len(priority))))
-    ranks = rank_in_row(torch.tensor(priority), torch.tensor(row)).tolist()
+    there = (torch.tensor(values, device=TEST_DEVICE) for values in (priority, row))
+    ranks = rank_in_row(*there).tolist()
     for i, rank in enumerate(ranks):
         better = [
             j for j in range(len(row)) if row[j] == row[i] and (-priority[j], j) < (-priority[i], i)

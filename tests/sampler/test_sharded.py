@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.device import TEST_DEVICE
 from vdiff_kserve.sampler import (
     DecodingParams,
     Policy,
@@ -32,11 +33,12 @@ PARAMS = [
 
 
 def step_rows(params: list[DecodingParams], positions_each: int = 40) -> StepRows:
-    row = torch.arange(len(params)).repeat_interleave(positions_each)
-    position = torch.arange(positions_each).repeat(len(params))
+    host_row = torch.arange(len(params)).repeat_interleave(positions_each)
+    row = host_row.to(TEST_DEVICE)
+    position = torch.arange(positions_each, device=TEST_DEVICE).repeat(len(params))
     rows, ones = len(params), torch.full_like(position, -1)
     seeds, lengths = [p.seed for p in params], [positions_each] * rows
-    return StepRows(row, position, ones, params, seeds, [1] * rows, lengths)
+    return StepRows(row, position, ones, params, seeds, [1] * rows, lengths, host_row=host_row)
 
 
 def on_shards(logits: Tensor, rows: StepRows) -> list[Proposal]:
@@ -68,6 +70,7 @@ def assert_shards_agree(rows: StepRows, seed: int) -> None:
     logits = torch.randn(len(rows.row), VOCAB, generator=generator) * 4
     logits[:, SPECIAL.mask] += 8
     logits[::3, SPECIAL.eos] += 20
+    logits = logits.to(TEST_DEVICE)
     expected = propose(logits.clone(), rows, SPECIAL)
     for proposal in on_shards(logits, rows):
         assert torch.equal(proposal.token, expected.token)
