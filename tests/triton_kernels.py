@@ -19,8 +19,8 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 
 
 def run_interpreted(module: str) -> None:
-    """Run a module whose kernels Triton interprets, which it must know before it is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    """Run a module on the CPU, its kernels interpreted: Triton is told before it is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "VDIFF_TEST_DEVICE": "cpu"}
     subprocess.run([sys.executable, "-m", module], env=environment, cwd=ROOT, check=True)
 
 

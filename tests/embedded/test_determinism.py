@@ -7,6 +7,7 @@ import random
 import torch
 
 from hack.embedded.corpus import held_out_suite
+from tests.device import TEST_DEVICE
 from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
 from vdiff_kserve.models import load_decoder, load_tokenizer, with_end_of_turn
@@ -39,7 +40,7 @@ def mixed_requests(count: int) -> list[GenerationRequest]:
 
 
 def test_answers_are_the_same_alone_in_a_batch_and_staggered() -> None:
-    decoder, spec = load_decoder(EMBEDDED, torch.device("cpu"), torch.float32)
+    decoder, spec = load_decoder(EMBEDDED, TEST_DEVICE, torch.float32)
     spec = with_end_of_turn(spec, load_tokenizer(EMBEDDED))
     requests = mixed_requests(64)
 

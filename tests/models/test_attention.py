@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.device import pack
 from tests.engine.tiny import CONFIG, tiny_decoder
-from vdiff_kserve.models import Decoder, ForwardBatch, KeyValueStore, RowSpan, split_attention
+from vdiff_kserve.models import Decoder, KeyValueStore, RowSpan, split_attention
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
 from vdiff_kserve.models.attention import (
@@ -50,7 +51,8 @@ def plain_kernel(
         mask = None
         if causal:
             queries, keys = q_end - q_start, k_end - k_start
-            mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            every = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+            mask = every.tril(keys - queries)
         q, k, v = (
             each.transpose(0, 1)[None]
             for each in (query[q_start:q_end], key[k_start:k_end], value[k_start:k_end])
@@ -66,7 +68,7 @@ def store_for(decoder: Decoder, places: int, seed: int = 0) -> KeyValueStore:
     config = decoder.config
     shape = (config.num_layers, places, config.num_kv_heads, config.head_dim)
     keys, values = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed))
-    return KeyValueStore(keys, values)
+    return KeyValueStore(keys.to(decoder.device), values.to(decoder.device))
 
 
 def use_packed(
@@ -117,9 +119,9 @@ def mixed_rows(rng: random.Random) -> tuple[list[Tensor], list[RowSpan], int]:
 def test_packed_rows_equal_rows_one_by_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = tiny_decoder()
     canvases, spans, places = mixed_rows(random.Random(seed))
-    expected = decoder(ForwardBatch.pack(canvases, spans, store_for(decoder, places)))
+    expected = decoder(pack(canvases, spans, store_for(decoder, places)))
     calls = use_packed(monkeypatch)
-    batch = ForwardBatch.pack(canvases, spans, store_for(decoder, places))
+    batch = pack(canvases, spans, store_for(decoder, places))
     assert batch.packed(None, False) is not None
     torch.testing.assert_close(decoder(batch), expected, **TOLERANCE)
     kinds = len({span.cache_offset is None for span in spans})
@@ -132,9 +134,9 @@ def test_causal_rows_take_the_causal_kernel(queries: int, monkeypatch: pytest.Mo
     decoder = tiny_decoder(attention_block=1)
     canvas = torch.arange(12)
     span = RowSpan(12 - queries, queries, 12, 12 - queries, queries, cache_offset=2)
-    expected = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 16)))
+    expected = decoder(pack([canvas], [span], store_for(decoder, 16)))
     calls = use_packed(monkeypatch)
-    packed = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 16)))
+    packed = decoder(pack([canvas], [span], store_for(decoder, 16)))
     torch.testing.assert_close(packed, expected, **TOLERANCE)
     assert len(calls) == decoder.config.num_layers
 
@@ -151,9 +153,9 @@ def test_passes_over_several_blocks_of_a_block_causal_model(
     decoder = tiny_decoder(attention_block=4)
     canvas = torch.arange(12)
     span = RowSpan(start, 12 - start, 12, 8, 4, cache_offset=0)
-    expected = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 12)))
+    expected = decoder(pack([canvas], [span], store_for(decoder, 12)))
     calls = use_packed(monkeypatch, for_few_queries=for_few_queries)
-    packed = decoder(ForwardBatch.pack([canvas], [span], store_for(decoder, 12)))
+    packed = decoder(pack([canvas], [span], store_for(decoder, 12)))
     torch.testing.assert_close(packed, expected, **TOLERANCE)
     assert len(calls) == decoder.config.num_layers - (0 if for_few_queries else masked_calls)
 
@@ -177,11 +179,9 @@ def test_packed_block_causal_rows_equal_rows_one_by_one(
         spans.append(RowSpan(start, length - start, length, length - outputs, outputs, offset))
         place = offset + length if cached else place
     stores = [store_for(decoder, place + 3) for _ in range(2)]
-    expected = decoder(ForwardBatch.pack(canvases, spans, stores[0]))
+    expected = decoder(pack(canvases, spans, stores[0]))
     calls = use_packed(monkeypatch)
-    torch.testing.assert_close(
-        decoder(ForwardBatch.pack(canvases, spans, stores[1])), expected, **TOLERANCE
-    )
+    torch.testing.assert_close(decoder(pack(canvases, spans, stores[1])), expected, **TOLERANCE)
     torch.testing.assert_close(stores[1].keys, stores[0].keys, **TOLERANCE)
     kinds = len({span.cache_offset is None for span in spans})
     assert len(calls) == kinds * decoder.config.num_layers

@@ -17,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tests.device import TEST_DEVICE
 from tests.models.folders import write_config
 from vdiff_kserve.models import (
     CheckpointError,
@@ -57,7 +58,8 @@ def save(
 
 @torch.inference_mode()
 def logits_of(decoder: Decoder) -> Tensor:
-    return decoder.logits(decoder(ForwardBatch.dense(IDS))).unflatten(0, IDS.shape)
+    hidden = decoder(ForwardBatch.dense(IDS.to(decoder.device)))
+    return decoder.logits(hidden).unflatten(0, IDS.shape).cpu()
 
 
 @torch.inference_mode()
@@ -83,7 +85,7 @@ def test_causal_decoder_equals_transformers(
     sizes = SIZES | ({"head_dim": 16} if config_class is Qwen3Config else {})
     config = config_class(**sizes, tie_word_embeddings=tied)
     model = save(model_class, config, tmp_path)
-    check_equals(model, load_causal_decoder(tmp_path))
+    check_equals(model, load_causal_decoder(tmp_path, TEST_DEVICE))
 
 
 def test_rotary_base_is_read_where_transformers_writes_it(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_dream_is_qwen2_without_a_causal_mask(tmp_path: Path) -> None:
     }
     fields.pop("rope_parameters", None)
     write_config(tmp_path, fields)
-    decoder, spec = load_decoder(tmp_path)
+    decoder, spec = load_decoder(tmp_path, TEST_DEVICE)
     assert spec.shifted_logits
     assert spec.mask_token_id == 63
     assert not spec.block_causal
@@ -156,7 +158,7 @@ def test_sdar_is_qwen3_with_a_block_causal_mask(tmp_path: Path) -> None:
     }
     fields.pop("rope_parameters", None)
     write_config(tmp_path, fields)
-    decoder, spec = load_decoder(tmp_path)
+    decoder, spec = load_decoder(tmp_path, TEST_DEVICE)
     assert spec.block_causal
     assert spec.block_length == 4
     blocks = torch.arange(11) // 4

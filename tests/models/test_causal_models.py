@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from tests.device import TEST_DEVICE, pack
 from tests.golden import GOLDEN_DIR
 from tests.models.causal_folders import MODELS, write_causal
 from vdiff_kserve.engine import Engine, EngineConfig, GenerationRequest, GenerationResult
@@ -51,7 +52,7 @@ def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
 def generate(
     folder: Path, prompts: list[list[int]], cache: str | None = None
 ) -> list[GenerationResult]:
-    model, spec = load_causal_model(folder)
+    model, spec = load_causal_model(folder, TEST_DEVICE)
     engine = Engine(model, spec, EngineConfig(max_num_seqs=3))
     engine.start()
     decoding = dict(spec.profiles["quality"]) | ({} if cache is None else {"cache": cache})
@@ -75,7 +76,7 @@ def test_greedy_answers_equal_generate(name: str, tmp_path: Path) -> None:
     """More prompts than slots, so that rows of all ages share a pass."""
     reference = write_causal(name, tmp_path)
     assert is_causal(tmp_path)
-    model, spec = load_causal_model(tmp_path)
+    model, spec = load_causal_model(tmp_path, TEST_DEVICE)
     expected_class = Decoder if name in NATIVE else CachedTransformersModel
     assert type(model) is (TransformersModel if name in UNCACHED else expected_class)
     assert spec.cacheable == (name not in UNCACHED)
@@ -98,7 +99,7 @@ def test_answers_without_the_cache_are_the_same(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3"])
 def test_a_prompt_seen_before_is_copied(name: str, tmp_path: Path) -> None:
     reference = write_causal(name, tmp_path)
-    model, spec = load_causal_model(tmp_path)
+    model, spec = load_causal_model(tmp_path, TEST_DEVICE)
     engine = Engine(model, spec, EngineConfig(max_num_seqs=2))
     engine.start()
     decoding = DecodingParams(**spec.profiles["quality"])
@@ -113,7 +114,7 @@ def test_a_prompt_seen_before_is_copied(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "bloom"])
 def test_a_long_prompt_is_computed_in_parts_beside_other_rows(name: str, tmp_path: Path) -> None:
     reference = write_causal(name, tmp_path)
-    model, spec = load_causal_model(tmp_path)
+    model, spec = load_causal_model(tmp_path, TEST_DEVICE)
     long = torch.randint(3, 300, (100,), generator=torch.Generator().manual_seed(9)).tolist()
     prompts = [PROMPTS[0], long, [*long, 5], PROMPTS[1]]
     rounds: list[int] = []
@@ -135,7 +136,7 @@ def test_a_long_prompt_is_computed_in_parts_beside_other_rows(name: str, tmp_pat
 
 def test_sampled_answers_depend_on_the_seed_and_not_on_the_batch(tmp_path: Path) -> None:
     write_causal("mistral", tmp_path)
-    model, spec = load_causal_model(tmp_path)
+    model, spec = load_causal_model(tmp_path, TEST_DEVICE)
     engine = Engine(model, spec, EngineConfig(max_num_seqs=4))
     engine.start()
     requests = [
@@ -158,9 +159,9 @@ def test_a_pass_tells_the_logits_of_every_token_that_is_asked_for(tmp_path: Path
     """What the chain rule needs: each prompt token's probability, in one pass."""
     reference = write_causal("gemma2", tmp_path)
     reference.set_attn_implementation("eager")  # older versions cap the scores here only
-    model, _ = load_causal_model(tmp_path)
+    model, _ = load_causal_model(tmp_path, TEST_DEVICE)
     rows = [torch.tensor(prompt) for prompt in PROMPTS]
-    logits = model.logits(model(ForwardBatch.pack(rows))).split([len(row) for row in rows])
+    logits = model.logits(model(pack(rows))).cpu().split([len(row) for row in rows])
     for row, found in zip(rows, logits, strict=True):
         torch.testing.assert_close(found, reference(row[None]).logits[0], atol=1e-4, rtol=1e-4)
 

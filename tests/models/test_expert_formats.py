@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from tests.device import TEST_DEVICE
 from tests.golden import GOLDEN_DIR
 from tests.models.folders import random_tensors, write_config, write_shards
 from tests.models.test_causal_formats import IDS, SIZES, logits_of, save
@@ -58,7 +59,7 @@ def test_sdar_moe_is_qwen3_moe_with_a_block_causal_mask(
     changes = {"mlp_only_layers": dense_layers, "norm_topk_prob": renormalized}
     model, fields = save_model(tmp_path, **changes)
     write_config(tmp_path, fields | {"architectures": ["SDARMoeForCausalLM"], "block_size": 4})
-    decoder, spec = load_decoder(tmp_path)
+    decoder, spec = load_decoder(tmp_path, TEST_DEVICE)
     assert spec.family == "sdar_moe"
     assert spec.block_length == 4
     blocks = torch.arange(11) // 4
@@ -81,7 +82,7 @@ def test_llada_moe_with_a_dense_layer_and_grouped_heads_is_qwen3_moe_that_sees_e
         "norm_topk_prob": True,
     }
     write_config(tmp_path, fields)
-    decoder, spec = load_decoder(tmp_path)
+    decoder, spec = load_decoder(tmp_path, TEST_DEVICE)
     assert not spec.block_causal
     expected = model(IDS, attention_mask=torch.zeros(3, 1, 11, 11)).logits
     torch.testing.assert_close(logits_of(decoder), expected, atol=1e-4, rtol=1e-4)

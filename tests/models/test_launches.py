@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.device import pack
 from tests.engine.tiny import tiny_decoder
 from tests.models.plain_kernels import use_plain_kernels
 from tests.models.test_attention import plain_kernel, store_for
-from vdiff_kserve.models import ForwardBatch, RowSpan
+from vdiff_kserve.models import RowSpan
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
 
@@ -53,7 +54,7 @@ def launches_of_a_pass(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[
     store = store_for(decoder, 60)
     store.keys.data, store.values.data = (t.bfloat16() for t in (store.keys, store.values))
     spans = [RowSpan(8, 8, 24, 8, 8, cache_offset=24 * row) for row in range(2)]
-    batch = ForwardBatch.pack([torch.arange(24)] * 2, spans, store)
+    batch = pack([torch.arange(24)] * 2, spans, store)
     launches = Launches()
     monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
     use_plain_kernels(monkeypatch, wrap=partial(as_one, launches))

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.device import TEST_DEVICE, pack
 from tests.golden import GOLDEN_DIR
 from tests.models.folders import CONFIG, random_tensors, tensors_of, write_single
 from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.models import (
     CheckpointError,
     Decoder,
-    ForwardBatch,
     load_decoder,
     moe,
     quantization,
 )
 from vdiff_kserve.models.moe import Experts, MoEConfig, SparseMLP
 
+pytestmark = pytest.mark.skipif(
+    TEST_DEVICE.type != "cpu" and find_spec("torchao") is None, reason="torchao is not installed"
+)
 KINDS = quantization.QUANTIZATIONS
 SIZES = {"d_model": 64, "mlp_hidden_size": 128, "n_kv_heads": 4}
 
 
+def load(
+    folder: Path | str, kind: str | None = None, dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """The decoder on `TEST_DEVICE`."""
+    if kind == "int4" and TEST_DEVICE.type == "cuda" and dtype != torch.bfloat16:
+        pytest.skip("four bits on a GPU are for bfloat16")
+    return load_decoder(folder, TEST_DEVICE, dtype, quantization=kind)[0]
+
+
 @torch.inference_mode()
 def logits_of(decoder: Decoder) -> Tensor:
-    ids = torch.tensor([[5, 17, 300, 41, 7, 7, 7, 7]]) % decoder.config.vocab_size
-    return decoder.logits(decoder(ForwardBatch.dense(ids))).float()
+    ids = torch.tensor([5, 17, 300, 41, 7, 7, 7, 7]) % decoder.config.vocab_size
+    return decoder.logits(decoder(pack([ids]))).float()
 
 
 def folder_of(tmp_path: Path, **changes: object) -> Path:
@@ -40,36 +53,36 @@ def folder_of(tmp_path: Path, **changes: object) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.05), ("fp8", 0.1), ("int4", 0.4)])
 def test_logits_stay_close(kind: str, tolerance: float, dtype: torch.dtype) -> None:
-    exact = logits_of(load_decoder(EMBEDDED, dtype=dtype)[0])
-    rounded = logits_of(load_decoder(EMBEDDED, dtype=dtype, quantization=kind)[0])
+    exact = logits_of(load(EMBEDDED, dtype=dtype))
+    rounded = logits_of(load(EMBEDDED, kind, dtype))
     difference = (rounded - exact).norm() / exact.norm()
     assert 0 < difference < tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_blocks_are_quantized_and_nothing_else(tmp_path: Path, kind: str) -> None:
-    plain, _ = load_decoder(folder_of(tmp_path))
-    decoder, _ = load_decoder(tmp_path, quantization=kind)
+    plain = load(folder_of(tmp_path))
+    decoder = load(tmp_path, kind)
     linear = [m for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
     assert len(linear) == 14
     assert not any(type(layer.weight.data) is Tensor for layer in linear)
     assert torch.equal(decoder.embed_tokens.weight, plain.embed_tokens.weight)
     assert torch.equal(decoder.norm.weight, plain.norm.weight)
-    hidden = torch.randn(3, 64)
+    hidden = torch.randn(3, 64, device=TEST_DEVICE)
     assert torch.equal(decoder.logits(hidden), plain.logits(hidden))
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_a_weight_takes_a_byte(tmp_path: Path, kind: str) -> None:
-    decoder, _ = load_decoder(folder_of(tmp_path), quantization=kind)
+    decoder = load(folder_of(tmp_path), kind)
     weight = decoder.layers[0].mlp.gate_proj.weight
     stored = [getattr(weight, name) for name in weight.tensor_data_names]
     assert sum(part.nbytes for part in stored) < 1.1 * weight.numel()
 
 
 def test_biases_and_tied_heads_are_kept() -> None:
-    exact, _ = load_decoder(GOLDEN_DIR / "dream")
-    rounded, _ = load_decoder(GOLDEN_DIR / "dream", quantization="int8")
+    exact = load(GOLDEN_DIR / "dream")
+    rounded = load(GOLDEN_DIR / "dream", "int8")
     bias = rounded.layers[0].attention.q_proj.bias
     assert bias.abs().max() > 0
     assert (logits_of(rounded) - logits_of(exact)).norm() < 0.05 * logits_of(exact).norm()
@@ -77,8 +90,8 @@ def test_biases_and_tied_heads_are_kept() -> None:
 
 def test_a_tied_head_stays_whole(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, weight_tying=True)
-    exact, rounded = (load_decoder(folder, quantization=kind)[0] for kind in (None, "int8"))
-    hidden = torch.randn(3, 64)
+    exact, rounded = (load(folder, kind) for kind in (None, "int8"))
+    hidden = torch.randn(3, 64, device=TEST_DEVICE)
     assert torch.equal(rounded.logits(hidden), exact.logits(hidden))
 
 
@@ -109,8 +122,8 @@ def test_experts_are_quantized_too(
 ) -> None:
     """Nearly the same logits, in about a byte for each of the experts' weights."""
     folder = with_experts(tmp_path, family)
-    exact, _ = load_decoder(folder)
-    rounded, _ = load_decoder(folder, quantization=kind)
+    exact = load(folder)
+    rounded = load(folder, kind)
     difference = (logits_of(rounded) - logits_of(exact)).norm() / logits_of(exact).norm()
     assert 0 < difference < tolerance
     layers = [layer.mlp for layer in rounded.layers if isinstance(layer.mlp, SparseMLP)]

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.device import pack
 from tests.engine.tiny import request_of, running, tiny_decoder, tiny_spec
 from tests.models.test_attention import TOLERANCE, store_for, use_packed
 from vdiff_kserve.engine import EngineConfig
 from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.engine.passes import MOST_BLOCKS, Pass
-from vdiff_kserve.models import ForwardBatch, KeyValueStore, ReuseGraphs, RowSpan, reuse_graphs
+from vdiff_kserve.models import KeyValueStore, ReuseGraphs, RowSpan, reuse_graphs
 from vdiff_kserve.models.reuse_graphs import LONGEST, LONGEST_WHOLE, MOST_ROWS, bucket_of
 
 PLACES = 200
@@ -54,7 +55,7 @@ def test_captured_passes_equal_plain_ones(
     cases = [reuse_rows(n, rng, queries, first, outputs) for n in (7, 5, 8, 1, 1)]
     stores = [store_for(decoder, PLACES, seed) for seed in range(len(cases))]
     expected = [
-        decoder(ForwardBatch.pack(*case, KeyValueStore(store.keys.clone(), store.values.clone())))
+        decoder(pack(*case, KeyValueStore(store.keys.clone(), store.values.clone())))
         for case, store in zip(cases, stores, strict=True)
     ]
     use_packed(monkeypatch)
@@ -159,7 +160,7 @@ def test_captured_whole_passes_equal_plain_ones(
         canvas = torch.tensor(rng.choices(range(30), k=length))
         span = RowSpan(0, length, length, first, outputs, 40 if cached else None)
         plain = store_for(decoder, PLACES)
-        expected = decoder(ForwardBatch.pack([canvas], [span], plain if cached else None))
+        expected = decoder(pack([canvas], [span], plain if cached else None))
         states = graphs.run_whole(canvas, span, shared)
         if length in (20, 32):
             assert states is None, "the first of its size"
