@@ -87,9 +87,9 @@ def use_packed(
 
     monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
     monkeypatch.setattr(packed_attention, "run_kernel", kernel)
-    if for_few_queries:
-        monkeypatch.setattr(split_attention, "usable", lambda *_: True)
-        monkeypatch.setattr(split_attention, "takes", lambda queries, *_: queries <= LONGEST)
+    longest = LONGEST if for_few_queries else 0
+    monkeypatch.setattr(split_attention, "usable", lambda *_: for_few_queries)
+    monkeypatch.setattr(split_attention, "takes", lambda queries, *_: queries <= longest)
     return calls
 
 

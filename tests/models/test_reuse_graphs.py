@@ -16,10 +16,16 @@ from tests.models.test_attention import TOLERANCE, store_for, use_packed
 from vdiff_kserve.engine import EngineConfig
 from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.engine.passes import MOST_BLOCKS, Pass
-from vdiff_kserve.models import KeyValueStore, ReuseGraphs, RowSpan, reuse_graphs
+from vdiff_kserve.models import KeyValueStore, ReuseGraphs, RowSpan, reuse_graphs, split_attention
 from vdiff_kserve.models.reuse_graphs import LONGEST, LONGEST_WHOLE, MOST_ROWS, bucket_of
 
 PLACES = 200
+
+
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a GPU; `use_packed` puts plain ones in their place."""
+    monkeypatch.setattr(split_attention, "takes", lambda *_: False)
 
 
 def run_again(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -156,6 +156,7 @@ def one_position(params: DecodingParams) -> StepRows:
     return StepRows(zero, zero, zero - 1, [params], [0], [1], [4])
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_leading_run_stops_at_each_rows_first_rejection(rows: list[list[bool]]) -> None:
     accepted = torch.tensor([yes for row in rows for yes in row], device=TEST_DEVICE)
