@@ -48,6 +48,9 @@ def plain_kernel(
             continue
         assert 0 <= k_start <= k_end <= len(key)
         assert k_end - k_start <= call.max_keys
+        if k_end == k_start:
+            output[q_start:q_end] = 0
+            continue
         mask = None
         if causal:
             queries, keys = q_end - q_start, k_end - k_start

@@ -94,6 +94,35 @@ def test_idle_places_of_a_captured_pass_leave_other_rows_alone(
     assert set(written) <= {*own, PLACES - 1}
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@torch.inference_mode()
+def test_idle_places_of_a_captured_pass_are_computed_from_numbers(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kernel leaves of tokens of no sequence may be anything; experts are chosen by it, and
+    from none of that can they be. Here it would be NaN."""
+    decoder = tiny_decoder()
+    calls = use_packed(monkeypatch)
+    store = store_for(decoder, PLACES)
+    states: list[Tensor] = []
+
+    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        states.append(run())
+        return states[0], lambda: states.append(run())
+
+    graphs = graphs_of(decoder, record)
+    canvases, spans = reuse_rows(3, random.Random(0))
+    if whole:
+        span = RowSpan(0, 20, 20, 5, 7, 10)
+        assert graphs.run_whole(torch.arange(20), span, store) is None
+        assert graphs.run_whole(torch.arange(20), span, store) is not None
+    else:
+        assert graphs.run(canvases, spans, store) is not None
+    assert len(states) == 2
+    assert all(each.isfinite().all() for each in states)
+    assert all(call.cu_queries[-1] == 32 for call in calls)
+
+
 def test_the_most_frequent_shape_is_captured_in_the_order_of_the_cache() -> None:
     spans = [
         RowSpan(0, 20, 20, 0, 8, 300),  # a refresh

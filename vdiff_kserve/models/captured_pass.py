@@ -39,8 +39,8 @@ class PassShape:
 class CapturedPass:
     """A pass over at most `shape.rows` rows.
 
-    Places that no row takes are computed as well; their keys and values go to the cache's last
-    place, which belongs to no row.
+    Places that no row takes are computed as well, as of sequences without keys, so that they are
+    numbers; their keys and values go to the cache's last place, which belongs to no row.
 
     Args:
         longest: bound of the keys of a row.
@@ -62,7 +62,7 @@ class CapturedPass:
         tokens, outputs = shape.rows * shape.queries, shape.rows * shape.outputs
         self._sizes = (tokens, tokens, tokens, outputs)
         self._staged = torch.zeros(sum(self._sizes), dtype=torch.int64, pin_memory=pinned)
-        bounds = 3, 2 * shape.rows + 1
+        bounds = 3, 2 * (shape.rows + 1) + 1
         self._staged_bounds = torch.zeros(bounds, dtype=torch.int32, pin_memory=pinned)
         self._copied = torch.cuda.Event() if pinned else None
         self._inputs = torch.zeros_like(self._staged, device=device)
@@ -122,19 +122,26 @@ class CapturedPass:
         wanted[: sum(outputs)] = ranges(wanted_first, outputs)
 
     def _stage_bounds(self, spans: Sequence[RowSpan], begins: Sequence[int]) -> None:
-        """Sequences of queries, of wanted queries and of keys; places without a row have none."""
+        """Sequences of queries, of wanted queries and of keys; those of idle places come last."""
         starts, keys = begins, [span.keys for span in spans]
         if self._shape.is_cached:
             starts = [span.cache_offset or 0 for span in spans]
-        queries = [span.queries for span in spans]
-        outputs = [span.outputs for span in spans]
-        cu_queries, cu_keys = sequences_of(queries, starts, keys)
-        cu_outputs, _ = sequences_of(outputs, starts, keys)
-        size = self._staged_bounds.shape[1]
-        staged = [
-            each + each[-1:] * (size - len(each)) for each in (cu_queries, cu_outputs, cu_keys)
-        ]
+        cu_keys = sequences_of(keys, starts, keys)[1]
+        cu_queries = self._cut([span.queries for span in spans], self._shape.queries)
+        cu_outputs = self._cut([span.outputs for span in spans], self._shape.outputs)
+        cu_keys += cu_keys[-1:] * (len(cu_queries) - len(cu_keys))
+        staged = cu_queries, cu_outputs, cu_keys
         self._staged_bounds.copy_(torch.tensor(staged, dtype=torch.int32))
+
+    def _cut(self, counts: list[int], most: int) -> list[int]:
+        """Where sequences begin that are as long as the rows' counts, then as long as there are
+        idle places for, `most` each."""
+        rows, idle = self._shape.rows + 1, self._shape.rows * most - sum(counts)
+        while len(counts) < rows:
+            counts.append(min(most, idle))
+            idle -= counts[-1]
+        ends = accumulate(counts, initial=0)
+        return [bound for end in ends for bound in (end, end)][:-1]
 
     def _batch(self, store: KeyValueStore, longest: int) -> ForwardBatch:
         """The pass over the tensors that `_fill` fills."""

@@ -73,7 +73,8 @@ def attend(
         tile: one of TILES; None is the least that takes all pairs, or the largest.
 
     Returns:
-        as `query`. Tokens of no sequence come out as anything.
+        as `query`. Tokens of a sequence without keys come out as 0, those of no sequence as
+        anything.
     """
     kernels = _kernels()
     (tokens, heads, size), kv_heads = query.shape, key.shape[1]

@@ -98,8 +98,10 @@ def join_splits_kernel(
     split, column = tl.arange(0, SPLITS), tl.arange(0, SIZE)
     used = split < splits
     log = tl.load(weights + split * count + place, mask=used, other=-float("inf"))
-    weight = tl.exp2(log - tl.max(log, axis=0))
-    weight = weight / tl.sum(weight, axis=0)
+    peak = tl.max(log, axis=0)
+    weight = tl.exp2(log - tl.where(peak == -float("inf"), 0.0, peak))
+    total = tl.sum(weight, axis=0)
+    weight = weight / tl.where(total == 0.0, 1.0, total)  # of a sequence without keys
     own = (split * count + place)[:, None] * size + column[None, :]
     inside = column < size
     part = tl.load(parts + own, mask=used[:, None] & inside[None, :], other=0.0)
