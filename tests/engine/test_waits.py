@@ -18,7 +18,7 @@ from vdiff_kserve.engine import Engine, EngineConfig, budget, measured_token_bud
 from vdiff_kserve.engine.make_row import make_row
 from vdiff_kserve.engine.row import Row
 from vdiff_kserve.engine.runner import ModelRunner
-from vdiff_kserve.models import Decoder, ReuseGraphs, fused
+from vdiff_kserve.models import Decoder, ReuseGraphs, fused, fused_experts
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
 from vdiff_kserve.models.attention import VarlenCall
@@ -63,6 +63,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> GpuStandIn:
     monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
     monkeypatch.setattr(packed_attention, "run_kernel", kernel)
     monkeypatch.setattr(fused, "usable", lambda _: False)
+    monkeypatch.setattr(fused_experts, "usable", lambda *_: False)
     monkeypatch.setattr(draw, "usable", lambda _: False)
     monkeypatch.setattr(runner, "draws_by_kernel", lambda _: False)
     with gpu_stand_in(monkeypatch) as stand_in, torch.inference_mode():

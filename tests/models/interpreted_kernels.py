@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,14 @@ from vdiff_kserve.models import (
     KeyValueStore,
     RowSpan,
     fused,
+    fused_experts,
     split_attention,
 )
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
 from vdiff_kserve.models.attention import VarlenCall, sequences_of
 from vdiff_kserve.models.layers import RMSNorm, rotary_angles, rotate
-from vdiff_kserve.models.moe import MoEConfig, Router
+from vdiff_kserve.models.moe import Experts, MoEConfig, Router, SparseMLP
 
 CPU = torch.device("cpu")
 TOLERANCE = {
@@ -133,6 +135,59 @@ def compare_decoders() -> None:
             torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
 
 
+def compare_experts() -> None:
+    """All of a layer in float16, on a CPU one expert after the other: groups of experts or none,
+    experts of which some are held, more of them than a power of 2."""
+    generator = torch.Generator().manual_seed(3)
+    grouped = MoEConfig(
+        8, 3, 16, "sigmoid", choice_bias=True, num_groups=4, groups_kept=2, shared_size=8
+    )
+    for config, first, held in (
+        (grouped, 0, 8),
+        (MoEConfig(12, 2, 16, renormalize=True), 0, 12),
+        (MoEConfig(12, 5, 16, scaling=2.5), 3, 6),
+    ):
+        layer = SparseMLP(40, config)
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        layer.half().router.float()
+        layer.experts.hold(first, held)
+        x = torch.randn((9, 40), generator=generator).half()
+        x[4] = x[2]
+        expected = layer(x)
+        fused_experts.usable = lambda *_: True
+        layer.experts.multiply = one_by_one(layer.experts)
+        got = layer(x)
+        fused_experts.usable = lambda *_: False
+        torch.testing.assert_close(got, expected, atol=4e-3, rtol=4e-3)
+
+
+def one_by_one(experts: Experts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """As a GPU's kernel multiplies, which leaves anything for experts that are not held."""
+
+    def multiply(x: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
+        counts = torch.bincount(chosen, minlength=len(ends))
+        assert torch.equal(counts.cumsum(0).int(), ends)
+        made = experts._one_by_one(x, chosen.long())
+        return made.masked_fill((chosen >= experts.num_held)[:, None], torch.nan)
+
+    return multiply
+
+
+def choose_among_no_numbers() -> None:
+    """Scores of one token are no numbers: the others' experts are as without it."""
+    config = MoEConfig(16, 4, 8, "sigmoid", num_groups=4, groups_kept=2)
+    logits = torch.randn((3, 16), generator=torch.Generator().manual_seed(0))
+    without = fused_experts.spread(torch.zeros(3, 8).half(), logits, None, config)
+    logits[1] = torch.nan
+    logits[2, 5] = torch.nan
+    copies = fused_experts.spread(torch.zeros(3, 8).half(), logits, None, config)
+    assert torch.equal(copies.experts[0], without.experts[0])
+    assert ((copies.experts >= 0) & (copies.experts < 16)).all()
+    assert 5 not in copies.experts[2]
+    assert sorted(copies.places.flatten().tolist()) == list(range(12))
+
+
 def check_what_is_checked_before_use() -> None:
     assert fused.agrees(CPU)
     product = fused.silu_product
@@ -144,6 +199,11 @@ def check_what_is_checked_before_use() -> None:
     split_attention.attend = lambda query, *_: query
     assert not split_attention.agrees(CPU, torch.float16, 16, 2)
     split_attention.attend = attend
+    assert fused_experts.agrees(CPU)
+    join = fused_experts.join
+    fused_experts.join = lambda *arguments: join(*arguments[:-1], None)
+    assert not fused_experts.agrees(CPU)
+    fused_experts.join = join
 
 
 if __name__ == "__main__":
@@ -152,6 +212,8 @@ if __name__ == "__main__":
         for shape, dtype in itertools.product(SHAPES, TOLERANCE):
             compare(*shape, dtype)
         compare_splits()
+        compare_experts()
+        choose_among_no_numbers()
         check_what_is_checked_before_use()
         decoder_module.has_kernel = lambda *_: True
         packed_attention.run_kernel = plain_kernel

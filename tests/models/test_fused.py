@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.triton_kernels import compile_for_gpus, needs_triton, run_interpreted
-from vdiff_kserve.models import fused, split_attention
+from vdiff_kserve.models import fused, fused_experts, split_attention
+from vdiff_kserve.models.moe import MoEConfig
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,28 @@ def test_compilers_for_gpus_take_the_kernels(name: str, sizes: dict[str, int]) -
 
 @needs_triton
 @pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        (
+            "choose_kernel",
+            {"SOFTMAX": False, "BIASED": True, "RENORMALIZES": True, "GROUPS": 8, "KEPT": 4}
+            | {"CHOSEN": 8, "SLOTS": 8, "BLOCK": 256},
+        ),
+        ("spread_kernel", {"CHOSEN": 8, "EXPERTS": 256, "BLOCK": 2048}),
+        ("join_kernel", {"ADDS": True, "CHOSEN": 8, "BLOCK": fused_experts.JOINED_BLOCK}),
+    ],
+)
+def test_compilers_for_gpus_take_the_kernels_of_experts(name: str, sizes: dict[str, int]) -> None:
+    from vdiff_kserve.models import fused_experts_kernels
+
+    types = dict.fromkeys(("x", "rows", "computed", "other", "out"), "*bf16")
+    types |= dict.fromkeys(("logits", "bias", "weights"), "*fp32") | {"scaling": "fp32"}
+    types |= dict.fromkeys(("experts", "ranks", "places", "counts", "chosen", "ends"), "*i32")
+    compile_for_gpus(getattr(fused_experts_kernels, name), types, sizes)
+
+
+@needs_triton
+@pytest.mark.parametrize(
     ("group", "size"),
     [
         (7, 128),
@@ -74,7 +97,9 @@ def test_keys_are_split_where_rows_are_few() -> None:
 
 def test_a_cpu_takes_the_plain_operations() -> None:
     with torch.inference_mode():
-        assert not fused.usable(torch.ones(2, 8, dtype=torch.bfloat16))
+        x = torch.ones(2, 8, dtype=torch.bfloat16)
+        assert not fused.usable(x)
+        assert not fused_experts.usable(x, MoEConfig(4, 2, 8))
 
 
 @pytest.mark.parametrize(

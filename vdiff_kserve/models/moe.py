@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdiff_kserve.models import fused
+from vdiff_kserve.models import fused, fused_experts
 from vdiff_kserve.models.layers import GatedMLP
 from vdiff_kserve.models.packed_linear import linear_packed, pack_weight
 
@@ -71,8 +71,15 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, hidden_size] -> the same."""
+        shared = None if self.shared is None else self.shared(x)
+        if fused_experts.usable(x, self.router.config):
+            router, experts = self.router, self.experts
+            logits = router.logits(x)
+            copies = fused_experts.spread(x, logits, router.bias, router.config, experts.first)
+            computed = experts.multiply(copies.rows, copies.chosen, copies.ends)
+            return fused_experts.join(computed, copies, experts.num_held, shared)
         mixed = self.experts(x, *self.router(x))
-        return mixed if self.shared is None else mixed + self.shared(x)
+        return mixed if shared is None else mixed + shared
 
 
 class Router(nn.Module):
@@ -91,21 +98,28 @@ class Router(nn.Module):
             self.bias = nn.Parameter(torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[tokens, hidden_size] -> experts int64 and weights float32, [tokens, experts_per_token].
+        """[tokens, hidden_size] -> experts, int64, and weights, float32: [tokens, chosen] each."""
+        return choose_experts(self.logits(x), self.bias, self.config)
 
-        Groups are limited as in DeepSeek-V3 (arXiv 2412.19437), which LLaDA2 follows.
-        """
-        config = self.config
-        logits = F.linear(x.float(), self.weight)
-        scores = logits.softmax(dim=-1) if config.scoring == "softmax" else logits.sigmoid()
-        preference = scores if self.bias is None else scores + self.bias
-        if config.groups_kept < config.num_groups:
-            preference = _best_groups(preference, config.num_groups, config.groups_kept)
-        experts = preference.topk(config.experts_per_token, dim=-1).indices
-        weights = scores.gather(-1, experts)
-        if config.renormalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return experts, weights * config.scaling
+    def logits(self, x: Tensor) -> Tensor:
+        """[tokens, hidden_size] -> float32 [tokens, experts]."""
+        return F.linear(x.float(), self.weight)
+
+
+def choose_experts(logits: Tensor, bias: Tensor | None, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """A token's experts and their weights, as `Router` gives them.
+
+    Groups are limited as in DeepSeek-V3 (arXiv 2412.19437), which LLaDA2 follows.
+    """
+    scores = logits.softmax(dim=-1) if config.scoring == "softmax" else logits.sigmoid()
+    preference = scores if bias is None else scores + bias
+    if config.groups_kept < config.num_groups:
+        preference = _best_groups(preference, config.num_groups, config.groups_kept)
+    experts = preference.topk(config.experts_per_token, dim=-1).indices
+    weights = scores.gather(-1, experts)
+    if config.renormalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return experts, weights * config.scaling
 
 
 def _best_groups(preference: Tensor, groups: int, kept: int) -> Tensor:
@@ -227,19 +241,28 @@ class Experts(nn.Module):
             self._linear = F.linear
         del self.gate_up_proj, self.down_proj
 
-    def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """All experts in a few kernels, without waiting for the GPU."""
-        numbers = torch.arange(self.num_held, device=x.device)
-        ends = torch.searchsorted(chosen, numbers, right=True).to(torch.int32)
+    def multiply(self, x: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
+        """What experts make of tokens that are sorted by them, in a few kernels, without waiting
+        for the GPU: [tokens, hidden_size]. Those of experts that are not held come out as anything.
+
+        Args:
+            chosen: each token's expert, [tokens], numbered from the first held one on.
+            ends: int32 [experts], where the tokens of each end; those not held may be left out.
+        """
+        ends = ends[: self.num_held]
         if self._rounded is not None:
             first, second = self._rounded
-            computed = second.multiply(_activate(first.multiply(x, chosen, ends)), chosen, ends)
-        else:
-            gate_up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
-            computed = F.grouped_mm(_activate(gate_up), self.down_proj.transpose(1, 2), offs=ends)
+            return second.multiply(_activate(first.multiply(x, chosen, ends)), chosen, ends)
+        gate_up = F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends)
+        return F.grouped_mm(_activate(gate_up), self.down_proj.transpose(1, 2), offs=ends)
+
+    def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """The same, with 0 for experts that are not held."""
+        numbers = torch.arange(self.num_held, device=x.device)
+        ends = torch.searchsorted(chosen, numbers, right=True).to(torch.int32)
+        computed = self.multiply(x, chosen, ends)
         if self.num_held == self._num_experts:
             return computed
-        # Rows behind the last group are left as the memory was.
         return computed.masked_fill_((chosen >= self.num_held)[:, None], 0)
 
     def _one_by_one(self, x: Tensor, chosen: Tensor) -> Tensor:
