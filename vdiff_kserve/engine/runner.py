@@ -103,10 +103,11 @@ class ModelRunner:
         """
         spans = [row.next_span() for row in rows]
         opened = [row.open_positions() for row in rows]
-        step_rows = table_of(rows, opened, self._vocab_size, self._device)
         with self._timed("forward"):
             hidden, unguided = self._hidden(rows, spans, opened)
         with self._timed("sample"):
+            # Made while a GPU is at the pass that has been queued.
+            step_rows = table_of(rows, opened, self._vocab_size, self._device)
             return self._decide(rows, spans, opened, step_rows, hidden, unguided)
 
     def _decide(
