@@ -105,11 +105,14 @@ class LoadedModel:
         if not self.device.startswith("cuda") or self.spec.mask_token_id is None:
             return
         block = min(self.spec.block_length, room)
+        decoding = replace(WARM_UP_DECODING, block_length=self.spec.block_length)
         if self.spec.block_causal:
-            cached = replace(request, max_tokens=min(2 * block, room))
+            decoding = replace(decoding, cache="exact")
+            if self.spec.sub_blocks:
+                decoding = self.limits.decoding
+            cached = replace(request, max_tokens=min(2 * block, room), decoding=decoding)
         else:
             before = (self.spec.eos_token_id,) * max(1, min(block, room - block))
-            decoding = replace(WARM_UP_DECODING, block_length=self.spec.block_length)
             cached = replace(request, prompt_ids=before, max_tokens=block, decoding=decoding)
         sizes = self.engine.captured_sizes
         for rows in tqdm(sizes or [1], desc="Capturing", unit="pass", disable=not sizes):
