@@ -9,10 +9,13 @@ with other contents. What cannot be captured runs as it does without graphs.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,27 +76,68 @@ def bucket_of(rows: int) -> int:
 
 
 class CudaRecorder:
-    """Captures passes as CUDA graphs, all on one stream and in one pool of memory: only one of them
-    runs at a time, and libraries keep a workspace for every stream that they have seen."""
+    """Captures passes as CUDA graphs, all on one stream and in one pool of memory, since only one of
+    them runs at a time.
+
+    torch gives a pool up with the last graph in it, and takes it for no further one; so one that
+    does nothing stays.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._anchor: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, run: Pass) -> tuple[Tensor, Callable[[], None]]:
         """Capture `run`, after running it once so that its libraries are set up."""
         stream, outside = self._stream, torch.cuda.current_stream(self._stream.device)
-        graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(outside)
         try:
+            if self._anchor is None:
+                nothing = torch.zeros(1, device=stream.device)
+                self._pool = torch.cuda.graph_pool_handle()
+                self._anchor = self._capture(nothing.zero_)[1]
+            stream.wait_stream(outside)
             with torch.cuda.stream(stream):
                 run()
             outside.wait_stream(stream)
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                output = run()
+            output, graph = self._capture(run)
         finally:
             torch.cuda.set_stream(outside)  # where a capture that fails does not return
         return output, graph.replay
+
+    def _capture(self, run: Pass) -> tuple[Tensor, torch.cuda.CUDAGraph]:
+        graph = torch.cuda.CUDAGraph()
+        with (
+            _with_own_workspaces(),
+            _without_collecting_garbage(),
+            torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+        ):
+            output = run()
+        return output, graph
+
+
+@contextmanager
+def _with_own_workspaces() -> Iterator[None]:
+    """Let a capture take cuBLAS's workspace from its pool, as torch's compiler does. The one that
+    torch keeps for a stream is freed with any graph captured there, while others still use it."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+@contextmanager
+def _without_collecting_garbage() -> Iterator[None]:
+    """A graph that is found among it, of a model that was unloaded, would break a capture off."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class ReuseGraphs:
@@ -227,10 +271,10 @@ class ReuseGraphs:
 
 
 def _lacks_memory(error: BaseException | None) -> bool:
-    """Whether memory was wanting, also where another error came of it: a capture broken off
-    raises one of its own."""
+    """Whether memory was wanting, torch's or the driver's, also where another error came of it: a
+    capture broken off raises one of its own."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
