@@ -1,4 +1,4 @@
-"""What models, sampler and engine need of a GPU: copies that do not wait, right kernels."""
+"""What models, sampler and engine need of a GPU: copies that do not wait, right kernels, its end."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def raise_if_lost(device: torch.device) -> None:
+    """Raise what a GPU answers to everything that this process still asks of it, if so: after an
+    illegal access for example, while a want of memory is over at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def kernels_work(agrees: Callable[[], bool], otherwise: str) -> bool:

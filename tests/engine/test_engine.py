@@ -282,6 +282,24 @@ async def test_failing_forward_fails_only_its_culprit(error: type[BaseException]
     assert [events[-1].stats for events in answers] == [result.stats for result in expected]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_engine_of_a_lost_gpu_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later request would fail, with a server that looks well."""
+
+    def raise_lost(_: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", raise_lost)
+    with running(PoisonedDecoder.around(DECODER)) as engine:
+        with pytest.raises(EngineError, match="failed on this request"):
+            engine.generate([poisoned_request()])
+        monkeypatch.setattr(engine, "_device", torch.device("cuda", 0))
+        with pytest.raises(EngineStoppedError):
+            engine.generate([poisoned_request()])
+        wait_until(lambda: not engine.alive)
+        assert "illegal" in str(engine.failure)
+
+
 def test_memory_of_a_failed_attempt_is_free_before_the_next() -> None:
     """What a forward pass held when memory ran out must not stand in the way of half the rows."""
 

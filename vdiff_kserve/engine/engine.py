@@ -34,6 +34,7 @@ from vdiff_kserve.engine.runner import ModelRunner
 from vdiff_kserve.engine.scheduler import FollowingScheduler, Scheduler
 from vdiff_kserve.engine.stream import GenerationStream
 from vdiff_kserve.engine.watch import LOOK_SECONDS, RoundWatch
+from vdiff_kserve.gpu import raise_if_lost
 from vdiff_kserve.models import (
     LanguageModel,
     ModelSpec,
@@ -299,7 +300,7 @@ class Engine:
         try:
             self._runner.advance(row, layers)
         except Exception as error:  # noqa: BLE001 - whatever the forward pass raised
-            _make_room(error)
+            self._recover(error)
             self._fail(row, error)
 
     def _step(self, rows: Sequence[Row]) -> list[tuple[Row, Decision]]:
@@ -330,8 +331,20 @@ class Engine:
         try:
             return self._runner.step(rows), None
         except Exception as error:  # noqa: BLE001 - whatever the forward pass raised
-            _make_room(error)
+            self._recover(error)
             return (), error
+
+    def _recover(self, error: Exception) -> None:
+        """Let go of the tensors that the failed attempt left in its frames, and give freed memory
+        back to the device before the next one.
+
+        Raises:
+            RuntimeError: no attempt can succeed any more, so that the loop ends.
+        """
+        traceback.clear_frames(error.__traceback__)
+        raise_if_lost(self._device)
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
 
     def _fail(self, row: Row, failure: Exception) -> None:
         """Take out a row that cannot go on."""
@@ -342,14 +355,6 @@ class Engine:
     def _close(self, reason: EngineError) -> None:
         for row in self._scheduler.close(reason):
             row.sink(reason)
-
-
-def _make_room(error: Exception) -> None:
-    """Let go of the tensors that the failed attempt left in its frames, and give freed memory back
-    to the device before the next one."""
-    traceback.clear_frames(error.__traceback__)
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
 
 
 def _collect(inbox: Inbox) -> GenerationResult:
