@@ -199,10 +199,12 @@ def check_what_is_checked_before_use() -> None:
     split_attention.attend = lambda query, *_: query
     assert not split_attention.agrees(CPU, torch.float16, 16, 2)
     split_attention.attend = attend
-    assert fused_experts.agrees(CPU)
+    grouped = MoEConfig(16, 3, 8, "sigmoid", True, 2.5, True, num_groups=4, groups_kept=2)
+    for config in (grouped, MoEConfig(12, 5, 8), MoEConfig(5, 1, 8)):
+        assert fused_experts.agrees(CPU, config)
     join = fused_experts.join
     fused_experts.join = lambda *arguments: join(*arguments[:-1], None)
-    assert not fused_experts.agrees(CPU)
+    assert not fused_experts.agrees(CPU, grouped)
     fused_experts.join = join
 
 

@@ -117,12 +117,27 @@ def test_joined_layers_compute_what_they_compute_apart(
         torch.testing.assert_close(joined, apart, **BFLOAT16)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        MoEConfig(256, 8, 512, "sigmoid", True, 2.5, True, num_groups=8, groups_kept=4),
+        MoEConfig(160, 6, 1536, scaling=16.0),
+        MoEConfig(60, 4, 1408),
+        MoEConfig(16, 1, 64),
+    ],
+    ids=str,
+)
+def test_kernels_of_experts_are_right(config: MoEConfig) -> None:
+    with torch.inference_mode():
+        assert fused_experts.agrees(CUDA, config), "they choose, lay out or sum otherwise"
+
+
 def test_experts_take_their_kernels() -> None:
     with torch.inference_mode():
-        assert fused_experts.agrees(CUDA), "they choose, lay out or sum otherwise"
         x = torch.zeros((2, 256), device=CUDA, dtype=torch.bfloat16)
         assert fused_experts.usable(x, MoEConfig(256, 8, 512, num_groups=8, groups_kept=4))
         assert fused_experts.usable(x, MoEConfig(60, 4, 512))
+        assert not fused_experts.usable(x, MoEConfig(60, 4, 500))
         assert not fused_experts.usable(x, MoEConfig(60, 4, 512, num_groups=6, groups_kept=4))
 
 
@@ -199,6 +214,22 @@ def test_a_replayed_whole_pass_computes_what_the_pass_computes(decoder: Decoder)
         assert (replayed is None) == (i == 0), "captured when its size comes again"
         if replayed is not None:
             torch.testing.assert_close(replayed, expected, **BFLOAT16)
+
+
+def test_states_of_a_captured_pass_outlive_the_next_one(decoder: Decoder) -> None:
+    """A pass that was captured before this one computes where this one's memory was free."""
+    graphs = ReuseGraphs.for_model(decoder, 96)
+    assert graphs is not None
+    shared = on_gpu(store_for(decoder, PLACES))
+    canvas, span = torch.arange(90) % 30, RowSpan(0, 90, 90, 0, 8, 100)
+    for _ in range(2):
+        graphs.run_whole(canvas, span, shared)
+    canvases, spans = reuse_rows(3, random.Random(0))
+    states = graphs.run(canvases, spans, shared)
+    assert states is not None
+    before = states.clone()
+    assert graphs.run_whole(canvas, span, shared) is not None
+    assert torch.equal(states, before)
 
 
 def test_answers_in_float32_are_those_of_a_cpu() -> None:

@@ -15,8 +15,15 @@ from tests.engine.tiny import request_of, running, tiny_decoder, tiny_spec
 from tests.models.test_attention import TOLERANCE, store_for, use_packed
 from vdiff_kserve.engine import EngineConfig
 from vdiff_kserve.engine.make_row import make_row
-from vdiff_kserve.engine.passes import MOST_BLOCKS, Pass
-from vdiff_kserve.models import KeyValueStore, ReuseGraphs, RowSpan, reuse_graphs, split_attention
+from vdiff_kserve.engine.passes import MOST_BLOCKS, Pass, by_blocks
+from vdiff_kserve.models import (
+    ForwardBatch,
+    KeyValueStore,
+    ReuseGraphs,
+    RowSpan,
+    reuse_graphs,
+    split_attention,
+)
 from vdiff_kserve.models.reuse_graphs import LONGEST, LONGEST_WHOLE, MOST_ROWS, bucket_of
 
 PLACES = 200
@@ -175,6 +182,14 @@ def test_other_passes_are_not_taken_apart(span: RowSpan) -> None:
     assert whole.by_block(4) == [whole]
 
 
+def test_passes_are_taken_apart_as_far_as_a_captured_pass_has_rows() -> None:
+    row = make_row(request_of((1,), 30), lambda _: None, tiny_spec(tiny_decoder()), False)
+    prompt, step = RowSpan(0, 12, 12, 8, 4, 0), RowSpan(8, 4, 12, 8, 4, 50)
+    passes = [Pass(row, False, row.canvas, span) for span in (step, prompt, prompt, step)]
+    for most, queries in ((8, [4] * 8), (7, [4, 4, 4, 4, 12, 4]), (3, [4, 12, 12, 4])):
+        assert [part.span.queries for part in by_blocks(passes, 4, most)] == queries
+
+
 def test_long_passes_are_not_captured() -> None:
     """The shape that is captured is the more seldom one."""
     spans = [RowSpan(8, LONGEST + 1, 900, 8, 8, 0), RowSpan(8, LONGEST + 1, 900, 8, 8, 1000)]
@@ -207,6 +222,31 @@ def test_captured_whole_passes_equal_plain_ones(
             torch.testing.assert_close(shared.values[:, own], plain.values[:, own], **TOLERANCE)
         assert torch.equal(shared.keys[:, :40], plain.keys[:, :40]), "of other rows"
     assert len(graphs._captured) == 2
+
+
+@torch.inference_mode()
+def test_states_of_a_captured_pass_outlive_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share memory: what one computes may lie where another, captured before, computes."""
+    decoder, rng = tiny_decoder(), random.Random(5)
+    use_packed(monkeypatch)
+    (canvases, spans), store = reuse_rows(2, rng), store_for(decoder, PLACES)
+    canvas, span = torch.arange(20), RowSpan(0, 20, 20, 0, 8, 150)
+    expected = decoder(pack(canvases, spans, store))
+    forward, computed = decoder.forward, list[Tensor]()
+
+    def share_memory(batch: ForwardBatch) -> Tensor:
+        for each in computed:
+            each.fill_(torch.nan)
+        computed.append(forward(batch))
+        return computed[-1]
+
+    monkeypatch.setattr(decoder, "forward", share_memory)
+    graphs = graphs_of(decoder)
+    assert graphs.run_whole(canvas, span, store) is None
+    assert graphs.run_whole(canvas, span, store) is not None
+    states = graphs.run(canvases, spans, store)
+    assert graphs.run_whole(canvas, span, store) is not None
+    torch.testing.assert_close(states, expected, **TOLERANCE)
 
 
 def test_whole_passes_that_are_long_or_need_a_mask_are_not_captured() -> None:

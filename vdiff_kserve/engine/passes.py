@@ -11,7 +11,7 @@ from torch import Tensor
 from vdiff_kserve.engine.row import Row
 from vdiff_kserve.models import RowSpan
 
-MOST_BLOCKS = 8
+MOST_BLOCKS = 16
 """Of a pass that is taken apart. A block by itself is as long as a row's pass is in most steps, so
 that both can be captured as one."""
 
@@ -65,6 +65,16 @@ def passes_of(rows: Sequence[tuple[Row, RowSpan]], mask_token_id: int | None) ->
             offset = row.cache_offsets[1] if row.cache_offsets else None
             passes.append(Pass(row, True, canvas, replace(span, cache_offset=offset)))
     return passes
+
+
+def by_blocks(passes: Sequence[Pass], block: int, most: int) -> list[Pass]:
+    """Passes with those over a few blocks taken apart, the first ones first, as long as there are
+    no more than `most`."""
+    apart: list[Pass] = []
+    for i, each in enumerate(passes):
+        parts, later = each.by_block(block), len(passes) - i - 1
+        apart += parts if len(apart) + len(parts) + later <= most else [each]
+    return apart
 
 
 def twins_of(rows: Sequence[Row], spans: Sequence[RowSpan]) -> dict[Row, Row]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.engine.kv_cache import KVCache
-from vdiff_kserve.engine.passes import Pass, passes_of, twins_of
+from vdiff_kserve.engine.passes import Pass, by_blocks, passes_of, twins_of
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
 from vdiff_kserve.engine.step_tables import (
@@ -21,6 +21,7 @@ from vdiff_kserve.engine.step_tables import (
 )
 from vdiff_kserve.gpu import to_device
 from vdiff_kserve.models import (
+    MOST_ROWS,
     ForwardBatch,
     LanguageModel,
     ModelSpec,
@@ -208,8 +209,7 @@ class ModelRunner:
         if self._graphs is None:
             return [(passes, self._decoder(self._pack(passes)))]
         if self._graphs.takes_blocks is not None:
-            block = self._graphs.takes_blocks
-            passes = [part for each in passes for part in each.by_block(block)]
+            passes = by_blocks(passes, self._graphs.takes_blocks, MOST_ROWS)
         # Rows that lie in the cache as they come in the pass take one attention call.
         passes = sorted(passes, key=lambda each: each.place)
         parts = []

@@ -16,7 +16,7 @@ from vdiff_kserve.models.placement import SPREADS
 from vdiff_kserve.models.precision import choose_device, choose_dtype
 from vdiff_kserve.models.processors import fit_threads
 from vdiff_kserve.models.quantization import QUANTIZATIONS
-from vdiff_kserve.models.reuse_graphs import ReuseGraphs
+from vdiff_kserve.models.reuse_graphs import MOST_ROWS, ReuseGraphs
 from vdiff_kserve.models.served import check_folder, load_served_model
 from vdiff_kserve.models.sharding import VocabShard
 from vdiff_kserve.models.spec import ModelSpec, Renoising
@@ -28,6 +28,7 @@ from vdiff_kserve.models.tokenizer import (
 )
 
 __all__ = [
+    "MOST_ROWS",
     "QUANTIZATIONS",
     "SPREADS",
     "CheckpointError",

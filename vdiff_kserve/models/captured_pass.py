@@ -69,7 +69,12 @@ class CapturedPass:
         self._bounds = torch.zeros_like(self._staged_bounds, device=device)
         self._fill([], [])
         batch = self._batch(store, longest)
-        self._output, self._replay = record(lambda: decoder(batch))
+        # Not in the memory that captured passes share: another one may run before this is read.
+        wanted = tokens if shape.wants_all else outputs
+        states = torch.empty(
+            (wanted, decoder.config.hidden_size), dtype=decoder.dtype, device=device
+        )
+        self._output, self._replay = record(lambda: states.copy_(decoder(batch)))
 
     def run(self, canvases: Sequence[Tensor], spans: Sequence[RowSpan]) -> Tensor:
         """Hidden states of the wanted positions, rows end to end: [outputs, hidden_size]. The next

@@ -6,7 +6,7 @@ forty kernels of torch's, which in a cached pass take as long as half of the exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +56,11 @@ def usable(x: Tensor, config: MoEConfig) -> bool:
         and x.shape[-1] <= LARGEST
         and number <= MOST_EXPERTS
         and config.experts_per_token <= MOST_CHOSEN
+        and config.is_aligned(x.shape[-1])
         and (even or config.groups_kept == groups)
         and not torch.is_grad_enabled()
         and x.device.index == torch.cuda.current_device()
-        and works(x.device)
+        and works(x.device, config)
     )
 
 
@@ -150,34 +151,33 @@ def join(computed: Tensor, copies: Spread, held: int, other: Tensor | None) -> T
 
 
 @cache
-def works(device: torch.device) -> bool:
-    """Whether the kernels compile for this GPU and compute what they should."""
-    return kernels_work(lambda: agrees(device), "Experts run without fused kernels")
+def works(device: torch.device, config: MoEConfig) -> bool:
+    """Whether the kernels compile for this GPU and these experts and compute what they should."""
+    return kernels_work(lambda: agrees(device, config), "Experts run without fused kernels")
 
 
-def agrees(device: torch.device) -> bool:
-    """Whether the kernels choose, lay out and sum as torch does, on a few random numbers."""
-    from vdiff_kserve.models.moe import MoEConfig, choose_experts
+def agrees(device: torch.device, config: MoEConfig) -> bool:
+    """Whether the kernels choose, lay out and sum as torch does, on a few random numbers, with all
+    experts and with three quarters of them."""
+    from vdiff_kserve.models.moe import choose_experts
 
-    generator = torch.Generator().manual_seed(0)
+    generator, number = torch.Generator().manual_seed(0), config.num_experts
     x, other = torch.randn((2, 7, 24), generator=generator).to(device, torch.bfloat16)
-    logits, bias = torch.randn((8, 16), generator=generator).to(device).split((7, 1))
-    grouped = MoEConfig(
-        16, 3, 8, "sigmoid", renormalize=True, scaling=2.5, num_groups=4, groups_kept=2
-    )
-    plain = replace(grouped, scoring="softmax", renormalize=False, num_groups=1, groups_kept=1)
-    for config, added, first in ((grouped, bias[0], 0), (plain, None, 5)):
-        experts, weights = choose_experts(logits, added, config)
-        held = (experts - first) % 16
+    logits, bias = torch.randn((8, number), generator=generator).to(device).split((7, 1))
+    added = bias[0] if config.choice_bias else None
+    chosen, weights = choose_experts(logits, added, config)
+    for first, held in ((0, number), (number // 3, number * 3 // 4)):
+        experts = (chosen - first) % number
         copies = spread(x, logits, added, config, first)
-        made = copies.rows * (copies.chosen[:, None] + 1).to(x.dtype)
-        summed = join(made, copies, 12, other)
-        factors = (weights * (held + 1) * (held < 12)).double().sum(dim=-1, keepdim=True)
-        ends = (held.flatten()[:, None] <= torch.arange(16, device=device)).sum(dim=0)
+        made = copies.rows * (copies.chosen[:, None] % 4 + 1).to(x.dtype)
+        summed = join(made, copies, held, other)
+        factors = (weights * (experts % 4 + 1) * (experts < held)).double().sum(-1, keepdim=True)
+        ends = (experts.flatten()[:, None] <= torch.arange(number, device=device)).sum(dim=0)
+        own = x[:, None].expand(-1, chosen.shape[1], -1)
         if not (
-            torch.equal(copies.experts.sort().values, held.sort().values.int())
+            torch.equal(copies.experts.sort().values, experts.sort().values.int())
             and torch.equal(copies.ends, ends.int())
-            and torch.equal(copies.rows[copies.places.long()], x[:, None].expand(-1, 3, -1))
+            and torch.equal(copies.rows[copies.places.long()], own)
             and torch.allclose(
                 summed.double(), factors * x.double() + other.double(), atol=0.1, rtol=0.03
             )

@@ -1,6 +1,7 @@
 """Triton kernels of what stands around the matrix products of experts.
 
-What is in capitals is a constant of the compiled kernel, as a model's own numbers are.
+What is in capitals is a constant of the compiled kernel, as a model's own numbers are. Nothing is
+compiled for that differs from pass to pass, as the places of tensors in one piece of memory do.
 """
 # ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -11,7 +12,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["first", "scaling"])
+@triton.jit(
+    do_not_specialize=["first", "scaling"],
+    do_not_specialize_on_alignment=["experts", "ranks", "weights"],
+)
 def choose_kernel(
     logits,
     bias,
@@ -80,7 +84,7 @@ def choose_kernel(
     tl.store(weights + place, weight * scaling, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["experts", "ranks", "places", "chosen"])
 def spread_kernel(
     x,
     experts,
@@ -116,7 +120,10 @@ def spread_kernel(
     tl.store(rows + place.to(tl.int64) * size + column, row, mask=inside)
 
 
-@triton.jit(do_not_specialize=["held"])
+@triton.jit(
+    do_not_specialize=["held"],
+    do_not_specialize_on_alignment=["experts", "places", "weights"],
+)
 def join_kernel(
     computed,
     experts,

@@ -57,6 +57,11 @@ class MoEConfig:
     groups_kept: int = 1
     shared_size: int = 0
 
+    def is_aligned(self, hidden_size: int) -> bool:
+        """Whether `torch.nn.functional.grouped_mm` takes the experts' matrices: it wants rows of
+        whole multiples of 16 bytes, and fewer than 1,024 experts."""
+        return hidden_size % 8 == self.expert_size % 8 == 0 and self.num_experts < 1024
+
 
 class SparseMLP(nn.Module):
     """The mixture in the place of a layer's MLP."""
@@ -185,7 +190,7 @@ class Experts(nn.Module):
         experts, size = config.num_experts, config.expert_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, size))
-        self._num_experts = experts
+        self._num_experts, self._is_aligned = experts, config.is_aligned(hidden_size)
         self.first, self.num_held = 0, experts
         self._packed: list[tuple[Tensor, Tensor]] = []
         self._linear: Callable[[Tensor, Tensor], Tensor] = linear_packed
@@ -202,7 +207,7 @@ class Experts(nn.Module):
         held = (experts - self.first) % self._num_experts
         chosen, order = held.flatten().sort(stable=True)
         sorted_x = x[order // experts.shape[1]]
-        if x.is_cuda and x.dtype in GROUPED_DTYPES:
+        if x.is_cuda and x.dtype in GROUPED_DTYPES and self._is_aligned:
             computed = self._grouped(sorted_x, chosen)
         else:
             computed = self._one_by_one(sorted_x, chosen)
@@ -233,7 +238,7 @@ class Experts(nn.Module):
         """
         gate_up = [quantize(weight) for weight in self.gate_up_proj]
         down = [quantize(weight) for weight in self.down_proj]
-        if stacked:
+        if stacked and self._is_aligned:
             dtype = self.gate_up_proj.dtype
             self._rounded = RoundedStack.of(gate_up, dtype), RoundedStack.of(down, dtype)
         else:

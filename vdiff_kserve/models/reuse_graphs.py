@@ -170,7 +170,9 @@ class ReuseGraphs:
         config, device = decoder.config, decoder.device
         if not has_kernel(device, decoder.dtype, config.head_dim):
             return None
-        if config.moe is not None and not has_expert_kernel(device, decoder.dtype):
+        if config.moe is not None and not (
+            has_expert_kernel(device, decoder.dtype) and config.moe.is_aligned(config.hidden_size)
+        ):
             return None
         return cls(decoder, longest, CudaRecorder(device))
 
