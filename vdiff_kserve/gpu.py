@@ -1,4 +1,4 @@
-"""What models, sampler and engine need of a GPU: copies that do not wait, right kernels, its end."""
+"""What models, sampler and engine need of a GPU: copies that do not wait, kernels that work."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What captures may ask of torch's pools of memory and of cuBLAS's workspaces. A model of their rules
-stands for a GPU; the tests marked `gpu` capture for real."""
+"""What captures may ask of torch's pools of memory and of cuBLAS's workspaces. A model of their
+rules stands for a GPU; the tests marked `gpu` capture for real."""
 
 import gc
 import weakref
@@ -93,8 +93,8 @@ def test_a_first_capture_that_was_broken_off_is_tried_again(captures: Captures) 
 
 
 def test_workspaces_of_a_graph_lie_in_its_own_pool(captures: Captures) -> None:
-    """Not where the pass before the capture, or another one, left them: with that graph, torch would
-    free them."""
+    """Not where the pass before the capture, or another one, left them: with that graph, torch
+    would free them."""
     record = CudaRecorder(torch.device("cpu"))
     replays = [record(captures.run)[1] for _ in range(2)]
     graphs = [replay.__self__ for replay in replays]

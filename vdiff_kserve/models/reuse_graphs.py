@@ -76,8 +76,8 @@ def bucket_of(rows: int) -> int:
 
 
 class CudaRecorder:
-    """Captures passes as CUDA graphs, all on one stream and in one pool of memory, since only one of
-    them runs at a time.
+    """Captures passes as CUDA graphs, all on one stream and in one pool of memory, since only one
+    of them runs at a time.
 
     torch gives a pool up with the last graph in it, and takes it for no further one; so one that
     does nothing stays.
