@@ -57,12 +57,14 @@ def server(model_dir: Path) -> Iterator[tuple[str, float]]:
         text=True,
     )
     assert process.stdout is not None
+    told = []
     try:
         for line in process.stdout:
+            told.append(line)
             if "ready" in line.lower() and (found := re.search(r"http://[\w.:]+", line)):
                 break
         else:
-            raise SystemExit("the server did not start")
+            raise SystemExit("the server did not start:\n" + "".join(told))
         ready_after = time.perf_counter() - began
         # Its log must not fill the pipe.
         drain = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)

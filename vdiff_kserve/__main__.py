@@ -36,7 +36,8 @@ def main() -> int:
     model = DiffusionModel(config)
     code = 0
     try:
-        logs.configure(config.log_level, config.kserve.log_config_file)
+        if config.kserve.configure_logging:
+            logs.configure(config.log_level, config.kserve.log_config_file)
         check_before_loading(config)
         Server(config, model).run(lambda url: announce(config, url))
     except (CheckpointError, ConfigError, ServerError) as error:

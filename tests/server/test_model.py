@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -199,8 +198,9 @@ def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         check_certificate(str(empty), str(empty))
 
 
-@pytest.mark.skipif(find_spec("asgi_logger") is not None, reason="the package is installed")
-def test_an_access_log_without_its_package_is_refused() -> None:
+def test_an_access_log_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_access_log("%(s)s")
+    monkeypatch.setitem(sys.modules, "asgi_logger", None)
     check_access_log(None)
     with pytest.raises(ServerError, match="--access_log_format needs the package asgi-logger"):
         check_access_log("%(s)s")

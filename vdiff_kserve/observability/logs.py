@@ -22,6 +22,11 @@ TALKATIVE = ("torchao", "torch.utils._pytree")
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+def says_nothing(method: object, path: object, status: object) -> bool:
+    """Whether a request is a probe or a scrape that succeeded."""
+    return method == "GET" and status == 200 and QUIET.fullmatch(str(path)) is not None
+
+
 class QuietProbes(logging.Filter):
     """Drops the access log's lines of successful probes and scrapes."""
 
@@ -30,7 +35,7 @@ class QuietProbes(logging.Filter):
         if not isinstance(record.args, tuple) or len(record.args) != 5:
             return True
         _, method, path, _, status = record.args
-        return not (method == "GET" and status == 200 and QUIET.fullmatch(str(path)))
+        return not says_nothing(method, path, status)
 
 
 def configure(level: str, config_file: str | None = None) -> None:
