@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import pytest
@@ -104,3 +106,19 @@ async def test_replicas_of_one_machine_share_its_memory() -> None:
     config = ServerConfig(replicas="2:4", replica_cpus=0.5, cpu_memory_utilization=0.8)
     with pytest.raises(CheckpointError, match=r"a share of 0\.2$"):
         await start_replicas(config, loader=tell_share)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_nobody_waits_for_any_more_ends_in_order() -> None:
+    """Ray would wait a minute for one whose processes had ended with the thread that started it."""
+    code = (
+        "from vdiff_kserve.config import ServerConfig\n"
+        "from vdiff_kserve.distributed.cluster import Membership\n"
+        "membership = Membership(ServerConfig(replicas='1'))\n"
+        "membership.leave(wait=False)\n"
+        "membership.joined.result()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert "Failed to connect to GCS" not in ended.stderr

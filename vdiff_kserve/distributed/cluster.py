@@ -7,6 +7,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,11 +24,49 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster that this process starts. Messages are small and never come near it."""
 
 
-def connect(config: ServerConfig) -> None:
-    """Join the cluster at `config.ray_address`, or start one on this machine. Takes seconds.
+class Membership:
+    """This process in the cluster at `config.ray_address`, or in one that it starts here.
 
+    A thread of its own joins, which takes seconds, stays and leaves: Linux kills what such a one
+    runs as soon as the thread that started it ends, and Ray would then wait a minute
+    for it. Until `leave` was called the program does not end.
+
+    Attributes:
+        joined: done when the process is in it; a ConfigError when it is not there.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.joined: Future[None] = Future()
+        self.joined.set_running_or_notify_cancel()  # who waits may give up, Ray does not
+        self._leaves = threading.Event()
+        self._thread = threading.Thread(target=self._stay, args=(config,), name="ray-membership")
+        self._thread.start()
+
+    def leave(self, *, wait: bool = True) -> None:
+        """Leave the cluster, as soon as this process is in it; one that it started ends.
+
+        Args:
+            wait: until it is done.
+        """
+        self._leaves.set()
+        if wait:
+            self._thread.join()
+
+    def _stay(self, config: ServerConfig) -> None:
+        try:
+            _join(config)
+        except BaseException as error:  # noqa: BLE001 - whoever waits for it is told
+            self.joined.set_exception(error)
+            return
+        self.joined.set_result(None)
+        self._leaves.wait()
+        ray.shutdown()
+
+
+def _join(config: ServerConfig) -> None:
+    """
     Raises:
-        ConfigError: it is not there.
+        ConfigError: there is no such cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own: dict[str, Any] = {}
@@ -55,17 +94,12 @@ def _is_own(config: ServerConfig) -> bool:
 
 
 def keep_signal_handlers() -> None:
-    """Let SIGTERM mean again what it meant before `connect`, which gives it to Ray.
+    """Let SIGTERM mean again what it meant before this process joined, which gives it to Ray.
 
     On the main thread only; others have no handlers to keep.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-
-
-def disconnect() -> None:
-    """Leave the cluster; one that this process started ends."""
-    ray.shutdown()
 
 
 @dataclass(frozen=True)

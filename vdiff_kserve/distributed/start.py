@@ -71,13 +71,18 @@ async def start_replicas(
     """
     assert config.replicas is not None
     started = time.perf_counter()
-    await asyncio.to_thread(cluster.connect, config)
+    membership = cluster.Membership(config)
+    try:
+        await asyncio.wrap_future(membership.joined)
+    except BaseException:
+        membership.leave(wait=False)
+        raise
     cluster.keep_signal_handlers()
     bounds = Bounds.parse(config.replicas)
     try:
         listener = listen(config)
     except ConfigError:
-        cluster.disconnect()
+        membership.leave()
         raise
     pool = ReplicaPool(config.model_name, config.max_num_seqs, config.max_queue, observer)
     supervisor = Supervisor(
@@ -91,7 +96,7 @@ async def start_replicas(
 
     def close() -> None:
         supervisor.close()
-        cluster.disconnect()
+        membership.leave()
 
     pool.on_stop = close
     try:
