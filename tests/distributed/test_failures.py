@@ -24,6 +24,7 @@ from tests.distributed.test_replicas import expected
 from tests.distributed.test_tensor_parallel import ranks_of
 from tests.waiting import wait_until
 from vdiff_kserve import LLM
+from vdiff_kserve.distributed.ticket import MAX_LOSSES
 
 pytestmark = pytest.mark.slow
 
@@ -51,24 +52,29 @@ async def test_random_kills_lose_nothing(three: ReplicatedServer, one_engine: LL
     bodies = long_requests(8) + mixed_requests(24)
     texts = expected(one_engine, bodies)
     answered = 0
+    # Kills since each client's requests began: one that loses too many replicas is given up.
+    survived = [0] * 4
     stopped = asyncio.Event()
 
     async def client(number: int) -> None:
         nonlocal answered
-        mine = slice(number, None, 4)
+        mine = slice(number, None, len(survived))
         while not stopped.is_set():
+            survived[number] = 0
             assert await stream(three.url, bodies[mine]) == texts[mine]
             answered += len(bodies[mine])
 
     async def kill() -> None:
         for _ in tqdm(range(KILLS), unit="kill"):
             await asyncio.sleep(chosen.uniform(0.5, 1.5) * SOAK_SECONDS / KILLS)
+            await asyncio.to_thread(wait_until, lambda: max(survived) < MAX_LOSSES - 1)
             if pids := three.pids():
+                survived[:] = [kills + 1 for kills in survived]
                 os.kill(chosen.choice(pids), signal.SIGKILL)
         stopped.set()
 
     async with asyncio.TaskGroup() as group:
-        for number in range(4):
+        for number in range(len(survived)):
             group.create_task(client(number))
         group.create_task(kill())
     assert answered > 0

@@ -129,7 +129,7 @@ class GrammarRow(Row):
         self.canvas[self._settled : end] = torch.tensor(tokens, dtype=self.canvas.dtype)
         self.masked[self._settled : end] = False
         for position in range(self._settled, end):
-            self._logprobs.pop(position, None)  # of what stood there before
+            self._logprobs.forget(position)  # of what stood there before
         self._settled = end
 
     def _mask_from(self, start: int, end: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +20,7 @@ from vdiff_kserve.engine.request import (
     StepView,
     TokenLogprob,
 )
+from vdiff_kserve.engine.told_logprobs import ToldLogprobs
 from vdiff_kserve.models import ForwardPass, ModelSpec, RowSpan
 from vdiff_kserve.sampler import (
     DREAM_POLICIES,
@@ -98,7 +98,7 @@ class Row:
         self.pass_kind: PassKind = "refresh"
         self.finished_block_steps: int | None = None
         self.token_rules: TokenRules | None = None
-        self._logprobs: dict[int, TokenLogprob] = {}
+        self._logprobs = ToldLogprobs()
         self._created = time.monotonic()
         self._queue_seconds = 0.0
         self.cache_offsets: tuple[int, ...] = ()
@@ -374,30 +374,20 @@ class Row:
             step=self.num_passes,
             positions=tuple((inside - self.prompt_length).tolist()),
             token_ids=tuple(self.canvas[inside].tolist()),
-            confidence=tuple(math.exp(self._logprobs[p].logprob) for p in inside.tolist()),
+            confidence=tuple(self._logprobs.probability(p) for p in inside.tolist()),
             masks=int(answer.sum()),
         )
 
     def _note_logprobs(self, decision: Decision, told: Logprobs) -> None:
         count = self.params.top_logprobs or 0
-        tops = zip(told.top_tokens[:, :count].tolist(), told.top[:, :count].tolist(), strict=True)
-        for position, token, chosen, rank, (top_tokens, top) in zip(
-            decision.positions.tolist(),
-            decision.tokens.tolist(),
-            told.chosen.tolist(),
-            told.rank.tolist(),
-            tops,
-            strict=True,
-        ):
-            best = tuple(zip(top_tokens, top, strict=True))
-            self._logprobs[position] = TokenLogprob(token, chosen, rank, best)
+        self._logprobs.note(decision.positions, decision.tokens, told, count)
 
     def _told_from(self, first: int) -> tuple[TokenLogprob, ...]:
         """What is told of the tokens from `first` to the frontier; nothing, unless it was asked."""
         if self.request.decoding.top_logprobs is None:
             return ()
         return tuple(
-            self._logprobs.pop(p) if p in self._logprobs else self._undoubted(int(self.canvas[p]))
+            self._logprobs.take(p) or self._undoubted(int(self.canvas[p]))
             for p in range(first, self.frontier)
         )
 

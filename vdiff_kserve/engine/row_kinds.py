@@ -71,7 +71,7 @@ class RemaskRow(Row):
         self.masked[self._taken_back] = True
         self.canvas[self._taken_back] = self._mask
         for position in self._taken_back.tolist():
-            self._logprobs.pop(position, None)
+            self._logprobs.forget(position)
         told = decision.logprobs
         super().apply(
             replace(

@@ -132,7 +132,9 @@ class ScoringRow(Row):
         self._count_pass(decision.span)
         self._note_logprobs(decision, decision.logprobs)
         for position in decision.positions.tolist():
-            self._score(position, self._logprobs.pop(position))
+            told = self._logprobs.take(position)
+            assert told is not None
+            self._score(position, told)
         self._probe_number += 1
         if self.finish_reason is None:
             self._enter_block(0)

@@ -15,6 +15,7 @@ from vdiff_kserve.engine import GenerationEngine, GenerationRequest, GenerationS
 from vdiff_kserve.observability.requests import RequestRecord, count_refusal
 from vdiff_kserve.openai.answers import Answer, Echo, InfillAnswer
 from vdiff_kserve.openai.candidates import BestOf, EventSource, Nothing
+from vdiff_kserve.openai.cost import diffusion_info, usage
 from vdiff_kserve.openai.errors import (
     RequestError,
     counted_here,
@@ -39,8 +40,6 @@ from vdiff_kserve.openai.responses import (
     Events,
     FinishedAnswer,
     Writer,
-    diffusion_info,
-    usage,
 )
 from vdiff_kserve.openai.text import AnswerText, Detokenizer
 from vdiff_kserve.openai.tokenizer_thread import TokenizerThread
