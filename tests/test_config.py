@@ -103,7 +103,12 @@ def test_the_environment_sets_what_the_command_line_does_not():
 def test_every_setting_is_read_from_its_environment_variable(name, tmp_path):
     values = {int: "3", float: "0.25", str: "text"}
     special = {"model_dir": str(tmp_path), "dtype": "float16", "device": "cuda:1"}
-    special |= {"log_level": "debug", "profile": "fast", "apd_model": str(tmp_path)}
+    special |= {
+        "log_level": "debug",
+        "log_format": "json",
+        "profile": "fast",
+        "apd_model": str(tmp_path),
+    }
     special |= {"enforce_eager": "true"}
     special |= {"enable_repository_control": "true", "diffusion_family": "dream"}
     special |= {"kv_cache_memory": "3GiB", "rate_limit": "3/hour", "allowed_origins": "http://a"}

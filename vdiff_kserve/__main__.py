@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -37,7 +38,7 @@ def main() -> int:
     code = 0
     try:
         if config.kserve.configure_logging:
-            logs.configure(config.log_level, config.kserve.log_config_file)
+            logs.configure(config.log_level, config.kserve.log_config_file, config.log_format)
         check_before_loading(config)
         Server(config, model).run(lambda url: announce(config, url))
     except (CheckpointError, ConfigError, ServerError) as error:
@@ -61,7 +62,11 @@ def leave(*_: object) -> None:
 
 
 def announce(config: ServerConfig, url: str) -> None:
-    """Tell the person who started the server where it is and what to try."""
+    """Tell the person who started the server where it is and what to try; to programs that read
+    its log, where it is."""
+    if config.log_format == "json":
+        logging.getLogger("kserve.vdiff").info("%s is ready at %s", config.model_name, url)
+        return
     body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
     key = "-H 'Authorization: Bearer YOUR_API_KEY' " if config.api_key else ""
     sys.stdout.write(

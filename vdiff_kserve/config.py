@@ -571,6 +571,14 @@ class ServerConfig:
         choices=("debug", "info", "warning", "error", "critical"),
         help="Least severity that is logged.",
     )
+    log_format: str = _setting(
+        str,
+        "text",
+        group="server",
+        metavar="FORMAT",
+        choices=("text", "json"),
+        help="How lines of the log are written; json, one object each, goes to standard output.",
+    )
     kserve: argparse.Namespace = field(default_factory=_kserve_defaults)
 
     def __post_init__(self) -> None:

@@ -29,6 +29,10 @@ def logged(checkpoint: str) -> Iterator[ServerProcess]:
         yield process.wait_until_ready()
 
 
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+
+
 def access_lines(process: ServerProcess) -> list[str]:
     return [line for line in process.lines if line.startswith("access ")]
 
@@ -66,6 +70,43 @@ def test_the_access_log_leaves_probes_out_and_keeps_to_its_lines(logged: ServerP
     assert "/nope_access_[31m_forged HTTP/1.1 404" in logged.wait_for_line("access .*forged")
     assert not [line for line in access_lines(logged) if re.search("health|metrics", line)]
     assert not [line for line in logged.lines if "kserve.trace" in line]
+
+
+def test_a_request_of_a_trace_names_it(logged: ServerProcess) -> None:
+    headers = KEY | TRACEPARENT | {"X-Request-Id": "traced"}
+    httpx.post(f"{logged.url}{COMPLETIONS}", json=PROMPT, headers=headers)
+    assert logged.wait_for_line("completion traced").endswith(f" trace_id={TRACE}")
+    httpx.post(f"{logged.url}{COMPLETIONS}", json=PROMPT, headers=KEY | {"X-Request-Id": "alone"})
+    assert "trace_id" not in logged.wait_for_line("completion alone")
+
+
+def test_every_line_of_a_json_log_is_an_object(checkpoint: str) -> None:
+    options = ("--log_format", "json", "--model_dir", checkpoint, "--enable_grpc", "false")
+    with ServerProcess(*COMMON, *options) as process:
+        url = process.wait_for(re.compile(r' is ready at (http[^"]+)"'))[1]
+        headers = TRACEPARENT | {"X-Request-Id": "whole"}
+        httpx.post(f"{url}{COMPLETIONS}", json=PROMPT | {"ignore_eos": True}, headers=headers)
+        httpx.post(f"{url}{COMPLETIONS}", json={"prompt": 3}, headers={"X-Request-Id": "bad"})
+        httpx.get(f"{url}/health")
+        process.terminate()
+        assert process.wait() == 0
+        with pytest.raises(EOFError):
+            process.wait_for_line("no such line")
+    bars = re.compile(r"Loading|\s*$")
+    lines = [json.loads(line) for line in process.lines if not bars.match(line)]
+    told = {line["request_id"]: line for line in lines if "request_id" in line}
+    assert {**told["whole"], "endpoint": "completion", "status": 200, "trace_id": TRACE} == told[
+        "whole"
+    ]
+    assert told["whole"]["completion_tokens"] == 2
+    assert told["whole"]["finish_reasons"] == ["length"]
+    assert told["whole"]["forwards"] >= 1
+    assert told["bad"]["status"] == 400
+    assert "trace_id" not in told["bad"]
+    access = [
+        (line["path"], line["status"]) for line in lines if line["logger"] == "uvicorn.access"
+    ]
+    assert access == [(COMPLETIONS, 200), (COMPLETIONS, 400)]
 
 
 def test_logging_can_be_left_to_others(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -152,6 +155,26 @@ def test_a_cache_too_small_for_the_context_is_told(
             load_model(ServerConfig(model_dir=checkpoint, kv_cache_memory=memory)).engine.stop()
     (told,) = [record.message for record in caplog.records]
     assert told.startswith("The key-value cache has room for 1 tokens: longer requests")
+
+
+def test_the_logging_configuration_of_the_guide_works(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(version: 1\n.*?)```", page, re.DOTALL)
+    file = tmp_path / "log.yaml"
+    file.write_text(example, encoding="utf-8")
+    code = (
+        "import logging, sys\n"
+        "from vdiff_kserve.observability import logs\n"
+        "logs.configure('warning', sys.argv[1])\n"
+        "logging.getLogger('kserve.vdiff.model').info('loaded')\n"
+        "access = logging.getLogger('uvicorn.access')\n"
+        "for path in '/v1/models', '/health':\n"
+        "    access.info('%s - \"%s %s HTTP/%s\" %d', 'me', 'GET', path, '1.1', 200)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    subprocess.run([sys.executable, "-c", code, str(file)], check=True, cwd=tmp_path, env=env)
+    lines = [json.loads(line) for line in (tmp_path / "vdiff.log").read_text().splitlines()]
+    assert [line["message"] for line in lines] == ["loaded", 'me - "GET /v1/models HTTP/1.1" 200']
 
 
 def test_a_logging_configuration_of_the_user_is_used(tmp_path: Path) -> None:

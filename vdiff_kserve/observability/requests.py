@@ -229,7 +229,23 @@ class RequestRecord:
             "never" if self._first_text is None else f"after {self._first_text:.3f} s",
             seconds,
             "+".join(reasons) or "no answer",
+            extra={"fields": self._fields(seconds, reasons)},
         )
+
+    def _fields(self, seconds: float, reasons: Sequence[str]) -> dict[str, object]:
+        """The line's facts, for programs; tokens and forwards as in `_cost`."""
+        first_text = self._first_text
+        return {
+            "endpoint": self._endpoint,
+            "request_id": self._request_id,
+            "status": self.code,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": sum(answer.tokens for answer in self._answers),
+            "forwards": sum(answer.nfe for answer in self._answers) if self.is_complete else None,
+            "first_text_seconds": first_text if first_text is None else round(first_text, 4),
+            "seconds": round(seconds, 4),
+            "finish_reasons": list(reasons),
+        }
 
     def _cost(self) -> str:
         """What the answers cost. Of one that ended early, only what became final was heard: not the

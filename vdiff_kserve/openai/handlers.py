@@ -108,7 +108,12 @@ class Refusals:
         if not is_open(path):
             request_id = scope["state"]["request_id"]
             what = endpoint or shorten(quote(path))
-            logger.info("%s %s %d: refused, %s", what, request_id, error.status, error.type)
+            fields = {"endpoint": what, "request_id": request_id, "status": error.status}
+            logger.info(
+                "%s %s %d: refused, %s",
+                *(what, request_id, error.status, error.type),
+                extra={"fields": fields | {"error": error.type}},
+            )
         content = error.response.model_dump() if speaks_openai(path) else {"error": error.message}
         return JSONResponse(content, error.status, error.headers)
 
