@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vdiff_kserve.models.attention import PackedRows, VarlenCall, sequences_of
-from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan, ranges
+from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.decoder import Decoder
 
 Pass = Callable[[], Tensor]
@@ -62,6 +63,7 @@ class CapturedPass:
         tokens, outputs = shape.rows * shape.queries, shape.rows * shape.outputs
         self._sizes = (tokens, tokens, tokens, outputs)
         self._staged = torch.zeros(sum(self._sizes), dtype=torch.int64, pin_memory=pinned)
+        self._tokens = [part.numpy() for part in self._staged.split(self._sizes)]
         bounds = 3, 2 * (shape.rows + 1) + 1
         self._staged_bounds = torch.zeros(bounds, dtype=torch.int32, pin_memory=pinned)
         self._copied = torch.cuda.Event() if pinned else None
@@ -81,8 +83,8 @@ class CapturedPass:
         run overwrites them.
 
         Args:
-            spans: for which this pass has room. Where rows see keys in the cache they are of its
-                shape, with ascending places.
+            spans: for which this pass has room: one, or several of its shape that see keys in the
+                cache, with ascending places.
         """
         self._fill(canvases, spans)
         self._replay()
@@ -92,51 +94,45 @@ class CapturedPass:
         """Bring the rows to the device, in two copies that wait for nothing."""
         if self._copied is not None:
             self._copied.synchronize()
-        begins = list(accumulate((span.queries for span in spans), initial=0))[:-1]
-        self._stage_tokens(canvases, spans, begins)
-        self._stage_bounds(spans, begins)
+        self._stage_tokens(canvases, spans)
+        self._stage_bounds(spans)
         self._inputs.copy_(self._staged, non_blocking=True)
         self._bounds.copy_(self._staged_bounds, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
-    def _stage_tokens(
-        self, canvases: Sequence[Tensor], spans: Sequence[RowSpan], begins: Sequence[int]
-    ) -> None:
-        ids, positions, places, wanted = self._staged.split(self._sizes)
+    def _stage_tokens(self, canvases: Sequence[Tensor], spans: Sequence[RowSpan]) -> None:
+        ids, positions, places, wanted = self._tokens
         self._staged.zero_()
-        places.fill_(self._spare_place)
+        places.fill(self._spare_place)
         if not spans:
             return
-        starts, lengths = [span.start for span in spans], [span.queries for span in spans]
-        tokens, outputs = sum(lengths), [span.outputs for span in spans]
+        length, outputs = spans[0].queries, spans[0].outputs  # of all
+        starts = np.array([[span.start] for span in spans])
+        own, tokens = starts + np.arange(length), len(spans) * length
         computed = [
-            canvas[start : start + length]
-            for canvas, start, length in zip(canvases, starts, lengths, strict=True)
+            canvas.numpy()[span.start : span.start + length]
+            for canvas, span in zip(canvases, spans, strict=True)
         ]
-        ids[:tokens] = torch.cat(computed)
-        positions[:tokens] = ranges(starts, lengths)
-        offsets = [span.cache_offset for span in spans if span.cache_offset is not None]
-        if offsets:
-            firsts = [start + offset for start, offset in zip(starts, offsets, strict=True)]
-            places[:tokens] = ranges(firsts, lengths)
-        wanted_first = [
-            begin + span.output_start - span.start
-            for begin, span in zip(begins, spans, strict=True)
-        ]
-        wanted[: sum(outputs)] = ranges(wanted_first, outputs)
+        np.concatenate(computed, out=ids[:tokens])
+        positions[:tokens] = own.reshape(-1)
+        if spans[0].cache_offset is not None:
+            offsets = np.array([[span.cache_offset] for span in spans])
+            places[:tokens] = (own + offsets).reshape(-1)
+        firsts = np.array([[span.output_start] for span in spans]) - starts
+        firsts += length * np.arange(len(spans))[:, None]
+        wanted[: len(spans) * outputs] = (firsts + np.arange(outputs)).reshape(-1)
 
-    def _stage_bounds(self, spans: Sequence[RowSpan], begins: Sequence[int]) -> None:
+    def _stage_bounds(self, spans: Sequence[RowSpan]) -> None:
         """Sequences of queries, of wanted queries and of keys; those of idle places come last."""
-        starts, keys = begins, [span.keys for span in spans]
-        if self._shape.is_cached:
-            starts = [span.cache_offset or 0 for span in spans]
+        keys = [span.keys for span in spans]
+        starts = [span.cache_offset or 0 if self._shape.is_cached else 0 for span in spans]
         cu_keys = sequences_of(keys, starts, keys)[1]
         cu_queries = self._cut([span.queries for span in spans], self._shape.queries)
         cu_outputs = self._cut([span.outputs for span in spans], self._shape.outputs)
         cu_keys += cu_keys[-1:] * (len(cu_queries) - len(cu_keys))
         staged = cu_queries, cu_outputs, cu_keys
-        self._staged_bounds.copy_(torch.tensor(staged, dtype=torch.int32))
+        self._staged_bounds.numpy()[:] = staged
 
     def _cut(self, counts: list[int], most: int) -> list[int]:
         """Where sequences begin that are as long as the rows' counts, then as long as there are
