@@ -61,14 +61,12 @@ class CapturedPass:
         device = decoder.device
         pinned = device.type == "cuda"
         tokens, outputs = shape.rows * shape.queries, shape.rows * shape.outputs
-        self._sizes = (tokens, tokens, tokens, outputs)
+        self._num_bounds = 2 * (shape.rows + 1) + 1
+        self._sizes = (tokens, tokens, tokens, outputs, -(-3 * self._num_bounds // 2))
         self._staged = torch.zeros(sum(self._sizes), dtype=torch.int64, pin_memory=pinned)
-        self._tokens = [part.numpy() for part in self._staged.split(self._sizes)]
-        bounds = 3, 2 * (shape.rows + 1) + 1
-        self._staged_bounds = torch.zeros(bounds, dtype=torch.int32, pin_memory=pinned)
+        self._host_parts = [part.numpy() for part in self._parts(self._staged)]
         self._copied = torch.cuda.Event() if pinned else None
         self._inputs = torch.zeros_like(self._staged, device=device)
-        self._bounds = torch.zeros_like(self._staged_bounds, device=device)
         self._fill([], [])
         batch = self._batch(store, longest)
         # Not in the memory that captured passes share: another one may run before this is read.
@@ -91,18 +89,24 @@ class CapturedPass:
         return self._output[: sum(span.outputs for span in spans)]
 
     def _fill(self, canvases: Sequence[Tensor], spans: Sequence[RowSpan]) -> None:
-        """Bring the rows to the device, in two copies that wait for nothing."""
+        """Bring the rows to the device, in one copy that waits for nothing."""
         if self._copied is not None:
             self._copied.synchronize()
         self._stage_tokens(canvases, spans)
-        self._stage_bounds(spans)
+        self._host_parts[-1][:] = self._bounds_of(spans)
         self._inputs.copy_(self._staged, non_blocking=True)
-        self._bounds.copy_(self._staged_bounds, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
+    def _parts(self, inputs: Tensor) -> list[Tensor]:
+        """Of what the pass reads: its tokens, their positions, their places in the cache, which of
+        them are wanted, and the bounds of sequences, int32 [3, bounds]."""
+        *parts, bounds = inputs.split(self._sizes)
+        used = bounds.view(torch.int32)[: 3 * self._num_bounds]
+        return [*parts, used.view(3, self._num_bounds)]
+
     def _stage_tokens(self, canvases: Sequence[Tensor], spans: Sequence[RowSpan]) -> None:
-        ids, positions, places, wanted = self._tokens
+        ids, positions, places, wanted, _ = self._host_parts
         self._staged.zero_()
         places.fill(self._spare_place)
         if not spans:
@@ -123,7 +127,7 @@ class CapturedPass:
         firsts += length * np.arange(len(spans))[:, None]
         wanted[: len(spans) * outputs] = (firsts + np.arange(outputs)).reshape(-1)
 
-    def _stage_bounds(self, spans: Sequence[RowSpan]) -> None:
+    def _bounds_of(self, spans: Sequence[RowSpan]) -> tuple[list[int], list[int], list[int]]:
         """Sequences of queries, of wanted queries and of keys; those of idle places come last."""
         keys = [span.keys for span in spans]
         starts = [span.cache_offset or 0 if self._shape.is_cached else 0 for span in spans]
@@ -131,8 +135,7 @@ class CapturedPass:
         cu_queries = self._cut([span.queries for span in spans], self._shape.queries)
         cu_outputs = self._cut([span.outputs for span in spans], self._shape.outputs)
         cu_keys += cu_keys[-1:] * (len(cu_queries) - len(cu_keys))
-        staged = cu_queries, cu_outputs, cu_keys
-        self._staged_bounds.numpy()[:] = staged
+        return cu_queries, cu_outputs, cu_keys
 
     def _cut(self, counts: list[int], most: int) -> list[int]:
         """Where sequences begin that are as long as the rows' counts, then as long as there are
@@ -147,8 +150,8 @@ class CapturedPass:
     def _batch(self, store: KeyValueStore, longest: int) -> ForwardBatch:
         """The pass over the tensors that `_fill` fills."""
         shape = self._shape
-        ids, positions, places, wanted = self._inputs.split(self._sizes)
-        cu_queries, cu_outputs, cu_keys = self._bounds
+        ids, positions, places, wanted, bounds = self._parts(self._inputs)
+        cu_queries, cu_outputs, cu_keys = bounds
         rows, outputs = (
             self._rows(VarlenCall(cu, cu_keys, max(2, most), longest), shape.rows * most)
             for cu, most in ((cu_queries, shape.queries), (cu_outputs, shape.outputs))
