@@ -106,7 +106,10 @@ class StepRows:
         return torch.where(self.targets >= 0, self.targets, candidates)
 
     def per_position(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
-        """One value per row -> one per position."""
+        """One value per row -> one per position. Where all rows have the same, a GPU is sent
+        nothing."""
+        if len(set(values)) == 1:
+            return torch.full_like(self.row, values[0], dtype=dtype)
         return to_device(torch.tensor(values, dtype=dtype), self.row.device)[self.row]
 
     def unless_all(
