@@ -20,7 +20,10 @@ def mix(x):
     return x ^ (x >> 31)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["vocab", "mask_token", "parts"],  # what a check compiled serves all models
+    do_not_specialize_on_alignment=["places", "temperature", "key"],
+)
 def draw_kernel(
     logits, places, temperature, key, best, token, vocab, mask_token, parts, BLOCK: tl.constexpr
 ):
