@@ -96,7 +96,7 @@ def compare(folder: Path, dtype: torch.dtype, rows: list[int], length: int, toke
 
 def main() -> None:
     """Compare every kind in every number type."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="requests at a time")
     parser.add_argument("--prompt_tokens", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")

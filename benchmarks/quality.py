@@ -11,11 +11,14 @@ import shlex
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks import sweep
 from hack.embedded.corpus import held_out_suite
@@ -79,10 +82,22 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_suite(
-    arguments: argparse.Namespace, suite: list[Example], decoding: DecodingParams
-) -> dict[str, Score]:
-    """Answer every prompt and compare it with its one right answer."""
+@dataclass(frozen=True)
+class Answering:
+    """A loaded model that answers prompts.
+
+    Attributes:
+        end_ids: what ends an answer.
+    """
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerFast
+    end_ids: tuple[int, ...]
+
+
+@contextmanager
+def loaded(arguments: argparse.Namespace) -> Iterator[Answering]:
+    """The model that the arguments name, until the block is left."""
     device = choose_device(arguments.device)
     decoder, spec = load_decoder(
         arguments.model_dir,
@@ -91,39 +106,49 @@ def run_suite(
         quantization=arguments.quantization,
     )
     tokenizer = load_tokenizer(arguments.model_dir)
-    end_ids = with_end_of_turn(spec, tokenizer).end_token_ids
     engine = Engine(decoder, spec, EngineConfig(max_num_seqs=arguments.rows, max_queue=CHUNK))
     engine.start()
-    scores: dict[str, Score] = defaultdict(Score)
     try:
-        with tqdm(total=len(suite), unit="prompt") as progress:
-            for start in range(0, len(suite), CHUNK):
-                chunk = suite[start : start + CHUNK]
-                requests = [
-                    GenerationRequest(
-                        prompt_ids=tuple(
-                            tokenizer.apply_chat_template(
-                                [{"role": "user", "content": example.prompt}], return_dict=False
-                            )
-                        ),
-                        max_tokens=arguments.max_tokens,
-                        decoding=decoding,
-                        end_token_ids=end_ids,
-                    )
-                    for example in chunk
-                ]
-                for example, result in zip(chunk, engine.generate(requests), strict=True):
-                    text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
-                    score = scores[example.task]
-                    score.prompts += 1
-                    score.right += text == example.answer
-                    score.tokens += result.stats.completion_tokens
-                    score.forwards += result.stats.nfe
-                    if text != example.answer:
-                        score.misses.append((example.prompt, text))
-                    progress.update()
+        yield Answering(engine, tokenizer, with_end_of_turn(spec, tokenizer).end_token_ids)
     finally:
         engine.stop()
+
+
+def run_suite(
+    model: Answering,
+    suite: list[Example],
+    decoding: DecodingParams,
+    max_tokens: int,
+    title: str | None = None,
+) -> dict[str, Score]:
+    """Answer every prompt and compare it with its one right answer."""
+    scores: dict[str, Score] = defaultdict(Score)
+    with tqdm(total=len(suite), desc=title, unit="prompt") as progress:
+        for start in range(0, len(suite), CHUNK):
+            chunk = suite[start : start + CHUNK]
+            requests = [
+                GenerationRequest(
+                    prompt_ids=tuple(
+                        model.tokenizer.apply_chat_template(
+                            [{"role": "user", "content": example.prompt}], return_dict=False
+                        )
+                    ),
+                    max_tokens=max_tokens,
+                    decoding=decoding,
+                    end_token_ids=model.end_ids,
+                )
+                for example in chunk
+            ]
+            for example, result in zip(chunk, model.engine.generate(requests), strict=True):
+                text = model.tokenizer.decode(result.token_ids, skip_special_tokens=True)
+                score = scores[example.task]
+                score.prompts += 1
+                score.right += text == example.answer
+                score.tokens += result.stats.completion_tokens
+                score.forwards += result.stats.nfe
+                if text != example.answer:
+                    score.misses.append((example.prompt, text))
+                progress.update()
     return scores
 
 
@@ -140,8 +165,8 @@ def total(scores: dict[str, Score]) -> Score:
 
 def main() -> None:
     arguments = parse_arguments()
+    suite = held_out_suite(arguments.n, arguments.seed)
     if arguments.sweep:
-        suite = held_out_suite(arguments.n, arguments.seed)
         chosen = sweep.trials(arguments.block_length)
         if arguments.curves:
             chosen = [t for t in chosen if t.curve in ("exact", *arguments.curves)]
@@ -156,7 +181,8 @@ def main() -> None:
         cache=arguments.cache,
     )
     started = time.monotonic()
-    scores = run_suite(arguments, held_out_suite(arguments.n, arguments.seed), decoding)
+    with loaded(arguments) as model:
+        scores = run_suite(model, suite, decoding, arguments.max_tokens)
     scores["all"] = total(scores)
     print(f"{'task':14s} {'prompts':>7s} {'exact match':>12s} {'tokens/forward':>15s}")
     for name, score in scores.items():
