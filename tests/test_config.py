@@ -16,6 +16,7 @@ from vdiff_kserve.config import (
     ALL_SETTINGS,
     DECODING_FLAGS,
     SETTINGS,
+    WITHOUT_EFFECT,
     ConfigError,
     ServerConfig,
     kserve_model_server,
@@ -483,6 +484,17 @@ def test_options_of_transformers_are_read_but_not_in_the_help(capsys):
     text = capsys.readouterr().out
     assert "--predictor_" not in text
     assert "--protocol" not in text
+
+
+def test_every_option_of_kserve_is_used_or_said_not_to_be():
+    files = (ROOT / "vdiff_kserve").rglob("*.py")
+    sources = "".join(file.read_text(encoding="utf-8") for file in files)
+    for action in kserve_options(ALL_SETTINGS):
+        name = action.dest
+        idle = {name, name.replace("_", "-")} & {"protocol", *WITHOUT_EFFECT} or "predictor" in name
+        limit = name.startswith("grpc_max") and f'"{name.removeprefix("grpc_")}"' in sources
+        used = limit or re.search(rf"\b(options|kserve)\.{name}\b", sources)
+        assert used or idle, name
 
 
 def test_kserve_is_told_of_its_options(monkeypatch):
