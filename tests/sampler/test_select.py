@@ -275,7 +275,7 @@ def test_rank_counts_the_better_ones_of_the_row(priority: list[float], data: st.
     numbers = st.integers(0, 4)
     row = sorted(data.draw(st.lists(numbers, min_size=len(priority), max_size=len(priority))))
     there = (torch.tensor(values, device=TEST_DEVICE) for values in (priority, row))
-    ranks = rank_in_row(*there).tolist()
+    ranks = rank_in_row(*there, row[-1] + 1).tolist()
     for i, rank in enumerate(ranks):
         better = [
             j for j in range(len(row)) if row[j] == row[i] and (-priority[j], j) < (-priority[i], i)

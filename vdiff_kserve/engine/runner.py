@@ -213,13 +213,15 @@ class ModelRunner:
         # Rows that lie in the cache as they come in the pass take one attention call.
         passes = sorted(passes, key=lambda each: each.place)
         parts = []
-        chosen = [passes[i] for i in self._graphs.choose([each.span for each in passes])]
+        indices = self._graphs.choose([each.span for each in passes])
+        chosen = [passes[i] for i in indices]
         if chosen:
             canvases, spans = [each.canvas for each in chosen], [each.span for each in chosen]
             states = self._graphs.run(canvases, spans, self._cache.store)
             if states is not None:
                 parts.append((chosen, states))
-                passes = [each for each in passes if all(each is not other for other in chosen)]
+                taken = set(indices)
+                passes = [each for i, each in enumerate(passes) if i not in taken]
         if len(passes) == 1:
             alone = passes[0]
             states = self._graphs.run_whole(alone.canvas, alone.span, self._cache.store)

@@ -28,7 +28,7 @@ def select(proposal: Proposal, rows: StepRows) -> Tensor:
     """
     masked = rows.written < 0
     priority = _priority(proposal, rows).masked_fill(~masked, -torch.inf)
-    rank = rank_in_row(priority, rows.row)
+    rank = rank_in_row(priority, rows.row, len(rows.params))
     surest = (rank == 0) & masked
     accept = surest
     scheduled = rows.with_policy(*SCHEDULED_POLICIES)
@@ -76,7 +76,7 @@ def _within_quota(rank: Tensor, rows: StepRows) -> Tensor:
 def _unlike_plan(proposal: Proposal, rows: StepRows) -> Tensor:
     """Masks among the positions that stay, which are the surest as far as the schedule goes, and
     written positions among the others. All compete by what would be written there now."""
-    rank = rank_in_row(proposal.score, rows.row)
+    rank = rank_in_row(proposal.score, rows.row, len(rows.params))
     stays = rank < rows.per_position(rows.quotas, torch.int64)
     return stays == (rows.written < 0)
 
@@ -202,17 +202,18 @@ def _break_ties_as_topk(accept: Tensor, priority: Tensor, rows: StepRows, i: int
     accept[here] = is_chosen[rows.position[here]]
 
 
-def rank_in_row(priority: Tensor, row: Tensor) -> Tensor:
+def rank_in_row(priority: Tensor, row: Tensor, num_rows: int) -> Tensor:
     """Rank of each position among its row's, 0 for the highest priority; ties go to the left.
 
     Args:
         priority: [positions].
         row: int64 [positions], ascending.
     """
-    by_priority = priority.argsort(descending=True, stable=True)
-    order = by_priority[row[by_priority].argsort(stable=True)]
-    places = torch.arange(len(row), device=row.device)
-    first_of_row = torch.searchsorted(row, row)
-    rank = torch.empty_like(places)
-    rank[order] = places - first_of_row
+    order = priority.argsort(descending=True, stable=True)
+    place = torch.arange(len(row), device=row.device)
+    if num_rows > 1:
+        order = order[row[order].argsort(stable=True)]
+        place -= torch.searchsorted(row, row)
+    rank = torch.empty_like(place)
+    rank[order] = place
     return rank
