@@ -15,7 +15,7 @@ login=${LOGIN_HOST:-$(hostname -f)}
 local_port=${LOCAL_PORT:-8080}
 deadline=$((SECONDS + ${WAIT_SECONDS:-3600}))
 
-ready() { sed -nE 's|^.* is ready at https?://[^ ]*:([0-9]+)$|\1|p' "$log" 2>/dev/null | tail -n 1; }
+ready() { sed -nE 's|^.* is ready at https?://[^ ]*:([0-9]+)("})?$|\1|p' "$log" 2>/dev/null | tail -n 1; }
 in_state() { squeue --noheader --jobs "$number" --format %T 2>/dev/null || true; }
 
 said=

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -152,6 +153,26 @@ def test_connect_tells_of_a_job_that_failed(slurm):
     assert found.returncode == 1
     assert "has ended" in found.stderr
     assert "/no/such folder" in found.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tiny is ready at http://127.0.0.1:8123",
+        '{"logger": "kserve.vdiff", "message": "tiny is ready at http://127.0.0.1:8123"}',
+    ],
+)
+def test_connect_reads_either_form_of_the_log(tmp_path, line):
+    (tmp_path / "7.log").write_text(f"node a17\n{line}\nmore\n", encoding="utf-8")
+    environment = {"VDIFF_SLURM_DIR": str(tmp_path), "USER": "me", "LOGIN_HOST": "login"}
+    done = subprocess.run(
+        ["bash", CONNECT, "7"],
+        env=os.environ | environment | {"WAIT_SECONDS": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ssh -N -L 8080:a17:8123 me@login" in done.stdout, done.stderr
 
 
 def test_connect_needs_a_job(tmp_path):

@@ -157,7 +157,8 @@ def test_a_cache_too_small_for_the_context_is_told(
     assert told.startswith("The key-value cache has room for 1 tokens: longer requests")
 
 
-def test_the_logging_configuration_of_the_guide_works(tmp_path: Path) -> None:
+def test_a_logging_configuration_of_the_user_is_used(tmp_path: Path) -> None:
+    """That of the guide, in a process of its own: it takes the place of every logger's settings."""
     page = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```yaml\n(version: 1\n.*?)```", page, re.DOTALL)
     file = tmp_path / "log.yaml"
@@ -175,24 +176,6 @@ def test_the_logging_configuration_of_the_guide_works(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(file)], check=True, cwd=tmp_path, env=env)
     lines = [json.loads(line) for line in (tmp_path / "vdiff.log").read_text().splitlines()]
     assert [line["message"] for line in lines] == ["loaded", 'me - "GET /v1/models HTTP/1.1" 200']
-
-
-def test_a_logging_configuration_of_the_user_is_used(tmp_path: Path) -> None:
-    """In a process of its own: it takes the place of every logger's settings."""
-    file, heard = tmp_path / "log.yaml", tmp_path / "heard.txt"
-    file.write_text(
-        "version: 1\n"
-        f"handlers: {{own: {{class: logging.FileHandler, filename: {heard}}}}}\n"
-        "loggers: {kserve.vdiff: {handlers: [own], level: INFO}}\n"
-    )
-    code = (
-        "import logging, sys\n"
-        "from vdiff_kserve.observability import logs\n"
-        "logs.configure('warning', sys.argv[1])\n"
-        "logging.getLogger('kserve.vdiff.model').info('as the file says')\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(file)], check=True)
-    assert heard.read_text() == "as the file says\n"
 
 
 @pytest.mark.parametrize(
