@@ -58,16 +58,24 @@ def allow_connections(most: int = OPEN_FILES) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def check_access_log(log_format: str | None) -> None:
-    """Refuse a format of the access log when the package that writes it is missing.
+def check_access_log(line_format: str | None) -> None:
+    """Refuse a format of the access log that cannot be written.
 
     Raises:
-        ServerError: it is.
+        ServerError: it is no format, or the package that writes it is missing.
     """
-    if log_format and find_spec("asgi_logger") is None:
+    if not line_format:
+        return
+    if find_spec("asgi_logger") is None:
         raise ServerError(
             "--access_log_format needs the package asgi-logger: pip install 'vdiff-kserve[logging]'"
         )
+    from vdiff_kserve.openai.access_log import check_format
+
+    try:
+        check_format(line_format)
+    except ValueError as error:
+        raise ServerError(f"--access_log_format {line_format} cannot be used: {error}") from error
 
 
 def warn_of_slashes(names: Sequence[str]) -> None:

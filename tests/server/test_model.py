@@ -212,6 +212,21 @@ def test_an_access_log_without_its_package_is_refused(monkeypatch: pytest.Monkey
         check_access_log("%(s)s")
 
 
+@pytest.mark.parametrize(
+    ("line_format", "reason"),
+    [
+        ("%(s", "incomplete format key"),
+        ("%(h)d", "a real number is required"),
+        ("%s", "each % must have a name"),
+        ("100% %(s)s", "each % must have a name"),
+    ],
+)
+def test_an_access_log_that_cannot_be_written_is_refused(line_format: str, reason: str) -> None:
+    check_access_log("%(h)s %(s)d %({X-Request-Id}o)s 100%%")
+    with pytest.raises(ServerError, match=f"--access_log_format .* cannot be used: .*{reason}"):
+        check_access_log(line_format)
+
+
 def test_a_name_that_no_path_can_hold_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "kserve.vdiff.server"):
         warn_of_slashes(("org/model", "model"))
