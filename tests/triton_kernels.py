@@ -54,7 +54,13 @@ def compile_for_gpus(
     signature = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(sizes, "constexpr")
     signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
     constants = {(kernel.arg_names.index(size),): value for size, value in sizes.items()}
-    source = ASTSource(kernel, signature, constants)
+    # As torch gives memory out; what is read ahead takes the most of a multiprocessor's.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.endswith(("stride", "size"))
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
     for capability, shared in SHARED_BYTES.items():
         compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
         assert compiled.asm["cubin"]
