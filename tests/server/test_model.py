@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -160,9 +161,9 @@ def test_a_cache_too_small_for_the_context_is_told(
 def test_a_logging_configuration_of_the_user_is_used(tmp_path: Path) -> None:
     """That of the guide, in a process of its own: it takes the place of every logger's settings."""
     page = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```yaml\n(version: 1\n.*?)```", page, re.DOTALL)
+    (example,) = re.findall(r"^    version: 1\n(?:    .*\n)+", page, re.MULTILINE)
     file = tmp_path / "log.yaml"
-    file.write_text(example, encoding="utf-8")
+    file.write_text(textwrap.dedent(example), encoding="utf-8")
     code = (
         "import logging, sys\n"
         "from vdiff_kserve.observability import logs\n"
