@@ -34,72 +34,75 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "add_generation_prompt": "whether the chat template opens the answer",
     "add_special_tokens": "whether the prompt gets the tokenizer's own special tokens",
     "allowed_token_ids": "only these tokens are written",
-    "bad_words": "words that are not written: at most 128 runs of tokens; see below",
+    "bad_words": "words that are not written, at most 128: [constraints](#constraints)",
     "chat_template_kwargs": "variables of the chat template",
     "confidence_eos_eot_inf": DECODING,
     "continue_final_message": "the answer goes on where the last message stops",
-    "echo": "the prompt goes before the answer; in chats, the last message when the assistant's is "
+    "echo": "the answer starts with the prompt; in chats, with the assistant's message that is "
     "continued",
-    "frequency_penalty": "in [-2, 2], for every time the answer has the token; see below",
+    "frequency_penalty": "in [-2, 2], for every time the answer has the token: "
+    "[constraints](#constraints)",
     "ignore_eos": "the model's end tokens do not end the answer, and models with a mask token "
     "write no end-of-text token unless `logits_eos_inf` is false",
-    "include_stop_str_in_output": "the stop string, or the end token's text, ends the text",
+    "include_stop_str_in_output": "the text includes the stop string or end token at its end",
     "infill": "the prompt has holes `<|mask:n|>` to be filled together: [infilling](infilling.md)",
     "infill_lengths": "lengths to try for the hole before `suffix`: [infilling](infilling.md)",
     "likelihood": "how `echo` with `logprobs` scores the prompt: [likelihood](likelihood.md)",
-    "logit_bias": "token id to a bias, cut to [-100, 100]",
+    "logit_bias": "an object of token ids and their biases, clamped to [-100, 100]",
     "logits_eos_inf": DECODING,
-    "logprobs": "true in chats; in completions, how many likeliest tokens, in [0, 20]; see below",
-    "max_completion_tokens": "as `max_tokens`, and goes before it",
-    "max_tokens": "masks behind the prompt, at most the context and cut to what the prompt leaves "
-    "of it, see [decoding](decoding.md)",
+    "logprobs": "true in chats; in completions, the number of likeliest tokens, in [0, 20]: "
+    "[answers](#answers)",
+    "max_completion_tokens": "the same as `max_tokens`, and overrides it",
+    "max_tokens": "number of masks after the prompt, see [decoding](decoding.md#the-canvas)",
     "messages": "the conversation: text, or lists of text parts",
-    "min_tokens": "answer positions from the left without end token or stop string",
+    "min_tokens": "number of tokens at the start of the answer without end token or stop string",
     "model": "one of the served names, or left out",
     "n": "answers per prompt",
-    "parallel_tool_calls": "false allows one call per answer where calls are forced",
+    "parallel_tool_calls": "false allows one call per answer if calls are forced",
     "prediction": "what the answer will probably be: [predicted outputs](prediction.md)",
-    "presence_penalty": "in [-2, 2], for tokens that the answer has; see below",
-    "priority": "lower goes first, see [batching](batching.md)",
+    "presence_penalty": "in [-2, 2], for tokens that the answer has: [constraints](#constraints)",
+    "priority": "lower values run first, see [batching](batching.md)",
     "prompt": "a text, a list of texts, token ids, or a list of them",
-    "repetition_penalty": "above 0, for tokens that the prompt or the answer has; see below",
-    "request_id": "part of the response's id, and in the log",
+    "repetition_penalty": "above 0, for tokens that the prompt or the answer has: "
+    "[constraints](#constraints)",
+    "request_id": "becomes part of the response's id and is logged",
     "response_format": "`json_object`, `json_schema` or `text`, see "
     "[structured output](structured.md)",
-    "return_prompt_text": "adds `prompt_text`, what the chat template made of the messages",
+    "return_prompt_text": "adds `prompt_text`, the prompt that the chat template made",
     "return_token_ids": "adds `token_ids`, the end token included, and `prompt_token_ids`",
     "return_tokens_as_token_ids": "`token_id:5` in place of a token's text in `logprobs`",
-    "seed": "of the sampling noise; answer j has `seed + j`",
-    "skip_special_tokens": "false leaves special tokens in the text",
+    "seed": "seed of the random numbers; answer j has `seed + j`",
+    "skip_special_tokens": "false keeps special tokens in the text",
     "stop": "strings that end the answer",
-    "stop_token_ids": "further tokens that end the answer",
+    "stop_token_ids": "token ids that also end the answer",
     "stream": "answer in chunks",
     "structured_outputs": "`json`, `regex`, `choice`, `grammar` or `json_object`, see "
     "[structured output](structured.md)",
-    "stream_canvas": "with `stream`, a chunk without text for every denoising step; see below",
+    "stream_canvas": "with `stream`, a chunk without text for every denoising step: "
+    "[answers](#answers)",
     "stream_options": "`include_usage`, `continuous_usage_stats`",
-    "suffix": "the answer is what fits between prompt and suffix: [infilling](infilling.md)",
-    "timeout": "seconds that the request may take, see [batching](batching.md)",
+    "suffix": "the text after a hole that the answer fills: [infilling](infilling.md)",
+    "timeout": "of the request, in seconds, see [batching](batching.md)",
     "tool_choice": "`none`, `auto`, `required` or a function, see [tools](structured.md#tools)",
     "tools": "functions that the answer may call, see [tools](structured.md#tools)",
-    "truncate_prompt_tokens": "most tokens of a prompt, of which the last are kept; -1 is what "
-    "leaves room for `max_tokens`",
+    "truncate_prompt_tokens": "maximum number of prompt tokens; the last ones are kept; -1 leaves "
+    "room for `max_tokens`",
     "truncation_side": "`right` keeps the first tokens",
     "vllm_xargs": "`diffusion_max_steps`, `diffusion_seed_canvas`, `diffusion_pinned`: "
     "[predicted outputs](prediction.md)",
-    "top_logprobs": "how many likeliest tokens chats tell per token, in [0, 20]; needs `logprobs`",
+    "top_logprobs": "number of likeliest tokens per token, in [0, 20]; needs `logprobs`",
 }
 
 IGNORED = {
-    "cache_salt": "prompts in the prefix cache are not kept apart",
+    "cache_salt": "all requests share one prefix cache",
     "include_reasoning": "the models have no separate reasoning",
-    "kv_transfer_params": "keys and values are not moved between servers",
+    "kv_transfer_params": "the KV cache is not moved between servers",
     "length_penalty": "belongs to beam search",
     "media_io_kwargs": "the models read text only",
     "mm_processor_kwargs": "the models read text only",
     "reasoning_effort": "the models have no separate reasoning",
-    "spaces_between_special_tokens": "has no effect with fast tokenizers, the only ones there are",
-    "user": "informs only",
+    "spaces_between_special_tokens": "has no effect with fast tokenizers; others are not used",
+    "user": "does not affect the answer",
 }
 
 
@@ -120,7 +123,7 @@ _NEWER_NAMES = "OpenAI replaced it by tools and tool_choice"
 
 REFUSED = {
     "audio": Refused("answers are text"),
-    "best_of": Refused("no answers are compared; ask for n of them", (None, 1)),
+    "best_of": Refused("answers are not compared; use n instead", (None, 1)),
     "chat_template": Refused("templates come from the checkpoint only"),
     "documents": Refused("chat templates get messages only", (None, [])),
     "function_call": Refused(_NEWER_NAMES, (None, "none", "auto")),
@@ -132,15 +135,15 @@ REFUSED = {
     "modalities": Refused("answers are text", (None, [], ["text"])),
     "prompt_embeds": Refused("prompts are text or token ids"),
     "prompt_logprobs": Refused(
-        "a diffusion model does not predict its prompt token by token, so that there is no such "
-        "probability to tell"
+        "a diffusion model does not predict its prompt token by token, so it has no such "
+        "probabilities"
     ),
     "repetition_detection": Refused(
         "an answer is not written from left to right; see repetition_penalty"
     ),
     "thinking_token_budget": Refused("the models have no separate reasoning"),
     "use_beam_search": Refused("diffusion models have no beams", (None, False)),
-    "web_search_options": Refused("the server looks nothing up"),
+    "web_search_options": Refused("the server does not search the web"),
 }
 
 
