@@ -150,9 +150,9 @@ def join_kernel(
     for i in tl.static_range(CHOSEN):
         pick = token * CHOSEN + i
         place = tl.load(places + pick).to(tl.int64)
-        mine = inside & (tl.load(experts + pick) < held)
-        row = tl.load(computed + place * size + column, mask=mine, other=0.0).to(tl.float32)
-        total += tl.load(weights + pick) * row
+        end = tl.where(tl.load(experts + pick) < held, size, 0)
+        row = tl.load(computed + place * size + column, mask=column < end, other=0.0)
+        total += tl.load(weights + pick) * row.to(tl.float32)
     if ADDS:
         total += tl.load(other + token * size + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=inside)
