@@ -39,7 +39,7 @@ def stock_qwen2() -> Qwen2ForCausalLM:
 
 @torch.no_grad()
 def logits_of(canvas: list[int]) -> Tensor:
-    """Of a whole canvas whose blocks see themselves and what is left of them: [tokens, vocab]."""
+    """Of a whole canvas whose blocks see themselves and all to their left: [tokens, vocab]."""
     blocks = torch.arange(len(canvas)) // BLOCK
     hidden = torch.finfo(torch.float32).min
     mask = torch.where(blocks[:, None] >= blocks, 0.0, hidden)

@@ -138,7 +138,7 @@ class GrammarRow(Row):
 
 
 class BlockCausalGrammarRow(GrammarRow, BlockCausalRow):
-    """The same for a model whose blocks see themselves and what is left of them. Blocks that were
+    """The same for a model whose blocks see themselves and all to their left. Blocks that were
     filled without a pass get their final keys and values in the next one."""
 
     _stored = 0

@@ -32,7 +32,7 @@ class Pass(NamedTuple):
 
     def by_block(self, block: int) -> list[Pass]:
         """The same as a pass for each block of `block` positions, for a model whose blocks see
-        themselves and what is left of them; itself when it is not over a few whole blocks, of which
+        themselves and all to their left; itself when it is not over a few whole blocks, of which
         the last one's hidden states are wanted. They are computed together: each layer keeps all
         keys and values before it attends."""
         span, starts = self.span, range(self.span.start, self.span.keys, block)

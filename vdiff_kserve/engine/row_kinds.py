@@ -95,7 +95,7 @@ class RemaskRow(Row):
 
 
 class BlockCausalRow(Row):
-    """Decoding of a model whose blocks see themselves and what is left of them (SDAR).
+    """Decoding of a model whose blocks see themselves and all to their left (SDAR).
 
     Blocks are aligned to the canvas, so the first one may begin with the prompt's tail, and the
     canvas is filled up to a whole block. With the `exact` cache a pass runs over the active block
@@ -167,7 +167,7 @@ class BlockCausalRow(Row):
 
 
 class BlockCausalEditRow(EditRow, BlockCausalRow):
-    """LLaDA2.1's decoding: blocks that see what is left of them, edited before they are closed."""
+    """LLaDA2.1's decoding: blocks that see all to their left, edited before they are closed."""
 
 
 class ApdRow(Row):

@@ -16,7 +16,7 @@ from vdiff_kserve.sampler import DecodingParams, block_steps
 class SubBlockRow(Row):
     """Fast-dLLM v2's decoding (arXiv 2509.26328).
 
-    The canvas lies in blocks that see themselves and what is left of them. A block begins with one
+    The canvas lies in blocks that see themselves and all to their left. A block begins with one
     pass over the block before, whose last position predicts its first token; that pass also leaves
     the final keys and values of that block. The other positions are decoded in smaller blocks
     (`DecodingParams.block_length`, `block_start` and `block_end` here), left to right.

@@ -4,7 +4,7 @@ Rows are told apart by where their queries and keys begin and end (`cu_seqlens`,
 variable-length kernels take them), so nothing is padded. Keys in the cache are read where they lie:
 between two rows' keys stands a sequence without queries, which covers the places that are not
 theirs and costs nothing. Few queries over many keys have a kernel of their own; it also takes
-sequences that share keys, as the blocks of a row do when each sees itself and what is left of it.
+sequences that share keys, as the blocks of a row do when each sees itself and all to its left.
 What neither can do goes to `layers.attend`, which can do all.
 """
 

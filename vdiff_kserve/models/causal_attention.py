@@ -32,7 +32,7 @@ class AttentionCalls:
 
     Attributes:
         reads_only: whether the rows' tokens see each other and what the store has before them, and
-            leave nothing there (DiffusionGemma's canvas); else they see what is left of them.
+            leave nothing there (DiffusionGemma's canvas); else they see all to their left.
         shapes: (heads of keys and values, dimensions of a key, of a value) of each layer so far.
         windows: how many tokens each sees, itself included; None is all.
     """

@@ -179,7 +179,7 @@ class ReuseGraphs:
     @cached_property
     def takes_blocks(self) -> int | None:
         """The size of blocks of which several of one row may be rows of a captured pass; None when
-        they may not. A block sees what is left of it, so that they share keys."""
+        they may not. A block sees all to its left, so that they share keys."""
         config, decoder = self._decoder.config, self._decoder
         block, group = config.attention_block, config.num_heads // config.num_kv_heads
         if block is None or block == 1:

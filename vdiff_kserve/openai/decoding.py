@@ -56,7 +56,7 @@ class ModelTraits:
     """What the served model allows.
 
     Attributes:
-        block_causal: whether its blocks only see what is left of them.
+        block_causal: whether its blocks see only themselves and all to their left.
         block_length: the block length it was trained with.
         sub_blocks: whether its blocks are decoded in smaller ones.
         has_auxiliary: whether APD has an auxiliary model.

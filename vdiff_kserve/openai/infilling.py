@@ -64,8 +64,8 @@ def check_infilling(request: CompletionRequest, limits: ServingLimits) -> None:
         raise RequestError("suffix and infill cannot be given together.", param="infill")
     if limits.traits.block_causal or limits.traits.renoises:
         raise RequestError(
-            f"`{field}` is not supported by this model: its blocks only see what is left of them, "
-            "so that it would write without regard to the text behind the hole.",
+            f"`{field}` is not supported by this model: its blocks see only themselves and all to "
+            "their left, so that it would write without regard to the text behind the hole.",
             param=field,
         )
     others: dict[str, object] = {
