@@ -126,7 +126,7 @@ async def test_what_cannot_go_together_is_refused(fields: dict[str, Any], param:
 @pytest.mark.parametrize(("field", "value"), [("suffix", "z"), ("infill", True)])
 async def test_models_that_see_only_what_is_left_of_a_block_say_so(field: str, value: Any) -> None:
     request = completion(prompt="a<|mask:1|>b", **{field: value})
-    with pytest.raises(RequestError, match="only see what is left") as caught:
+    with pytest.raises(RequestError, match="see only themselves") as caught:
         await service(ScriptedEngine(), traits=BLOCK_CAUSAL).respond(request)
     assert caught.value.param == field
 

@@ -74,8 +74,8 @@ def _from_canvas(
         raise out_of_range(f"vllm_xargs.{PINNED}", allowed, pins)
     if pins and (limits.traits.block_causal or limits.traits.renoises):
         raise RequestError(
-            f"vllm_xargs.{PINNED} is not supported by this model: its blocks only see what is left "
-            "of them.",
+            f"vllm_xargs.{PINNED} is not supported by this model: its blocks see only themselves "
+            "and all to their left.",
             param="vllm_xargs",
         )
     held = set(pins)
