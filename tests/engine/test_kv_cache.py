@@ -7,25 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.gpu_models import LLADA_8B
 from tests.engine.tiny import CONFIG
 from vdiff_kserve.engine import EngineConfig, bytes_per_token, scratch_bytes
 from vdiff_kserve.engine.kv_cache import KVCache, memory_for_cache
-from vdiff_kserve.models import DecoderConfig, ModelSpec
+from vdiff_kserve.models import ModelSpec
 
 GIB = 1 << 30
-LLADA_8B = DecoderConfig(
-    vocab_size=126_464,
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=5e5,
-    rope_in_float32=True,
-    tie_embeddings=False,
-)
 CUDA = torch.device("cuda", 0)
 
 

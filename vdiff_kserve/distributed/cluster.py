@@ -64,7 +64,8 @@ class Membership:
 
 
 def _join(config: ServerConfig) -> None:
-    """
+    """Join the cluster, or start one.
+
     Raises:
         ConfigError: there is no such cluster.
     """
