@@ -245,7 +245,7 @@ async def _read_events(reader: asyncio.StreamReader, answer: Answer) -> None:
                 answer.arrivals.append(now)
         elif b"data: [DONE]" in event:
             break
-        else:
+        elif b"data: {" in event:
             last = event
     if not last:
         answer.error = "the stream has no usage"
