@@ -21,9 +21,11 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)  # until the server, which ends in order, has its own
     gc.disable()  # all that is imported stays: searching it for garbage takes half a second
+    from vdiff_kserve import cpu_library
     from vdiff_kserve.config import parse_args
 
     config = parse_args()
+    cpu_library.begin()  # while the rest is imported
     from vdiff_kserve.loading import check_before_loading
     from vdiff_kserve.model import DiffusionModel
     from vdiff_kserve.models import CheckpointError

@@ -53,17 +53,6 @@ def test_auto_device_is_the_gpu_when_there_is_one(
     assert choose_device("cpu") == CPU
 
 
-def test_flags_are_those_of_the_first_processor(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: object
-) -> None:
-    text = "processor : 0\nflags\t\t: fpu avx2 amx_bf16\nbugs : x\nprocessor : 1\nflags\t\t: fpu\n"
-    monkeypatch.setattr(precision.Path, "is_file", lambda self: True)
-    monkeypatch.setattr(precision.Path, "read_text", lambda self, **_: text)
-    assert precision.cpu_flags() >= {"fpu", "avx2", "amx_bf16"}
-    monkeypatch.setattr(precision.Path, "is_file", lambda self: False)
-    assert precision.cpu_flags() == set()
-
-
 def test_a_device_that_is_not_there_is_told() -> None:
     with pytest.raises(CheckpointError, match=r"no device cuda:97: PyTorch .* sees "):
         choose_device("cuda:97")

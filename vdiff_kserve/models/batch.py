@@ -90,6 +90,26 @@ class AttentionGroup:
 
 
 @dataclass(frozen=True)
+class SeenKeys:
+    """Which keys the queries of a pass see.
+
+    Attributes:
+        numbers: int64 [parts, 5] on the host, of queries that follow each other and see the same
+            keys: the first one's place among the pass's queries and how many they are, whether
+            the keys lie in the cache (1) or among the pass's own (0), and the first key's place
+            there and how many they are.
+        rows: rows of the pass.
+    """
+
+    numbers: Tensor
+    rows: int
+
+    @property
+    def parts(self) -> int:
+        return len(self.numbers)
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """Rows of different lengths laid end to end, without padding.
 
@@ -195,6 +215,23 @@ class ForwardBatch:
             )
 
         return packed
+
+    @cached_property
+    def seen_keys(self) -> Callable[[int | None, bool], SeenKeys]:
+        """What the queries see, by the arguments of `packed`."""
+
+        @cache
+        def seen_keys(block: int | None, wanted: bool) -> SeenKeys:
+            numbers, query = [], 0
+            for begin, span in zip(self._begins, self.spans, strict=True):
+                is_cached = self.store is not None and span.cache_offset is not None
+                place = span.cache_offset if is_cached else begin
+                for queries, keys in span.parts(block, wanted=wanted):
+                    numbers.append((query, queries, int(is_cached), place, keys))
+                    query += queries
+            return SeenKeys(torch.tensor(numbers), len(self.spans))
+
+        return seen_keys
 
     @property
     def _queries(self) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vdiff_kserve.models import fused
+from vdiff_kserve.models import cpu_kernels, fused
 from vdiff_kserve.models.attention import attend_packed, can_attend, has_kernel
 from vdiff_kserve.models.batch import ForwardBatch
 from vdiff_kserve.models.joined_linear import JoinedLinear
@@ -118,6 +118,10 @@ class Attention(JoinedLinear):
             rows = batch.packed(None if causal else block, outputs is not None)
             if rows is not None and can_attend(query, key, value, rows, cached):
                 return self.o_proj(attend_packed(query, key, value, rows, cached, causal))
+        if query.device.type == "cpu":
+            seen = batch.seen_keys(block, outputs is not None)
+            if cpu_kernels.can_attend(query, key, value, seen):
+                return self.o_proj(cpu_kernels.attend(query, key, value, cached, seen))
         groups = batch.groups if outputs is None else batch.output_groups
         return self.o_proj(attend(query, key, value, groups, cached, block))
 
@@ -165,7 +169,10 @@ class Attention(JoinedLinear):
             return
         tokens = batch.cached_tokens
         for stored, fresh in zip(cached, (key, value), strict=True):
-            stored.index_copy_(0, places, fresh if tokens is None else fresh[tokens])
+            if cpu_kernels.usable(fresh):
+                cpu_kernels.keep(fresh, tokens, places, stored)
+            else:
+                stored.index_copy_(0, places, fresh if tokens is None else fresh[tokens])
 
 
 class Block(nn.Module):

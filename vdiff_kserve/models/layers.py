@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdiff_kserve.models import fused
+from vdiff_kserve.models import cpu_kernels, fused
 from vdiff_kserve.models.batch import AttentionGroup
 from vdiff_kserve.models.joined_linear import JoinedLinear
 from vdiff_kserve.models.matmul_attention import attend_row, prefers_products
@@ -26,12 +26,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if fused.usable(x):
             return fused.rms_norm(x, self.weight, self.eps)
+        if cpu_kernels.usable(x):
+            return cpu_kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), None, self.eps) * self.weight
 
     def of_sum(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """`x + other`, and its norm."""
         if fused.usable(x) and other.is_contiguous():
             return fused.add_rms_norm(x, other, self.weight, self.eps)
+        if cpu_kernels.usable(x) and other.is_contiguous():
+            return cpu_kernels.add_rms_norm(x, other, self.weight, self.eps)
         total = x + other
         return total, self(total)
 
@@ -85,6 +89,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if fused.usable(x):
         return fused.rotate(x, cos, sin)
+    if cpu_kernels.usable(x):
+        return cpu_kernels.rotate(x, cos, sin)
     rotary_dim = cos.shape[-1]
     if rotary_dim < x.shape[-1]:
         first, rest = x.tensor_split((rotary_dim,), dim=-1)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vdiff_kserve.models.precision import cpu_flags
+from vdiff_kserve.cpu_library import cpu_flags
 
 LEAST_PRODUCTS = 6_000_000
 """Multiplications of queries and keys from which the products are faster. Each call has a fixed

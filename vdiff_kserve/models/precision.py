@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from vdiff_kserve.cpu_library import cpu_flags
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 
 DTYPES = {
@@ -42,12 +41,3 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     native = device.type != "cpu" or bool(cpu_flags() & BFLOAT16_CPU_FLAGS)
     return torch.bfloat16 if native else torch.float32
-
-
-def cpu_flags() -> set[str]:
-    """Instruction-set flags of this machine's processor (empty where the kernel has none)."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return set()
-    lines = info.read_text(encoding="utf-8").splitlines()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())

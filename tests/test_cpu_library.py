@@ -1,0 +1,82 @@
+"""The library of kernels for CPUs: when it is compiled, where it stays, and what hinders it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vdiff_kserve import cpu_library
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A compiler that writes what it was asked into its output, and the calls one per line."""
+    program, calls = tmp_path / "g++", tmp_path / "calls"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\nfor last; do :; done\necho "$@" > "$last"\n',
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(cpu_library, "COMPILERS", (str(program),))
+    return calls
+
+
+def test_it_is_compiled_once_and_again_when_it_changes(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "of mine"
+    library = cpu_library.compile_into(folder)
+    assert list(folder.iterdir()) == [library]
+    calls = compiler.read_text(encoding="utf-8").splitlines()
+    assert [line.split()[0] for line in calls] == ["-std=c++17", "-shared"]
+    assert "-fopenmp" in calls[0]
+    assert "-fopenmp" not in calls[1], "torch's threads are to be used"
+
+    assert cpu_library.compile_into(folder) == library
+    assert len(compiler.read_text(encoding="utf-8").splitlines()) == 2
+
+    monkeypatch.setattr(cpu_library, "OPTIONS", ("-O1", *cpu_library.OPTIONS))
+    assert cpu_library.compile_into(folder) != library
+
+
+def test_one_that_an_image_ships_needs_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpu_library, "COMPILERS", ())
+    monkeypatch.setattr(cpu_library, "SOURCE", tmp_path / "cpu_library.cpp")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cpu_library.SOURCE.write_text("int x;", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="no C"):
+        cpu_library.find_or_compile()
+    shipped = tmp_path / cpu_library.library_name()
+    shipped.touch()
+    assert cpu_library.find_or_compile() == shipped
+
+
+def test_a_compiler_that_refuses_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpu_library, "COMPILERS", ("false",))
+    with pytest.raises(subprocess.CalledProcessError):
+        cpu_library.compile_into(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_compiles_into_a_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vdiff_kserve.cpu_library"]
+    without = subprocess.run(
+        [*command, str(tmp_path)], env={"PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert (without.returncode, without.stdout) == (1, "")
+    assert without.stderr == "error: there is no C++ compiler (g++ or c++)\n"
+
+
+def test_flags_are_those_of_the_first_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "processor : 0\nflags\t\t: fpu avx2 amx_bf16\nbugs : x\nprocessor : 1\nflags\t\t: fpu\n"
+    monkeypatch.setattr(cpu_library.Path, "is_file", lambda self: True)
+    monkeypatch.setattr(cpu_library.Path, "read_text", lambda self, **_: text)
+    assert cpu_library.cpu_flags() >= {"fpu", "avx2", "amx_bf16"}
+    assert not cpu_library.runs_here()
+    monkeypatch.setattr(cpu_library.Path, "is_file", lambda self: False)
+    assert cpu_library.cpu_flags() == set()

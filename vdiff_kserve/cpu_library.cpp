@@ -1,0 +1,354 @@
+// Kernels for processors that multiply bfloat16 with AVX-512. `cpu_library.py` compiles them,
+// `models/cpu_kernels.py` calls them. Numbers are bfloat16 unless they are said to be float32, and
+// all tensors are contiguous.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+using i64 = int64_t;
+
+constexpr int LANES = 16;
+constexpr int BLOCK = 2 * LANES;  // queries that are computed together
+constexpr int TILE = 512;         // keys whose scores are held at a time
+constexpr int STEP = 8;           // keys, or head dimensions, in registers at a time
+constexpr int LINE = 32;          // numbers in a cache line
+constexpr int AHEAD = 4 * STEP;   // keys
+constexpr int SHARE = 4 * BLOCK;  // queries that one thread takes at a time
+
+inline __mmask16 first(i64 count) {
+  return count >= LANES ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+inline __m512 widen(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+inline __m512 load(const bf16* from, __mmask16 mask = 0xffff) {
+  return widen(_mm256_maskz_loadu_epi16(mask, from));
+}
+
+inline void store(bf16* to, __m512 x, __mmask16 mask = 0xffff) {
+  _mm256_mask_storeu_epi16(to, mask, narrow(x));
+}
+
+// Whatever would become of it in memory: float32 rounded to bfloat16 and back.
+inline __m512 rounded(__m512 x) { return widen(narrow(x)); }
+
+inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+// 2^x for x <= 0, to six digits: a polynomial on [-1/2, 1/2], then the exponent.
+inline __m512 power_of_2(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-200.f));
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 part = _mm512_sub_ps(x, whole);
+  __m512 y = _mm512_set1_ps(1.3333558e-3f);
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(9.6181291e-3f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(5.5504109e-2f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(2.4022651e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(6.9314718e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.f));
+  return _mm512_scalef_ps(y, whole);
+}
+
+// Queries that follow each other in the pass and see the same keys.
+struct Part {
+  i64 query, queries;  // the first, and how many
+  i64 is_cached;       // whether the keys lie in the cache, or among those of the pass
+  i64 key, keys;       // the first, and how many
+};
+
+struct Shape {
+  i64 heads, kv_heads, size;
+  i64 group() const { return heads / kv_heads; }
+};
+
+// What one thread works in. Lanes are queries; two bfloat16 numbers that are multiplied and added
+// in one go, of neighbouring dimensions or keys, lie side by side in 32 bits.
+struct Scratch {
+  std::unique_ptr<uint32_t[]> queries;  // [size / 2][BLOCK]
+  std::unique_ptr<uint32_t[]> values;   // [TILE / 2][size]
+  std::unique_ptr<uint32_t[]> weights;  // [TILE / 2][BLOCK]
+  std::unique_ptr<float[]> scores;      // [TILE][BLOCK]
+  std::unique_ptr<float[]> sums;        // [size][BLOCK]
+  explicit Scratch(i64 size)
+      : queries(new uint32_t[size / 2 * BLOCK]), values(new uint32_t[TILE / 2 * size]),
+        weights(new uint32_t[TILE / 2 * BLOCK]), scores(new float[TILE * BLOCK]),
+        sums(new float[size * BLOCK]) {}
+};
+
+// values[pair][dimension]: two keys' values side by side; what is past the last key is zero.
+void pair_values(const bf16* value, i64 stride, i64 keys, i64 size, uint32_t* to) {
+  for (i64 key = 0; key < keys; key += 2, to += size) {
+    const bf16* row = value + key * stride;
+    for (i64 at = 0; at < size; at += LANES) {
+      const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(row + at)));
+      __m512i odd = _mm512_setzero_si512();
+      if (key + 1 < keys) {
+        odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(row + stride + at)));
+      }
+      _mm512_storeu_si512(to + at, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+  }
+}
+
+// scores[key][query] of a tile of keys, and the largest of every query. A head's keys lie far
+// apart in memory, so those to come are asked for early, and so are the values.
+template <int G>
+void score(const uint32_t* queries, const bf16* key, const bf16* value, i64 stride, i64 keys,
+           i64 size, float* scores, __m512* largest) {
+  for (i64 begin = 0; begin < keys; begin += STEP) {
+    const uint32_t* row[STEP];
+    for (int k = 0; k < STEP; k++) {
+      row[k] = (const uint32_t*)(key + std::min(begin + k, keys - 1) * stride);
+      for (i64 at = 0; at < size; at += LINE) {
+        _mm_prefetch(key + (begin + k + AHEAD) * stride + at, _MM_HINT_T0);
+        _mm_prefetch(value + (begin + k) * stride + at, _MM_HINT_T1);
+      }
+    }
+    __m512 sum[STEP][G];
+    for (auto& each : sum) std::fill(each, each + G, _mm512_setzero_ps());
+    for (i64 pair = 0; pair < size / 2; pair++) {
+      __m512i query[G];
+      for (int g = 0; g < G; g++) {
+        query[g] = _mm512_loadu_si512(queries + pair * BLOCK + g * LANES);
+      }
+#pragma GCC unroll 8
+      for (int k = 0; k < STEP; k++) {
+        const __m512i both = _mm512_set1_epi32(row[k][pair]);
+        for (int g = 0; g < G; g++) sum[k][g] = dot(sum[k][g], query[g], both);
+      }
+    }
+    // Past the last key stand copies of it, which change no maximum and are not read again.
+#pragma GCC unroll 8
+    for (int k = 0; k < STEP; k++) {
+      for (int g = 0; g < G; g++) {
+        largest[g] = _mm512_max_ps(largest[g], sum[k][g]);
+        _mm512_storeu_ps(scores + (begin + k) * BLOCK + g * LANES, sum[k][g]);
+      }
+    }
+  }
+}
+
+// weights[pair][query] = 2^(scale * (score - largest)), and their sum added to `total`.
+template <int G>
+void weigh(const float* scores, i64 keys, float scale, const __m512* largest, uint32_t* weights,
+           __m512* total) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int g = 0; g < G; g++) {
+    const __m512 shift = _mm512_mul_ps(largest[g], factor);
+    __m512 sum = total[g];
+    for (i64 key = 0; key < keys; key += 2) {
+      const float* at = scores + key * BLOCK + g * LANES;
+      const __m512 even = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(at), factor, shift));
+      __m512 odd = _mm512_setzero_ps();
+      if (key + 1 < keys) {
+        odd = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(at + BLOCK), factor, shift));
+      }
+      sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
+      const __m512i both = _mm512_or_si512(
+          _mm512_cvtepu16_epi32(narrow(even)),
+          _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(odd)), 16));
+      _mm512_storeu_si512(weights + key / 2 * BLOCK + g * LANES, both);
+    }
+    total[g] = sum;
+  }
+}
+
+// sums[dimension][query] = kept * sums + weights x values.
+template <int G>
+void mix(const uint32_t* weights, const uint32_t* values, i64 pairs, i64 size, const __m512* kept,
+         float* sums) {
+  for (i64 begin = 0; begin < size; begin += STEP) {
+    __m512 sum[STEP][G];
+#pragma GCC unroll 8
+    for (int d = 0; d < STEP; d++) {
+      for (int g = 0; g < G; g++) {
+        sum[d][g] = _mm512_mul_ps(kept[g], _mm512_loadu_ps(sums + (begin + d) * BLOCK + g * LANES));
+      }
+    }
+    for (i64 pair = 0; pair < pairs; pair++) {
+      __m512i weight[G];
+      for (int g = 0; g < G; g++) {
+        weight[g] = _mm512_loadu_si512(weights + pair * BLOCK + g * LANES);
+      }
+#pragma GCC unroll 8
+      for (int d = 0; d < STEP; d++) {
+        const __m512i value = _mm512_set1_epi32(values[pair * size + begin + d]);
+        for (int g = 0; g < G; g++) sum[d][g] = dot(sum[d][g], weight[g], value);
+      }
+    }
+#pragma GCC unroll 8
+    for (int d = 0; d < STEP; d++) {
+      for (int g = 0; g < G; g++) {
+        _mm512_storeu_ps(sums + (begin + d) * BLOCK + g * LANES, sum[d][g]);
+      }
+    }
+  }
+}
+
+// Up to 32 queries of the heads that share keys. A lane is one query of one head: number `lane` of
+// the part counts the heads of a query first.
+template <int G>
+void attend_block(const bf16* query, const bf16* keys, const bf16* values, bf16* out,
+                  const Part& part, const Shape& shape, i64 kv_head, i64 begin, i64 lanes,
+                  Scratch& scratch) {
+  const i64 size = shape.size, group = shape.group(), stride = shape.kv_heads * size;
+  i64 place[G * LANES];
+  for (i64 lane = 0; lane < G * LANES; lane++) {
+    const i64 number = begin + std::min(lane, lanes - 1);
+    const i64 head = kv_head * group + number % group;
+    place[lane] = ((part.query + number / group) * shape.heads + head) * size;
+    const uint32_t* from = (const uint32_t*)(query + place[lane]);
+    for (i64 pair = 0; pair < size / 2; pair++) scratch.queries[pair * BLOCK + lane] = from[pair];
+  }
+  const float scale = 1.44269504f / std::sqrt(static_cast<float>(size));
+  __m512 largest[G], total[G], kept[G];
+  for (int g = 0; g < G; g++) {
+    largest[g] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    total[g] = kept[g] = _mm512_setzero_ps();
+  }
+  std::fill_n(scratch.sums.get(), size * BLOCK, 0.f);
+  for (i64 tile = 0; tile < part.keys; tile += TILE) {
+    const i64 count = std::min<i64>(TILE, part.keys - tile);
+    const i64 from = (part.key + tile) * stride + kv_head * size;
+    __m512 before[G];
+    std::copy(largest, largest + G, before);
+    score<G>(scratch.queries.get(), keys + from, values + from, stride, count, size, scratch.scores.get(),
+             largest);
+    for (int g = 0; g < G; g++) {
+      const __m512 change = _mm512_sub_ps(before[g], largest[g]);
+      kept[g] = power_of_2(_mm512_mul_ps(change, _mm512_set1_ps(scale)));
+      total[g] = _mm512_mul_ps(total[g], kept[g]);
+    }
+    weigh<G>(scratch.scores.get(), count, scale, largest, scratch.weights.get(), total);
+    pair_values(values + from, stride, count, size, scratch.values.get());
+    mix<G>(scratch.weights.get(), scratch.values.get(), (count + 1) / 2, size, kept,
+           scratch.sums.get());
+  }
+  bf16* result = (bf16*)scratch.scores.get();  // [size][BLOCK]
+  for (i64 d = 0; d < size; d++) {
+    for (int g = 0; g < G; g++) {
+      const __m512 sum = _mm512_loadu_ps(scratch.sums.get() + d * BLOCK + g * LANES);
+      store(result + d * BLOCK + g * LANES, _mm512_div_ps(sum, total[g]));
+    }
+  }
+  for (i64 lane = 0; lane < lanes; lane++) {
+    for (i64 d = 0; d < size; d++) out[place[lane] + d] = result[d * BLOCK + lane];
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// out[tokens][heads * size] of queries [tokens][heads][size], each over the keys of its part:
+// [tokens or places][kv heads][size], as the values.
+void attend(const bf16* query, const bf16* key, const bf16* value, const bf16* cached_key,
+            const bf16* cached_value, const i64* numbers, i64 parts, i64 heads, i64 kv_heads,
+            i64 size, bf16* out, int threads) {
+  const Shape shape{heads, kv_heads, size};
+  const Part* all = (const Part*)numbers;
+  std::vector<i64> first_task(parts + 1, 0);
+  for (i64 i = 0; i < parts; i++) {
+    const i64 shares = (all[i].queries * shape.group() + SHARE - 1) / SHARE;
+    first_task[i + 1] = first_task[i] + shares * kv_heads;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch(size);
+#pragma omp for schedule(dynamic)
+    for (i64 task = 0; task < first_task[parts]; task++) {
+      const i64 i = std::upper_bound(first_task.begin(), first_task.end(), task) -
+                    first_task.begin() - 1;
+      const Part& part = all[i];
+      const i64 own = task - first_task[i], lanes = part.queries * shape.group();
+      const i64 kv_head = own % kv_heads, from = own / kv_heads * SHARE;
+      const bf16* keys = part.is_cached ? cached_key : key;
+      const bf16* values = part.is_cached ? cached_value : value;
+      for (i64 begin = from; begin < std::min(from + SHARE, lanes); begin += BLOCK) {
+        const i64 count = std::min<i64>(BLOCK, lanes - begin);
+        const auto run = count > LANES ? attend_block<2> : attend_block<1>;
+        run(query, keys, values, out, part, shape, kv_head, begin, count, scratch);
+      }
+    }
+  }
+}
+
+// total = x + other, unless `other` is null, and out = norm(total) * weight; [rows][size] each.
+void rms_norm(const bf16* x, const bf16* other, const bf16* weight, bf16* total, bf16* out,
+              i64 rows, i64 size, float eps, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (i64 row = 0; row < rows; row++) {
+    const i64 from = row * size;
+    __m512 squares = _mm512_setzero_ps();
+    for (i64 at = 0; at < size; at += LANES) {
+      const __mmask16 mask = first(size - at);
+      __m512 value = load(x + from + at, mask);
+      if (other) {
+        value = rounded(_mm512_add_ps(value, load(other + from + at, mask)));
+        store(total + from + at, value, mask);
+      }
+      squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(size);
+    const __m512 factor = _mm512_set1_ps(1.f / std::sqrt(mean + eps));
+    const bf16* sum = other ? total : x;
+    for (i64 at = 0; at < size; at += LANES) {
+      const __mmask16 mask = first(size - at);
+      const __m512 normed = rounded(_mm512_mul_ps(load(sum + from + at, mask), factor));
+      store(out + from + at, _mm512_mul_ps(normed, load(weight + at, mask)), mask);
+    }
+  }
+}
+
+// Rotary positions of [tokens][heads][size] in the "half" layout; cos and sin are float32
+// [tokens][turned], the first half of the sine negated. Dimensions from `turned` on stay.
+void rotate(const bf16* x, const float* cos, const float* sin, bf16* out, i64 tokens, i64 heads,
+            i64 size, i64 turned, int threads) {
+  const i64 half = turned / 2;
+#pragma omp parallel for num_threads(threads)
+  for (i64 token = 0; token < tokens; token++) {
+    const float *c = cos + token * turned, *s = sin + token * turned;
+    for (i64 head = 0; head < heads; head++) {
+      const bf16* from = x + (token * heads + head) * size;
+      bf16* to = out + (token * heads + head) * size;
+      for (i64 at = 0; at < half; at += LANES) {
+        const __mmask16 mask = first(half - at);
+        const __m512 low = load(from + at, mask), high = load(from + half + at, mask);
+        const auto turn = [&](__m512 own, __m512 other, i64 place) {
+          const __m512 part = _mm512_mul_ps(own, _mm512_maskz_loadu_ps(mask, c + place));
+          return _mm512_fmadd_ps(other, _mm512_maskz_loadu_ps(mask, s + place), part);
+        };
+        store(to + at, turn(low, high, at), mask);
+        store(to + half + at, turn(high, low, half + at), mask);
+      }
+      std::memcpy(to + turned, from + turned, (size - turned) * sizeof(bf16));
+    }
+  }
+}
+
+// stored[places[i]] = fresh[tokens[i]], or fresh[i] where `tokens` is null; rows of `size` numbers.
+void keep(const bf16* fresh, const i64* tokens, const i64* places, bf16* stored, i64 count,
+          i64 size, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (i64 i = 0; i < count; i++) {
+    const i64 token = tokens ? tokens[i] : i;
+    std::memcpy(stored + places[i] * size, fresh + token * size, size * sizeof(bf16));
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,153 @@
+"""The library of kernels for CPUs: compiled once from C++, kept, and loaded.
+
+torch's operations on a CPU serve large tensors. `cpu_library.cpp` has what models of small heads
+and few tokens need, for processors that multiply bfloat16 with AVX-512; there, a compiler takes a
+second. Where there is none, or no such processor, callers do without. Nothing here needs torch, so
+that a server can begin to compile while it still imports it.
+
+    python -m vdiff_kserve.cpu_library FOLDER       compile into a folder, for an image for example
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from threading import Lock, Thread
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+COMPILERS = ("g++", "c++")
+OPTIONS = (
+    *("-std=c++17", "-O3", "-march=x86-64-v4", "-mavx512bf16", "-fno-math-errno"),
+    *("-fno-strict-aliasing", "-fopenmp", "-fPIC"),
+)
+COMPILE_LIMIT_S = 60
+FAILURES = (OSError, subprocess.SubprocessError)
+"""What keeps a library from being had."""
+
+POINTER, NUMBER, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+FUNCTIONS = {
+    "attend": (*(POINTER,) * 6, *(NUMBER,) * 4, POINTER, THREADS),
+    "rms_norm": (*(POINTER,) * 5, *(NUMBER,) * 2, ctypes.c_float, THREADS),
+    "rotate": (*(POINTER,) * 4, *(NUMBER,) * 4, THREADS),
+    "keep": (*(POINTER,) * 4, *(NUMBER,) * 2, THREADS),
+}
+"""The library's functions and their arguments; none returns anything."""
+
+_compiling = Lock()
+
+
+def cpu_flags() -> set[str]:
+    """Instruction-set flags of this machine's processor (empty where the kernel has none)."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return set()
+    lines = info.read_text(encoding="utf-8").splitlines()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def runs_here() -> bool:
+    """Whether this processor has the library's instructions."""
+    return sys.platform == "linux" and "avx512_bf16" in cpu_flags()
+
+
+def begin() -> None:
+    """Compile in the background what has not been compiled yet, if it is of use here."""
+
+    def compile_quietly() -> None:
+        with suppress(*FAILURES):  # `library` meets them again
+            find_or_compile()
+
+    if runs_here():
+        Thread(target=compile_quietly, name="vdiff-compile", daemon=True).start()
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library.
+
+    Raises:
+        OSError: there is no compiler, or what it made cannot be loaded.
+        subprocess.SubprocessError: the compiler refused the source.
+    """
+    loaded = ctypes.CDLL(str(find_or_compile()))
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def find_or_compile() -> Path:
+    """The library beside its source or in the user's cache, where it is put if it is in neither.
+
+    Raises:
+        OSError, subprocess.SubprocessError: as `library`.
+    """
+    shipped = SOURCE.with_name(library_name())
+    return shipped if shipped.exists() else compile_into(cache_folder())
+
+
+def library_name() -> str:
+    """The file's name, which tells what it was made of."""
+    made_of = SOURCE.read_bytes() + " ".join(OPTIONS).encode()
+    return f"cpu_library-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+
+
+def cache_folder() -> Path:
+    """Where this user's compiled libraries stay."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser() / "vdiff_kserve"
+
+
+def compile_into(folder: Path) -> Path:
+    """The library in `folder`, compiled if it is not there.
+
+    OpenMP is not linked: its functions are found in the library that torch has loaded, so that
+    there is one set of threads.
+
+    Raises:
+        OSError: there is no compiler, or the folder cannot be written.
+        subprocess.SubprocessError: the compiler refused the source, or took too long.
+    """
+    target = folder / library_name()
+    with _compiling:
+        if target.exists():
+            return target
+        compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+        if compiler is None:
+            raise FileNotFoundError(f"there is no C++ compiler ({' or '.join(COMPILERS)})")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            compiled, linked = (Path(temporary) / name for name in ("library.o", "library.so"))
+            for arguments, output in (
+                ((*OPTIONS, "-c", str(SOURCE)), compiled),
+                (("-shared", str(compiled)), linked),
+            ):
+                subprocess.run(
+                    [compiler, *arguments, "-o", str(output)],
+                    check=True, capture_output=True, timeout=COMPILE_LIMIT_S,
+                )  # fmt: skip
+            linked.replace(target)  # in one go, whoever else does the same
+    return target
+
+
+def main() -> int:
+    """Compile into the folder that the command line names. Returns the process's exit code."""
+    folder = Path(sys.argv[1]) if len(sys.argv) == 2 else SOURCE.parent
+    try:
+        sys.stdout.write(f"{compile_into(folder)}\n")
+    except FAILURES as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

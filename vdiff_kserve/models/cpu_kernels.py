@@ -1,0 +1,201 @@
+"""What stands between a layer's matrix products, and attention, on a CPU that multiplies bfloat16.
+
+torch runs a norm as eight operations there, a rotation as four, and attention row by row and head
+by head: layers of small heads spend most of their time outside of their matrix products. The
+kernels are those of `cpu_library`, and run on torch's own threads. Where they cannot be had, or do
+not give what they should, torch's operations run.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vdiff_kserve import cpu_library
+from vdiff_kserve.cpu_library import cpu_flags
+
+if TYPE_CHECKING:
+    from vdiff_kserve.models.batch import SeenKeys
+
+LANES = 16
+"""Queries that a kernel computes at once; a head's size is a multiple of it."""
+
+LEAST_FILLED = 8
+"""Of the lanes, on average, that make attention faster than torch's."""
+
+logger = logging.getLogger("kserve.vdiff.engine")
+
+
+def usable(x: Tensor) -> bool:
+    """Whether operations on `x` take the kernels."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and x.is_contiguous()
+        and not torch.is_grad_enabled()
+        and works()
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `layers.RMSNorm`, over the last dimension."""
+    return _norm(x, None, weight, eps)[1]
+
+
+def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x + other`, both contiguous, and its norm."""
+    return _norm(x, other, weight, eps)
+
+
+def _norm(x: Tensor, other: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, size = torch.empty_like(x), x.shape[-1]
+    total = x if other is None else torch.empty_like(x)
+    pointers = _pointers(x, other, weight, total, out)
+    cpu_library.library().rms_norm(*pointers, x.numel() // size, size, eps, _threads())
+    return total, out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `layers.rotate`, computed in float32."""
+    out, cos, sin = torch.empty_like(x), cos.float(), sin.float()
+    pointers = _pointers(x, cos, sin, out)
+    cpu_library.library().rotate(*pointers, *x.shape, cos.shape[-1], _threads())
+    return out
+
+
+def keep(fresh: Tensor, tokens: Tensor | None, places: Tensor, stored: Tensor) -> None:
+    """`stored[places] = fresh[tokens]`; without `tokens`, all of `fresh`.
+
+    Args:
+        fresh: [any number, kv heads, head_dim], contiguous, as `stored`.
+        tokens: int64 [n], as `places`.
+    """
+    pointers = _pointers(fresh, tokens, places, stored)
+    cpu_library.library().keep(*pointers, len(places), stored[0].numel(), _threads())
+
+
+def can_attend(query: Tensor, key: Tensor, value: Tensor, seen: SeenKeys) -> bool:
+    """Whether `attend` takes these, and is faster than torch's attention: that uses tiles of a
+    processor that has them."""
+    queries, heads, size = query.shape
+    lanes = queries * (heads // key.shape[1])
+    return (
+        size % LANES == 0
+        and all(map(usable, (query, key, value)))
+        and "amx_bf16" not in _flags()
+        and lanes >= LEAST_FILLED * (seen.parts - seen.rows)
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cached: tuple[Tensor, Tensor] | None,
+    seen: SeenKeys,
+) -> Tensor:
+    """Attention inside each row, as `layers.attend` computes it, of all rows in one call.
+
+    Args:
+        query: [query tokens, heads, head_dim], rows end to end.
+        key: [tokens, kv heads, head_dim], of the pass itself; as `value`.
+        cached: this layer's cached keys and values, [places, kv heads, head_dim] each.
+
+    Returns:
+        [query tokens, heads * head_dim]
+    """
+    queries, heads, size = query.shape
+    out = query.new_empty((queries, heads * size))
+    keys, values = (None, None) if cached is None else cached
+    pointers = _pointers(query, key, value, keys, values, seen.numbers)
+    shape = seen.parts, heads, key.shape[1], size
+    cpu_library.library().attend(*pointers, *shape, out.data_ptr(), _threads())
+    return out
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+@cache
+def _flags() -> set[str]:
+    return cpu_flags()
+
+
+@cache
+def works() -> bool:
+    """Whether the kernels can be had and compute what they should. The log says why not."""
+    if not cpu_library.runs_here():
+        return False
+    try:
+        correct = agrees()
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("Layers run without kernels for this CPU, which need g++: %s", error)
+        return False
+    if not correct:
+        logger.warning("Layers run without kernels for this CPU: they compute wrong numbers.")
+    return correct
+
+
+@torch.inference_mode()
+def agrees() -> bool:
+    """Whether the kernels give what float64 gives, on a few random numbers."""
+    from vdiff_kserve.models.batch import SeenKeys
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    x, weight, cos, sin = normal(6, 4, 48), normal(48), normal(6, 1, 32), normal(6, 1, 32)
+    wide, reverse = x.double(), x.flip(0)
+
+    def norm(of: Tensor) -> Tensor:
+        return of * (of.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+
+    turned, rest = wide.tensor_split((32,), dim=-1)
+    rotated = torch.cat((turned * cos + turned.roll(16, dims=-1) * sin, rest), dim=-1)
+    total, normed = add_rms_norm(x, reverse, weight, 1e-5)
+    places, tokens = torch.tensor([7, 0, 3]), torch.tensor([5, 1, 2])
+    stored = torch.zeros((8, 4, 48), dtype=torch.bfloat16)
+    keep(x, tokens, places, stored)
+    key, value = normal(6, 2, 48), normal(6, 2, 48)
+    cached = normal(700, 2, 48), normal(700, 2, 48)
+    seen = SeenKeys(torch.tensor([(0, 2, 0, 0, 3), (2, 4, 1, 9, 601)]), 2)
+    pairs = (
+        (rms_norm(x, weight, 1e-5), norm(wide)),
+        (total, wide + reverse.double()),
+        (normed, norm(total.double())),
+        (rotate(x, cos, sin), rotated),
+        (stored[places], x[tokens]),
+        (
+            attend(x, key, value, cached, seen),
+            torch.cat(
+                (
+                    _attended(x[:2], key[:3], value[:3]),
+                    _attended(x[2:], cached[0][9:610], cached[1][9:610]),
+                )
+            ),
+        ),
+    )
+    return all(
+        torch.allclose(got.double(), want.double(), atol=0.03, rtol=0.03) for got, want in pairs
+    )
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of one row's queries to all keys, in float64: [queries, heads * head_dim]."""
+    group = query.shape[1] // key.shape[1]
+    q, k, v = (t.double().transpose(0, 1) for t in (query, key, value))
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    weights = (q @ k.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(0, 1).flatten(1)
