@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                         LLaDA-8B's shape, random bfloat16 weights
     python -m benchmarks.gpu --model llada2-mini     LLaDA2.0-mini's: 256 experts, block-causal
+    python -m benchmarks.gpu --quantization fp8      linear layers in fp8
     python -m benchmarks.gpu --layers 4 --quick      a few seconds, to see that all of it runs
     python -m benchmarks.gpu --device cpu --layers 2 --width 256 --vocabulary 2304 --quick
 
@@ -277,8 +278,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     began, failures = time.perf_counter(), list[str]()
-    rates = measure_rates(device, dtype, args.quick)
-    decoder = random_decoder(config_of(args), device, dtype)
+    if args.quantization and config_of(args).moe is not None:
+        raise SystemExit("--quantization is for dense models here: experts keep their weights only")
+    rates = measure_rates(device, dtype, args.quick, args.quantization == "fp8")
+    decoder = random_decoder(config_of(args), device, dtype, args.quantization)
     graphs = None
     if not args.enforce_eager:
         graphs = ReuseGraphs.for_model(decoder, CONTEXT)
@@ -313,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "cuda_graphs": captured,
         "bandwidth": rates.bandwidth,
         "matrix_rate": rates.matrix,
+        "quantization": args.quantization,
+        "linear_rate": rates.linear,
         "passes": [vars(timing) | {"share": timing.share} for timing in timings],
         "kernels": kernels,
         "tokens_per_second": {str(n): rate for n, (rate, _) in generated.items()},
@@ -332,10 +337,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def show(report: dict[str, Any], timings: Sequence[Timing]) -> None:
     print(
         f"\n{report['device']}, torch {report['torch']}, {report['dtype']}, "
+        f"quantization {report['quantization'] or 'none'}, "
         f"{report['parameters']:,} parameters, "
         f"{'with' if report['cuda_graphs'] else 'without'} CUDA graphs\n"
         f"copies {report['bandwidth'] / 1e12:.2f} TB/s, "
-        f"products {report['matrix_rate'] / 1e12:.1f} TFLOP/s\n"
+        f"products {report['matrix_rate'] / 1e12:.1f} TFLOP/s, "
+        f"of linear layers {report['linear_rate'] / 1e12:.1f} TFLOP/s\n"
     )
     print(f"{'pass':<28} {'ms':>9} {'roofline ms':>12} {'share':>7}")
     for timing in timings:

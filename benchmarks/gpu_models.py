@@ -9,7 +9,9 @@ import torch
 
 from benchmarks.gpu_timing import BLOCK
 from vdiff_kserve.models import Decoder, DecoderConfig, KeyValueStore, ModelSpec
+from vdiff_kserve.models.fp8 import Fp8Linear
 from vdiff_kserve.models.moe import MoEConfig, Router
+from vdiff_kserve.models.quantization import prepare_quantization
 
 LLADA_8B = DecoderConfig(
     vocab_size=126_464,
@@ -60,6 +62,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The model, and what is to differ from its published size."""
     add = parser.add_argument
     add("--model", default="llada-8b", choices=tuple(MODELS))
+    add("--quantization", choices=("fp8",), help="of a dense model")
     add("--layers", type=int)
     add("--width", type=int)
     add("--inner", type=int, help="width of the MLP (in the published ratio to the model's)")
@@ -98,24 +101,39 @@ def spec_of(config: DecoderConfig, context: int) -> ModelSpec:
 
 
 @torch.no_grad()
-def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+def random_decoder(
+    config: DecoderConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+) -> Decoder:
     """Weights made where they stay."""
     with torch.device("meta"):
         decoder = Decoder(config)
+    if quantization is not None:
+        prepare_quantization(decoder, quantization)
     for module in decoder.modules():
-        if not isinstance(module, Router):
+        if not isinstance(module, Router | Fp8Linear):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     decoder = decoder.to_empty(device=device)
     torch.manual_seed(0)
-    for name, parameter in decoder.named_parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
+    for module in decoder.modules():
+        if isinstance(module, Fp8Linear):
+            module.fill(torch.randn(module.weight.shape, device=device, dtype=dtype) * 0.02)
         else:
-            parameter.fill_(0 if name.endswith("bias") else 1)
+            _fill(module)
     if device.type == "cuda":
         decoder.join_layers()
     return decoder.requires_grad_(False).eval()
+
+
+def _fill(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+        else:
+            parameter.fill_(0 if name == "bias" else 1)
 
 
 def cache_for(decoder: Decoder, places: int) -> KeyValueStore:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vdiff_kserve.models import DecoderConfig
+from vdiff_kserve.models import DecoderConfig, fp8
 
 BLOCK = 32
 """Tokens of a cached pass of one row."""
@@ -26,10 +26,14 @@ class Rates:
     Attributes:
         bandwidth: bytes per second, read and written.
         matrix: operations per second of a product in the model's number type.
+        linear: the same of the blocks' linear layers, which may be in fp8.
+        weight: bytes of one of their weights.
     """
 
     bandwidth: float
     matrix: float
+    linear: float
+    weight: int
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,22 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, quick: bool) -> Rates:
+def measure_rates(
+    device: torch.device, dtype: torch.dtype, quick: bool, in_fp8: bool = False
+) -> Rates:
     source = torch.empty(COPIED_BYTES >> (4 if quick else 0), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = seconds_of(lambda: target.copy_(source), device)
     side = SQUARE >> (3 if quick else 0)
     square = torch.randn(side, side, device=device).to(dtype)
     product = seconds_of(lambda: square @ square, device)
-    return Rates(2 * len(source) / copy, 2 * side**3 / product)
+    bandwidth, matrix = 2 * len(source) / copy, 2 * side**3 / product
+    if not in_fp8:
+        return Rates(bandwidth, matrix, matrix, dtype.itemsize)
+    rounded = fp8.round_rows(square)
+    scales = rounded.scales.flatten()
+    product = seconds_of(lambda: fp8.multiply(rounded, rounded.values, scales, None), device)
+    return Rates(bandwidth, matrix, 2 * side**3 / product, 1)
 
 
 def roofline(
@@ -90,14 +102,17 @@ def roofline(
     key_value = config.hidden_size * kept
     tokens, wanted = sum(queries), BLOCK * len(queries)
     pairs, last_pairs = _pairs(config, queries, keys), sum(BLOCK * k for k in keys)
-    moved, products = 0.0, 0.0
+    cached, weights, products = 0.0, 0.0, 0.0
     for layer in range(config.num_layers):
         computed = tokens if layer < config.num_layers - 1 else wanted
         read, multiplied = _mlp(config, layer, computed)
-        moved += key_value + 2 * config.hidden_size * width + read + kept * sum(keys)
+        weights += key_value + 2 * config.hidden_size * width + read
+        cached += kept * sum(keys)
         products += key_value * tokens + computed * (2 * config.hidden_size * width + multiplied)
     attention = 2 * width * ((config.num_layers - 1) * pairs + last_pairs)
-    return max(itemsize * moved / rates.bandwidth, 2 * (products + attention) / rates.matrix)
+    moved = rates.weight * weights + itemsize * cached
+    computed_s = 2 * products / rates.linear + 2 * attention / rates.matrix
+    return max(moved / rates.bandwidth, computed_s)
 
 
 def _pairs(config: DecoderConfig, queries: Sequence[int], keys: Sequence[int]) -> float:

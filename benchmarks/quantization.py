@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.quality import EMBEDDED, loaded, run_suite, total
 from hack.embedded.corpus import held_out_suite
 from vdiff_kserve.models import QUANTIZATIONS, choose_device, choose_dtype, load_decoder
+from vdiff_kserve.models.fp8 import Fp8Linear
 from vdiff_kserve.sampler.params import DecodingParams
 
 
@@ -31,8 +32,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def bytes_of(layer: nn.Linear) -> int:
+def bytes_of(layer: nn.Linear | Fp8Linear) -> int:
     """What a weight takes, in however many tensors it is kept."""
+    if isinstance(layer, Fp8Linear):
+        return layer.weight.nbytes + layer.scales.nbytes
     weight = layer.weight
     names = getattr(weight, "tensor_data_names", None)
     parts = [weight] if names is None else [getattr(weight, name) for name in names]
@@ -52,7 +55,8 @@ def weight_bytes(arguments: argparse.Namespace) -> int:
         shapes = load_decoder(arguments.model_dir, "cpu", torch.float16)[0].layers
         linear = [layer for layer in shapes.modules() if isinstance(layer, nn.Linear)]
         return sum(layer.weight.numel() for layer in linear) * dtype.itemsize
-    linear = [layer for layer in decoder.layers.modules() if isinstance(layer, nn.Linear)]
+    kinds = nn.Linear | Fp8Linear
+    linear = [layer for layer in decoder.layers.modules() if isinstance(layer, kinds)]
     return sum(map(bytes_of, linear))
 
 

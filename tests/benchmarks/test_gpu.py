@@ -36,7 +36,7 @@ def test_llada_8b_is_the_default_shape() -> None:
 def test_a_pass_of_few_tokens_takes_as_long_as_reading_the_weights() -> None:
     config = config_of(parse_arguments([]))
     weights = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 12288)
-    seconds = roofline(config, Rates(1e12, 1e18), [BLOCK], [0], itemsize=2)
+    seconds = roofline(config, Rates(1e12, 1e18, 1e18, 2), [BLOCK], [0], itemsize=2)
     assert seconds == pytest.approx(weights / 1e12)
 
 
@@ -45,7 +45,7 @@ def test_a_long_pass_takes_as_long_as_its_products() -> None:
     key_value, rest = 2 * 4096**2, 2 * 4096**2 + 3 * 4096 * 12288
     attention = 2 * 4096 * BLOCK * 8192
     products = key_value * 8192 + rest * BLOCK + attention
-    seconds = roofline(config, Rates(1e18, 1e12), [8192], [8192], itemsize=2)
+    seconds = roofline(config, Rates(1e18, 1e12, 1e12, 2), [8192], [8192], itemsize=2)
     assert seconds == pytest.approx(2 * products / 1e12)
 
 
@@ -57,7 +57,7 @@ def test_llada2_mini_reads_the_experts_that_its_tokens_choose() -> None:
     attention = 2048 * 128 * (2 * 16 + 2 * 4)
     dense, one = 3 * 2048 * 5120, 3 * 2048 * 512
     for tokens, chosen in ((1, 8), (100_000, 256)):
-        seconds = roofline(config, Rates(1e12, 1e30), [tokens], [0], itemsize=2)
+        seconds = roofline(config, Rates(1e12, 1e30, 1e30, 2), [tokens], [0], itemsize=2)
         experts = chosen if tokens == 1 else (18 * 256 + 256 * (1 - (1 - 8 / 256) ** BLOCK)) / 19
         if tokens == 1:  # the last layer computes a block
             experts = (18 * 8 + 256 * (1 - (1 - 8 / 256) ** BLOCK)) / 19

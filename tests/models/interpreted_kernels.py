@@ -76,6 +76,37 @@ def compare(heads: int, size: int, rotary: int, dtype: torch.dtype) -> None:
             assert not keys[1:5].any(), "written elsewhere"
 
 
+def compare_rounding() -> None:
+    """The numbers that are stored in fp8, before that: the interpreter rounds some to fp8 wrongly,
+    and as a GPU stores them, `fused.rounding_agrees` checks."""
+    fused.FP8 = torch.float32
+    generator = torch.Generator().manual_seed(5)
+    x, other = torch.randn((2, 6, 80), generator=generator).half()
+    x *= torch.tensor([1, 100, 0.01, 0, 1, 1])[:, None].half()
+    x[4, 3] = torch.nan
+    weight = torch.randn(80, generator=generator).half()
+    gate, up = torch.cat((x, other), dim=-1).chunk(2, dim=-1)
+    summed = F.rms_norm(x + other, (80,), None, 1e-5) * weight
+    total, *normed_sum = fused.round_norm(x, other, weight, 1e-5)
+    torch.testing.assert_close(total, x + other, equal_nan=True)
+    same, *normed = fused.round_norm(x, None, weight, 1e-5)
+    assert same is x
+    for (values, scales), plain in (
+        (fused.round_rows(x), x),
+        (normed_sum, summed),
+        (normed, F.rms_norm(x, (80,), None, 1e-5) * weight),
+        (fused.round_product(gate, up), F.silu(x) * other),
+    ):
+        good = plain.isfinite().all(dim=1)
+        largest = plain.float().abs().amax(dim=1)
+        torch.testing.assert_close(scales[good, 0], (largest / 448).clamp(min=1e-12)[good])
+        torch.testing.assert_close(
+            values * scales, plain.float(), atol=1e-4, rtol=2e-3, equal_nan=True
+        )
+        assert not (values.abs() > 448).any()
+    fused.FP8 = torch.float8_e4m3fn
+
+
 def compare_splits() -> None:
     """Rows of a captured pass with idle places, whose keys are spread over a layer of the cache, in
     float16: the interpreter multiplies no bfloat16. One has no keys."""
@@ -213,6 +244,7 @@ if __name__ == "__main__":
     with torch.inference_mode():
         for shape, dtype in itertools.product(SHAPES, TOLERANCE):
             compare(*shape, dtype)
+        compare_rounding()
         compare_splits()
         compare_experts()
         choose_among_no_numbers()

@@ -27,11 +27,14 @@ TYPES |= dict.fromkeys(("cu_queries", "cu_keys"), "*i32")
 TYPES |= dict.fromkeys(("parts", "weights"), "*fp32")
 
 
+FP8 = {"LARGEST": fused.LARGEST_FP8, "LEAST": fused.LEAST_FP8_SCALE}
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("rms_norm_kernel", {"ADDS": True, "BLOCK": 4096}),
+        ("rms_norm_kernel", {"ADDS": True, "ROUNDS": False, "BLOCK": 4096} | FP8),
         ("heads_kernel", {"NORMS": True, "KEEPS": True, "HEADS": fused.HEADS, "BLOCK": 128}),
         ("silu_product_kernel", {"BLOCK": fused.PRODUCT_BLOCK}),
     ],
@@ -40,6 +43,25 @@ def test_compilers_for_gpus_take_the_kernels(name: str, sizes: dict[str, int]) -
     from vdiff_kserve.models import fused_kernels
 
     compile_for_gpus(getattr(fused_kernels, name), TYPES, sizes)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("rms_norm_kernel", {"ADDS": True, "ROUNDS": True, "BLOCK": 4096}),
+        ("round_kernel", {"BLOCK": 4096}),
+        ("round_product_kernel", {"BLOCK": fused.LARGEST_ROW}),
+    ],
+)
+def test_compilers_for_gpus_that_have_fp8_take_its_kernels(name: str, sizes: dict) -> None:
+    from vdiff_kserve.models import fused_kernels
+
+    types = TYPES | dict.fromkeys(("out", "values"), "*fp8e4nv") | {"scales": "*fp32"}
+    warps = fused._warps(sizes["BLOCK"])
+    compile_for_gpus(
+        getattr(fused_kernels, name), types, sizes | FP8, (89, 90, 100), num_warps=warps
+    )
 
 
 @needs_triton

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vdiff_kserve.models import cpu_kernels, fused
+from vdiff_kserve.models import cpu_kernels, fp8, fused
 from vdiff_kserve.models.attention import attend_packed, can_attend, has_kernel
 from vdiff_kserve.models.batch import ForwardBatch
+from vdiff_kserve.models.fp8 import Activations
 from vdiff_kserve.models.joined_linear import JoinedLinear
 from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
 from vdiff_kserve.models.moe import MoEConfig, SparseMLP
@@ -104,10 +105,10 @@ class Attention(JoinedLinear):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, angles: Angles, batch: ForwardBatch, outputs: Tensor | None
+        self, hidden: Activations, angles: Angles, batch: ForwardBatch, outputs: Tensor | None
     ) -> Tensor:
         """`outputs` (indices of tokens) limits the queries; keys and values use every token."""
-        if outputs is None and self.is_joined and fused.usable(hidden):
+        if outputs is None and self.is_joined and fp8.takes_kernels(hidden):
             query, key, value = self._joined_heads(hidden, angles, batch)
         else:
             query, key, value = self._heads(hidden, angles, batch, outputs)
@@ -126,7 +127,7 @@ class Attention(JoinedLinear):
         return self.o_proj(attend(query, key, value, groups, cached, block))
 
     def _heads(
-        self, hidden: Tensor, angles: Angles, batch: ForwardBatch, outputs: Tensor | None
+        self, hidden: Activations, angles: Angles, batch: ForwardBatch, outputs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `outputs`, and keys and values, which are kept: [tokens, heads, head_dim]."""
         cos, sin = angles
@@ -140,7 +141,7 @@ class Attention(JoinedLinear):
         return rotate(query, cos, sin), key, value
 
     def _joined_heads(
-        self, hidden: Tensor, angles: Angles, batch: ForwardBatch
+        self, hidden: Activations, angles: Angles, batch: ForwardBatch
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same of all tokens by one product and one kernel."""
         joined = self.multiply_joined(hidden).unflatten(-1, (-1, self.head_dim))
@@ -206,15 +207,21 @@ class Block(nn.Module):
         Returns:
             the two as the next layer takes them.
         """
-        if added is None:
-            normed = self.attention_norm(hidden)
-        else:
-            hidden, normed = self.attention_norm.of_sum(hidden, added)
+        hidden, normed = _norm_for(self.attention, self.attention_norm, hidden, added)
         attended = self.attention(normed, angles, batch, outputs)
         if outputs is not None:
             hidden = hidden[outputs]
-        hidden, normed = self.mlp_norm.of_sum(hidden, attended)
+        hidden, normed = _norm_for(self.mlp, self.mlp_norm, hidden, attended)
         return hidden, self.mlp(normed)
+
+
+def _norm_for(
+    layer: nn.Module, norm: RMSNorm, hidden: Tensor, added: Tensor | None
+) -> tuple[Tensor, Activations]:
+    """`hidden`, with `added` unless it is None, and its norm as `layer` takes it."""
+    if isinstance(layer, JoinedLinear) and layer.in_fp8:
+        return norm.rounded(hidden, added)
+    return (hidden, norm(hidden)) if added is None else norm.of_sum(hidden, added)
 
 
 class Decoder(nn.Module):

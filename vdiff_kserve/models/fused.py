@@ -26,6 +26,14 @@ PRODUCT_BLOCK = 1024
 ELEMENTS_PER_WARP = 512
 HEADS = 8
 """Of one program."""
+FP8 = torch.float8_e4m3fn
+FP8_CAPABILITY = (8, 9)
+"""Of a GPU that has instructions for it: Ada."""
+LARGEST_FP8 = 448.0
+LEAST_FP8_SCALE = 1e-12
+"""Of a row of zeros."""
+LARGEST_ROW = 32768
+"""Most elements of a row that is rounded by one program."""
 
 
 def usable(x: Tensor) -> bool:
@@ -41,33 +49,110 @@ def usable(x: Tensor) -> bool:
     )
 
 
+def rounds(x: Tensor) -> bool:
+    """Whether rows of `x` [tokens, size], which may lie apart, are rounded by the kernels."""
+    return x.shape[-1] <= LARGEST_ROW and usable(x[:1, :LARGEST]) and rounding_works(x.device)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `layers.RMSNorm`, over the last dimension."""
-    return _norm(x, None, weight, eps)[1]
+    out = torch.empty_like(x)
+    _norm(x, None, weight, eps, out)
+    return out
 
 
 def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`x + other`, both contiguous, and its norm."""
-    return _norm(x, other, weight, eps)
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _norm(x, other, weight, eps, out, total)
+    return total, out
 
 
-def _norm(x: Tensor, other: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, size = torch.empty_like(x), x.shape[-1]
-    block, adds = power_of_2(size), other is not None
-    total = torch.empty_like(x) if adds else x
+def round_norm(
+    x: Tensor, other: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x`, with `other` added unless it is None, and its norm in fp8: values and scales.
+
+    Args:
+        x: [tokens, size], contiguous, as `other`.
+
+    Returns:
+        the sum, e4m3 [tokens, size] and float32 [tokens, 1].
+    """
+    total = x if other is None else torch.empty_like(x)
+    values, scales = _memory_for_fp8(x)
+    _norm(x, other, weight, eps, values, total, scales)
+    return total, values, scales
+
+
+def _norm(
+    x: Tensor,
+    other: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    total: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
+    size = x.shape[-1]
+    block = power_of_2(size)
     _kernels().rms_norm_kernel[(x.numel() // size,)](
         x,
         x if other is None else other,
         weight,
-        total,
+        x if total is None else total,
         out,
+        x if scales is None else scales,
         size,
         eps,
-        ADDS=adds,
+        ADDS=other is not None,
+        ROUNDS=scales is not None,
+        LARGEST=LARGEST_FP8,
+        LEAST=LEAST_FP8_SCALE,
         BLOCK=block,
         num_warps=_warps(block),
     )
-    return total, out
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` [tokens, size], contiguous, in fp8: e4m3 values, and float32 scales [tokens, 1]."""
+    values, scales = _memory_for_fp8(x)
+    block = power_of_2(x.shape[-1])
+    _kernels().round_kernel[(len(x),)](
+        x,
+        values,
+        scales,
+        x.shape[-1],
+        LARGEST=LARGEST_FP8,
+        LEAST=LEAST_FP8_SCALE,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+    return values, scales
+
+
+def round_product(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """`silu_product` in fp8: e4m3 values, and float32 scales [tokens, 1]."""
+    values, scales = _memory_for_fp8(gate)
+    block = power_of_2(gate.shape[-1])
+    _kernels().round_product_kernel[(len(gate),)](
+        gate,
+        up,
+        values,
+        scales,
+        gate.stride(0),
+        gate.shape[-1],
+        LARGEST=LARGEST_FP8,
+        LEAST=LEAST_FP8_SCALE,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+    return values, scales
+
+
+def _memory_for_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    scales = torch.empty((len(x), 1), device=x.device, dtype=torch.float32)
+    return torch.empty(x.shape, device=x.device, dtype=FP8), scales
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -225,8 +310,36 @@ def agrees(device: torch.device) -> bool:
     )
 
 
+@cache
+def rounding_works(device: torch.device) -> bool:
+    """Whether the kernels that round to fp8 compile for this GPU and compute what they should."""
+    if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        return False
+    return kernels_work(lambda: rounding_agrees(device), "fp8 is rounded without kernels")
+
+
+def rounding_agrees(device: torch.device) -> bool:
+    """Whether rounded rows are as near to what float64 gives as fp8 allows, on a few numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.randn((2, 5, 80), generator=generator).to(device, torch.bfloat16)
+    x = x * torch.tensor([1, 100, 1e-3, 0, 1], device=device, dtype=x.dtype)[:, None]
+    total, *normed = round_norm(x, other, other[0], 1e-5)
+    wide = total.double()
+    norm = wide * (wide.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt() * other[0].double()
+    gate, up = torch.cat((x, other), dim=-1).chunk(2, dim=-1)
+    pairs = (
+        (round_rows(x), x.double()),
+        (normed, norm),
+        (round_product(gate, up), F.silu(x.double()) * other.double()),
+    )
+    return torch.allclose(wide, x.double() + other.double(), rtol=0.01) and all(
+        bool(((values.double() * scales - want).abs() <= want.abs() / 14 + scales / 500).all())
+        for (values, scales), want in pairs
+    )
+
+
 def _warps(elements: int) -> int:
-    return min(16, max(1, elements // ELEMENTS_PER_WARP))
+    return min(32 if elements > LARGEST else 16, max(1, elements // ELEMENTS_PER_WARP))
 
 
 @cache

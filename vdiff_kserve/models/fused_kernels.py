@@ -4,7 +4,7 @@ operations of `layers` do: to the number type of their tensors.
 Triton evaluates annotations, so that only its own are there; what is in capitals is a constant of
 the compiled kernel.
 """
-# ruff: noqa: ANN001, ANN201, N803
+# ruff: noqa: ANN001, ANN201, ANN202, N803
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -14,10 +14,70 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm_kernel(
-    x, other, weight, total, out, size, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr
+def _store_rounded(
+    x, values, scales, row, place, inside, LARGEST: tl.constexpr, LEAST: tl.constexpr
 ):
-    """One program per row of `x` [rows, size]. `ADDS` norms `x + other`, which is `total`."""
+    """`x`, float32, as e4m3 `values` and the scale of its row."""
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LARGEST, LEAST)
+    within = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
+    within = tl.where(x == x, within, x)
+    tl.store(values + place, within.to(values.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def round_kernel(
+    x, values, scales, size, LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per row of `x` [rows, size], which becomes e4m3 `values` with its scale."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < size
+    own = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    _store_rounded(own, values, scales, row, row * size + column, inside, LARGEST, LEAST)
+
+
+@triton.jit
+def round_product_kernel(
+    gate,
+    up,
+    values,
+    scales,
+    stride,
+    size,
+    LARGEST: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row of `silu(gate) * up`, which becomes e4m3 `values` [rows, size] with its
+    scale; rows of `gate` and `up` are `stride` elements apart."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = column < size
+    own = tl.load(gate + row * stride + column, mask=inside, other=0.0)
+    factor = tl.load(up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    wide = own.to(tl.float32)
+    activated = (wide / (1.0 + tl.exp(-wide))).to(own.dtype).to(tl.float32)
+    product = (activated * factor).to(own.dtype).to(tl.float32)
+    _store_rounded(product, values, scales, row, row * size + column, inside, LARGEST, LEAST)
+
+
+@triton.jit
+def rms_norm_kernel(
+    x,
+    other,
+    weight,
+    total,
+    out,
+    scales,
+    size,
+    eps,
+    ADDS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row of `x` [rows, size]. `ADDS` norms `x + other`, which is `total`. With
+    `ROUNDS`, `out` is e4m3, with its `scales`."""
     row = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -30,7 +90,13 @@ def rms_norm_kernel(
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / size + eps)
     normed = (wide * scale).to(own.dtype).to(tl.float32)
     weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + column, (normed * weights).to(own.dtype), mask=inside)
+    result = (normed * weights).to(own.dtype)
+    if ROUNDS:
+        wide = result.to(tl.float32)
+        number = tl.program_id(0).to(tl.int64)
+        _store_rounded(wide, out, scales, number, row + column, inside, LARGEST, LEAST)
+    else:
+        tl.store(out + row + column, result, mask=inside)
 
 
 @triton.jit(do_not_specialize=["heads", "kv_heads"])

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdiff_kserve.models import cpu_kernels, fused
+from vdiff_kserve.models import cpu_kernels, fp8, fused
 from vdiff_kserve.models.batch import AttentionGroup
+from vdiff_kserve.models.fp8 import Activations, Rounded
 from vdiff_kserve.models.joined_linear import JoinedLinear
 from vdiff_kserve.models.matmul_attention import attend_row, prefers_products
 from vdiff_kserve.models.packed_linear import multiplied_linear, silu_linear
@@ -39,6 +40,10 @@ class RMSNorm(nn.Module):
         total = x + other
         return total, self(total)
 
+    def rounded(self, x: Tensor, other: Tensor | None) -> tuple[Tensor, Rounded]:
+        """`x`, with `other` added unless it is None, and its norm in fp8."""
+        return fp8.round_norm(x, other, self.weight, self.eps)
+
 
 class GatedMLP(JoinedLinear):
     """`down(silu(gate(x)) * up(x))`, without biases."""
@@ -51,7 +56,10 @@ class GatedMLP(JoinedLinear):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Tensor:
+        if self.in_fp8:
+            return self._in_fp8(x if isinstance(x, Rounded) else fp8.round_rows(x))
+        assert isinstance(x, Tensor)
         if fused.usable(x):
             if self.is_joined:
                 gate, up = self.multiply_joined(x).chunk(2, dim=-1)
@@ -60,6 +68,13 @@ class GatedMLP(JoinedLinear):
             return self.down_proj(fused.silu_product(gate, up))
         gate = silu_linear(self.gate_proj, x)
         return self.down_proj(multiplied_linear(self.up_proj, x, gate))
+
+    def _in_fp8(self, x: Rounded) -> Tensor:
+        if self.is_joined:
+            gate, up = self.multiply_joined(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(fp8.round_product(gate, up))
 
 
 def rotary_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,9 @@ from vdiff_kserve.models.pickled_weights import pickle_files
 from vdiff_kserve.models.placement import compute_on, free_memory, place_modules
 from vdiff_kserve.models.quantization import (
     check_quantization,
+    prepare_quantization,
     quantize_experts,
     quantize_linear_layer,
-    quantized_weights,
 )
 from vdiff_kserve.models.registry import (
     CAUSAL_FORMATS,
@@ -130,9 +130,9 @@ def _load(
     quantized = set()
     if quantization is not None:
         check_quantization(quantization, decoder, device, dtype)
-        quantized = quantized_weights(decoder)
+        quantized = prepare_quantization(decoder, quantization)
         packed -= quantized
-    elif gains_from_joining(device):
+    if quantization in (None, "fp8") and gains_from_joining(device):
         _join_layers(decoder, devices, device, dtype)
     largest = max((decoder.get_parameter(name).numel() for name in packed | quantized), default=0)
     on_cpu = device.type == "cpu"

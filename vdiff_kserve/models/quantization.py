@@ -1,11 +1,14 @@
-"""Weights of linear layers and experts in fewer bits, through torchao; activations keep their
-number type.
+"""Weights of linear layers and experts in fewer bits.
+
+Linear layers in fp8 also round their activations, and multiply in fp8 where a GPU can. Otherwise
+weights are rounded through torchao, and activations keep their number type.
 
 The token embedding, the norms, the routers and the language-model head stay as they are.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from importlib.util import find_spec
 from typing import Any
@@ -15,21 +18,39 @@ from torch import Tensor, nn
 
 from vdiff_kserve.models.checkpoint_config import CheckpointError
 from vdiff_kserve.models.decoder import Decoder
+from vdiff_kserve.models.fp8 import CAPABILITY as FP8_CAPABILITY
+from vdiff_kserve.models.fp8 import MULTIPLE, Fp8Linear, use_fp8
 from vdiff_kserve.models.moe import GROUPED_DTYPES, Experts
 
 QUANTIZATIONS = ("int8", "fp8", "int4")
 INT4_GROUPS = (128, 64, 32)
 """How many weights of a row share a scale, the largest that divides the row."""
-FP8_CAPABILITY = (8, 9)
 INT4_CAPABILITY = (8, 0)
+logger = logging.getLogger("kserve.vdiff.engine")
 
 
-def quantized_weights(decoder: Decoder) -> set[str]:
-    """Names of the weights that are quantized: the linear layers of the blocks."""
+def prepare_quantization(decoder: Decoder, kind: str) -> set[str]:
+    """Make the blocks' linear layers ready for quantized weights.
+
+    Returns:
+        names of the weights that are to be quantized.
+    """
+    if kind == "fp8" and (left := use_fp8(decoder.layers)):
+        logger.warning(
+            "%d linear layers are not in fp8, such as layers.%s: sizes must be multiples of %d",
+            len(left),
+            left[0],
+            MULTIPLE,
+        )
+    return _weights(decoder, Fp8Linear if kind == "fp8" else nn.Linear)
+
+
+def _weights(decoder: Decoder, layer: type[nn.Module]) -> set[str]:
+    """Names of the weights of such layers in the blocks."""
     return {
         f"layers.{name}.weight"
         for name, module in decoder.layers.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, layer)
     }
 
 
@@ -47,11 +68,11 @@ def check_quantization(
 
 
 def _missing(kind: str, decoder: Decoder, device: torch.device, dtype: torch.dtype) -> str:
-    if find_spec("torchao") is None:
-        return "needs the package torchao: pip install 'vdiff-kserve[quantization]'"
     moe = decoder.config.moe
+    if (kind != "fp8" or moe is not None) and find_spec("torchao") is None:
+        return "needs the package torchao: pip install 'vdiff-kserve[quantization]'"
     if kind == "int4":
-        rows = {decoder.get_parameter(name).shape[1] for name in quantized_weights(decoder)}
+        rows = {decoder.get_parameter(name).shape[1] for name in _weights(decoder, nn.Linear)}
         rows |= set() if moe is None else {decoder.config.hidden_size, moe.expert_size}
         if odd := [row for row in rows if _group(row) is None]:
             return (
@@ -75,8 +96,11 @@ def _missing(kind: str, decoder: Decoder, device: torch.device, dtype: torch.dty
 def quantize_linear_layer(decoder: Decoder, parameter: str, weight: Tensor, kind: str) -> None:
     """Give the layer whose weight is called `parameter` the value `weight`, quantized."""
     layer = decoder.get_submodule(parameter.rpartition(".")[0])
-    assert isinstance(layer, nn.Linear), f"{parameter} is of no linear layer"
-    _quantize(layer, weight, kind)
+    if isinstance(layer, Fp8Linear):
+        layer.fill(weight)
+    else:
+        assert isinstance(layer, nn.Linear), f"{parameter} is of no linear layer"
+        _quantize(layer, weight, kind)
 
 
 def quantize_experts(experts: Experts, kind: str, *, stacked: bool | None = None) -> None:
