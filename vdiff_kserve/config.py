@@ -190,8 +190,8 @@ class ServerConfig:
         metavar="KIND",
         choices=("int8", "fp8", "int4"),
         default_text="none",
-        help="Keep the weights of the blocks in fewer bits, by torchao; the computation stays in "
-        "--dtype.",
+        help="Keep the weights of the blocks in fewer bits; with fp8, their linear layers are also "
+        "computed in fp8.",
     )
     device: str = _setting(
         str,
