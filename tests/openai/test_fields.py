@@ -218,6 +218,32 @@ def a_request(kind: type[BaseModel], fields: dict[str, Any]) -> BaseModel:
     return kind.model_validate({**own, **fields})
 
 
+@pytest.mark.parametrize(
+    ("body", "is_refused"),
+    [
+        ({"seeds": 1}, True),
+        ({"seeds": 1, "seed": 2}, False),
+        ({"seeds": 1, "seed": None}, True),
+        ({"streams": 1}, True),
+        ({"streams": 1, "stream": False}, False),
+        ({"max_new_tokens": 9}, True),
+        ({"max_new_tokens": 9, "max_tokens": 9}, False),
+        ({"structured_outputs": {"regexp": "x"}}, True),
+        ({"structured_outputs": {"regexp": "x", "regex": "x"}}, False),
+        ({"message": "x"}, False),
+    ],
+)
+def test_a_name_beside_the_one_that_it_resembles_is_the_clients_own(
+    body: dict[str, Any], is_refused: bool
+) -> None:
+    request = a_request(ChatCompletionRequest, body)
+    if is_refused:
+        with pytest.raises(RequestError, match="Did you mean"):
+            refuse_unsupported(request)
+    else:
+        refuse_unsupported(request)
+
+
 def test_names_from_elsewhere_stand_for_fields_and_are_none_themselves() -> None:
     assert set(NAMED_ELSEWHERE.values()) <= SUPPORTED.keys()
     assert NAMED_ELSEWHERE.keys().isdisjoint(SUPPORTED.keys() | IGNORED.keys() | REFUSED.keys())

@@ -67,6 +67,15 @@ def test_what_there_is_not_is_refused(request_: Any, param: str) -> None:
     assert caught.value.param == param
 
 
+def test_the_refusal_names_the_field_that_has_the_number() -> None:
+    for request_, field in (
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+        (completion(logprobs=21), "logprobs"),
+    ):
+        with pytest.raises(RequestError, match=f"^{field} must be an integer from 0 to 20, got 21"):
+            wanted_logprobs(request_)
+
+
 async def test_a_chat_tells_each_token_and_its_rivals() -> None:
     engine = ScriptedEngine(["bc"], finish_reason="stop")
     answer = await service(engine).respond(chat(logprobs=True, top_logprobs=1))

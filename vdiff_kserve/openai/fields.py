@@ -177,7 +177,8 @@ MAX_UNKNOWN = 64
 
 def refuse_unsupported(request: BaseModel) -> None:
     """Refuse the first field that asks for what this server cannot do, that belongs to the other
-    endpoint, or that is unknown but was meant to be a known one.
+    endpoint, or that is unknown but was meant to be a known one. Beside the known one, it is a
+    field of the client's own.
 
     Raises:
         RequestError: naming the field and the reason.
@@ -189,14 +190,16 @@ def refuse_unsupported(request: BaseModel) -> None:
         if value != {} and (why := MISPLACED.get(field)):
             raise RequestError(why, param=field)
         _refuse_of_other_kind(request, field, value)
-        if (meant := NAMED_ELSEWHERE.get(field) or _known().meant_by(field)) and meant != field:
+        meant = NAMED_ELSEWHERE.get(field) or _known().meant_by(field)
+        if meant and meant != field and not _has(request, meant):
             raise _no_field(field, meant)
     for path, part in _parts(request):
         refuse_misspelled(part, _names_of(type(part)), path)
 
 
 def refuse_misspelled(part: BaseModel, names: Names, path: str = "") -> None:
-    """Refuse the first field that an object does not know but that was meant to be another.
+    """Refuse the first field that an object does not know but that was meant to be another, which
+    the object does not have.
 
     Args:
         names: what it may be meant to be.
@@ -206,8 +209,17 @@ def refuse_misspelled(part: BaseModel, names: Names, path: str = "") -> None:
         RequestError: naming the field and the one that was meant.
     """
     for field, value in islice((part.model_extra or {}).items(), MAX_UNKNOWN):
-        if value is not None and (meant := names.meant_by(field)):
+        meant = None if value is None else names.meant_by(field)
+        if meant and not _has(part, meant):
             raise _no_field(path + field, path + meant)
+
+
+def _has(part: BaseModel, name: str) -> bool:
+    """Whether an object was given the field that JSON calls so: who knows a name does not misspell
+    it."""
+    fields = type(part).model_fields.items()
+    own = next((own for own, field in fields if field.alias == name), name)
+    return own in part.model_fields_set and getattr(part, own) is not None
 
 
 def _no_field(field: str, meant: str) -> RequestError:

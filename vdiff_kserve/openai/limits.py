@@ -219,13 +219,14 @@ def wanted_logprobs(request: GenerationFields) -> int | None:
     """
     field, count = "logprobs", getattr(request, "logprobs", None)
     if isinstance(request, ChatCompletionRequest):
-        wants, count = request.logprobs, request.top_logprobs or 0
-        if not wants:
+        field, count = "top_logprobs", request.top_logprobs or 0
+        if not request.logprobs:
             if count:
                 raise RequestError("top_logprobs needs logprobs to be true.", param="top_logprobs")
             return None
     if count is not None and not 0 <= count <= MAX_TOP_LOGPROBS:
-        raise out_of_range(field, f"for at most {MAX_TOP_LOGPROBS} tokens, from 0 on", count)
+        message = f"{field} must be an integer from 0 to {MAX_TOP_LOGPROBS}, got {count}."
+        raise RequestError(message, param="logprobs")  # vLLM's, for both fields
     return count
 
 

@@ -5,6 +5,7 @@ Nothing is stored: whatever an earlier response is needed for is refused with th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -126,7 +127,7 @@ def in_own_names() -> Iterator[None]:
             raise
         own = NAMES[first]
         told = RequestError(
-            error.message.replace(first, own),
+            re.sub(rf"\b{first}\b", own, error.message),
             status=error.status,
             param=body + (f"{own}.{rest}" if rest else own),
             error_type=error.type,
