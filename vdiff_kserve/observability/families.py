@@ -41,82 +41,82 @@ REQUEST_SUCCESS = Counter(
 )
 ERRORS = Counter(
     "vdiff_errors",
-    "Requests that were refused, failed or given up, by why.",
+    "Requests that were refused, failed or were given up by their client, by reason.",
     [*MODEL, "endpoint", "type"],
 )
 ANSWERS = Counter(
     "vdiff_answers",
-    "Answers (choices) by what ended them: stop, length, abort or error.",
+    "Answers (choices) by finish reason: stop, length, abort or error.",
     [*MODEL, "finish_reason"],
 )
 RUNNING = Gauge("vdiff_requests_running", "Answers in the batch.", MODEL)
 WAITING = Gauge("vdiff_requests_waiting", "Answers in the queue.", MODEL)
 STUCK = Gauge(
     "vdiff_engine_stuck",
-    "1 while a round of the engine takes far longer than its rounds do, else 0.",
+    "1 while a round takes far longer than rounds of its size do, else 0.",
     MODEL,
 )
 
 # Times of requests.
 LATENCY = Histogram(
     "vdiff_request_latency_seconds",
-    "From a request's arrival to the end of its last answer, of requests that succeeded.",
+    "Time from a successful request's arrival to the end of its last answer.",
     MODEL,
     buckets=SECONDS,
 )
 FIRST_TEXT = Histogram(
     "vdiff_time_to_first_text_seconds",
-    "From a request's arrival to its first committed text.",
+    "Time from a request's arrival to its first text.",
     MODEL,
     buckets=SECONDS,
 )
 QUEUE_TIME = Histogram(
     "vdiff_queue_time_seconds",
-    "An answer's time in the waiting queue, counted with its first tokens.",
+    "Time of an answer in the queue; observed when its first tokens come.",
     MODEL,
     buckets=SECONDS,
 )
 INTER_CHUNK = Histogram(
     "vdiff_inter_chunk_seconds",
-    "Between two successive pieces of an answer's text.",
+    "Time between two consecutive pieces of an answer's text.",
     MODEL,
     buckets=SECONDS_PER_TOKEN,
 )
 TIME_PER_TOKEN = Histogram(
     "vdiff_time_per_output_token_seconds",
-    "An answer's time outside the queue over its tokens.",
+    "Time of a complete answer outside the queue, divided by its tokens.",
     MODEL,
     buckets=SECONDS_PER_TOKEN,
 )
 RUNNING_TIME = Histogram(
     "vdiff_running_seconds",
-    "A complete answer's time outside the queue.",
+    "Time of a complete answer outside the queue.",
     MODEL,
     buckets=SECONDS,
 )
 RUNNING_TO_TEXT = Histogram(
     "vdiff_running_to_first_text_seconds",
-    "The part of it until the answer's first text.",
+    "Time of a complete answer from the end of its queueing to its first text.",
     MODEL,
     buckets=SECONDS,
 )
 RUNNING_FROM_TEXT = Histogram(
     "vdiff_running_from_first_text_seconds",
-    "The part of it after the answer's first text.",
+    "Time of a complete answer from its first text to its end.",
     MODEL,
     buckets=SECONDS,
 )
 
 # Tokens.
 PROMPT_TOKENS = Counter(
-    "vdiff_prompt_tokens", "Tokens of prompts, counted when their request is queued.", MODEL
+    "vdiff_prompt_tokens", "Prompt tokens of requests, counted when a request is queued.", MODEL
 )
 GENERATION_TOKENS = Counter(
-    "vdiff_generation_tokens", "Tokens of answers, counted as they become final.", MODEL
+    "vdiff_generation_tokens", "Tokens of answers, counted when they become final.", MODEL
 )
 DECODED_TOKENS = Counter(
     "vdiff_parallel_tokens_decoded",
-    "Tokens that denoising steps wrote to canvases, also those that no answer kept.",
+    "Tokens that denoising steps wrote, including those that no answer kept.",
     MODEL,
 )
 ANSWER_PROMPT_TOKENS = Histogram(
@@ -127,7 +127,7 @@ ANSWER_GENERATION_TOKENS = Histogram(
 )
 TOKENS_PER_FORWARD = Histogram(
     "vdiff_tokens_per_forward",
-    "Tokens of a complete answer over the forward passes it took part in.",
+    "Tokens of a complete answer, divided by the forward passes it took part in.",
     MODEL,
     buckets=FEW,
 )
@@ -135,18 +135,18 @@ TOKENS_PER_FORWARD = Histogram(
 # Denoising.
 FORWARDS = Counter(
     "vdiff_forwards",
-    "Forward passes, counted once for each answer that took part: refresh, reuse, commit; "
-    "auxiliary are those of the auxiliary model.",
+    "Forward passes, counted once per answer that took part, by kind: refresh, reuse or commit; "
+    "auxiliary: passes of the auxiliary model.",
     [*MODEL, "kind"],
 )
 FORWARD_TOKENS = Counter(
     "vdiff_forward_tokens",
-    "Tokens that forward passes ran over (computed), or read from the cache instead (cached).",
+    "Tokens of forward passes, by source: computed, or read from the cache (cached).",
     [*MODEL, "source"],
 )
 ATTENDED = Counter(
     "vdiff_forward_attended",
-    "Pairs of a computed token and a token that it sees, in each layer of forward passes.",
+    "Pairs of a computed token and a token that it attends to, in one layer of a forward pass.",
     MODEL,
 )
 BLOCK_STEPS = Histogram(
@@ -154,11 +154,11 @@ BLOCK_STEPS = Histogram(
 )
 APD_ACCEPTED = Histogram(
     "vdiff_apd_accepted_tokens",
-    "Tokens of a draft that the auxiliary model let through.",
+    "Tokens of a draft that the auxiliary model accepted.",
     MODEL,
     buckets=FEW,
 )
-ROUND_ROWS = Histogram("vdiff_round_rows", "Answers in a round.", MODEL, buckets=FEW)
+ROUND_ROWS = Histogram("vdiff_round_rows", "Answers that took part in a round.", MODEL, buckets=FEW)
 ROUND_SECONDS = Histogram(
     "vdiff_round_seconds",
     "Time of a round by phase: plan, forward, sample, apply.",
@@ -180,9 +180,13 @@ PREFIX_QUERIED = Counter(
     "vdiff_prefix_cache_queried_tokens", "Prompt tokens of answers that began.", MODEL
 )
 PREFIX_HIT = Counter(
-    "vdiff_prefix_cache_hit_tokens", "Those of them that the prefix cache had.", MODEL
+    "vdiff_prefix_cache_hit_tokens",
+    "Prompt tokens of answers that began and that the prefix cache held.",
+    MODEL,
 )
 
 # The model.
-LOAD_SECONDS = Gauge("vdiff_model_load_seconds", "How long loading and warming up took.", MODEL)
-MODEL_INFO = Info("vdiff_model", "What is served; always 1.", MODEL)
+LOAD_SECONDS = Gauge(
+    "vdiff_model_load_seconds", "Seconds that loading and warming up the model took.", MODEL
+)
+MODEL_INFO = Info("vdiff_model", "The model that is served, in labels; always 1.", MODEL)
