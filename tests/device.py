@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vdiff_kserve.models import ForwardBatch, KeyValueStore, RowSpan
 
-TEST_DEVICE = torch.device(os.environ.get("VDIFF_TEST_DEVICE", "cpu"))
+TEST_DEVICE = torch.empty(0, device=os.environ.get("VDIFF_TEST_DEVICE", "cpu")).device
+"""With its index, as a model's weights have it."""
 
 
 def pack(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.device import TEST_DEVICE
 from tests.engine.tiny import tiny_decoder
 from tests.models.folders import CONFIG, tensors_of, write_single
 from vdiff_kserve.models import Decoder, load_decoder, loader
@@ -36,7 +37,7 @@ def test_a_product_has_what_the_layers_give(qkv_bias: bool) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     modules = joinable_modules(decoder)
     assert len(modules) == 4, "attention, MLP, attention, and the shared expert"
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 32, device=TEST_DEVICE)
     for module in modules:
         layers = [module.get_submodule(name) for name in module.joinable]
         assert module.is_joined
@@ -53,7 +54,7 @@ def test_joined_layers_are_parts_of_the_product() -> None:
     mlp = decoder.layers[0].mlp
     with torch.inference_mode():
         mlp.up_proj.weight.zero_()
-        gate, up = mlp.multiply_joined(torch.ones(1, 32)).chunk(2, dim=-1)
+        gate, up = mlp.multiply_joined(torch.ones(1, 32, device=TEST_DEVICE)).chunk(2, dim=-1)
     assert gate.all()
     assert not up.any()
 

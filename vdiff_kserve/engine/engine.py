@@ -253,9 +253,9 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # of this thread
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # of this thread
             while True:
                 self._scheduler.wait_for_work()
                 self._round()
