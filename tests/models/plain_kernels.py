@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vdiff_kserve.models import fused
+from vdiff_kserve.models import fp8, fused
 
 Kernel = Callable[..., Any]
 
@@ -50,10 +50,28 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    rounded = fp8._round_plainly(x)
+    return rounded.values, rounded.scales
+
+
+def round_norm(
+    x: Tensor, other: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x if other is None else x + other
+    return total, *round_rows(rms_norm(total, weight, eps))
+
+
+def round_product(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return round_rows(silu_product(gate, up))
+
+
 def use_plain_kernels(
     monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Kernel], Kernel] = lambda kernel: kernel
 ) -> None:
     """Let layers run as on a GPU, with these kernels in what `wrap` makes of them."""
     monkeypatch.setattr(fused, "usable", lambda x: x.is_contiguous())
-    for kernel in (rms_norm, add_rms_norm, rotate, heads, silu_product):
+    monkeypatch.setattr(fused, "rounds", lambda _: True)
+    layers = (rms_norm, add_rms_norm, rotate, heads, silu_product)
+    for kernel in (*layers, round_rows, round_norm, round_product):
         monkeypatch.setattr(fused, kernel.__name__, wrap(kernel))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.engine.tiny import request_of, running, tiny_decoder
 from tests.models.folders import CONFIG, tensors_of, write_single
+from tests.models.rounded import in_fp8
 from tests.models.test_attention import mixed_rows, store_for
 from tests.models.test_reuse_graphs import PLACES, reuse_rows
 from vdiff_kserve.checkpoint import EMBEDDED
@@ -27,7 +28,7 @@ from vdiff_kserve.models import (
     fused,
     load_decoder,
 )
-from vdiff_kserve.models.quantization import prepare_quantization
+from vdiff_kserve.models.layers import RMSNorm
 
 CUDA = torch.device("cuda", 0)
 pytestmark = [
@@ -53,15 +54,12 @@ def calm(**changes: object) -> Decoder:
     return made.to(CUDA, torch.bfloat16)
 
 
-def in_fp8(**changes: object) -> Decoder:
-    """The same with its layers in fp8 and joined, as a loaded one's are."""
-    plain = calm(**changes)
-    weights = {name: parameter.data for name, parameter in plain.named_parameters()}
-    for name in prepare_quantization(plain, "fp8"):
-        plain.get_submodule(name.rpartition(".")[0]).fill(weights[name])
-    plain.join_layers()
-    assert all(layer.attention.is_joined and layer.attention.in_fp8 for layer in plain.layers)
-    return plain
+def joined_in_fp8(**changes: object) -> Decoder:
+    """The same in fp8, as it is loaded."""
+    made = in_fp8(calm(**changes))
+    made.join_layers()
+    assert all(layer.attention.is_joined and layer.attention.in_fp8 for layer in made.layers)
+    return made
 
 
 def assert_near(got: Tensor, want: Tensor, share: float) -> None:
@@ -87,14 +85,15 @@ def test_kernels_round_as_plain_operations_do(size: int) -> None:
     x, other = torch.randn(2, 37, size, device=CUDA).bfloat16()
     x[3] = 0
     x[4] *= 1000
-    weight = torch.randn(size, device=CUDA).bfloat16()
+    norm = RMSNorm(size, 1e-5).to(CUDA, torch.bfloat16)
+    norm.weight.copy_(torch.randn(size))
     pairs = [(fp8.round_rows(x), fp8._round_plainly(x))]
     gate, up = torch.cat((x, other), dim=-1).chunk(2, dim=-1)
     activated = fused.silu_product(gate, up)
     pairs.append((fp8.round_product(gate, up), fp8._round_plainly(activated)))
     if size <= fused.LARGEST:
-        total, normed = fused.add_rms_norm(x, other, weight, 1e-5)
-        same, rounded = fp8.round_norm(x, other, weight, 1e-5)
+        total, normed = norm.of_sum(x, other)
+        same, rounded = norm.rounded(x, other)
         assert torch.equal(same, total)
         pairs.append((rounded, fp8._round_plainly(normed)))
     for got, want in pairs:
@@ -159,7 +158,7 @@ def test_a_decoder_in_fp8_computes_what_plain_operations_compute(
     changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every kernel, and with the same numbers widened; and near the model in bfloat16."""
-    made, whole = in_fp8(**changes), calm(**changes)
+    made, whole = joined_in_fp8(**changes), calm(**changes)
     cases = [(reuse_rows(5, random.Random(0)), PLACES)]
     cases += [(rows, places) for *rows, places in (mixed_rows(random.Random(s)) for s in (4, 8))]
 
@@ -180,7 +179,7 @@ def test_a_decoder_in_fp8_computes_what_plain_operations_compute(
 
 
 def test_a_captured_pass_in_fp8_computes_what_the_pass_computes() -> None:
-    made = in_fp8()
+    made = joined_in_fp8()
     graphs = ReuseGraphs.for_model(made, 96)
     assert graphs is not None
     rng, shared = random.Random(0), on_gpu(store_for(made, PLACES))

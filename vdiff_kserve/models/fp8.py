@@ -63,17 +63,6 @@ def round_rows(x: Tensor) -> Rounded:
     return _round_plainly(x)
 
 
-def round_norm(
-    x: Tensor, other: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Rounded]:
-    """`x`, with `other` added unless it is None, and its root-mean-square norm, rounded."""
-    if fused.rounds(x) and x.is_contiguous() and (other is None or other.is_contiguous()):
-        total, values, scales = fused.round_norm(x, other, weight, eps)
-        return total, Rounded(values, scales, x.dtype)
-    total = x if other is None else x + other
-    return total, _round_plainly(F.rms_norm(total, (x.shape[-1],), None, eps) * weight)
-
-
 def round_product(gate: Tensor, up: Tensor) -> Rounded:
     """`silu(gate) * up`, rounded; rows may lie apart, equally far in both."""
     if fused.rounds(gate) and gate.stride() == up.stride():

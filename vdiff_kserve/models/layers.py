@@ -42,7 +42,11 @@ class RMSNorm(nn.Module):
 
     def rounded(self, x: Tensor, other: Tensor | None) -> tuple[Tensor, Rounded]:
         """`x`, with `other` added unless it is None, and its norm in fp8."""
-        return fp8.round_norm(x, other, self.weight, self.eps)
+        if fused.rounds(x) and x.is_contiguous() and (other is None or other.is_contiguous()):
+            total, values, scales = fused.round_norm(x, other, self.weight, self.eps)
+            return total, Rounded(values, scales, x.dtype)
+        total, normed = (x, self(x)) if other is None else self.of_sum(x, other)
+        return total, fp8.round_rows(normed)
 
 
 class GatedMLP(JoinedLinear):
