@@ -49,6 +49,26 @@ def test_a_long_pass_takes_as_long_as_its_products() -> None:
     assert seconds == pytest.approx(2 * products / 1e12)
 
 
+def test_in_fp8_a_weight_is_a_byte_and_linear_layers_have_a_rate_of_their_own() -> None:
+    config = config_of(parse_arguments(["--layers", "1"]))
+    layer = 4 * 4096**2 + 3 * 4096 * 12288
+    cached = 2 * 4096 * 1000
+    seconds = roofline(config, Rates(1e12, 1e18, 1e18, 1), [BLOCK], [1000], itemsize=2)
+    assert seconds == pytest.approx((layer + 2 * cached) / 1e12)
+    attention = 2 * 4096 * BLOCK * 1000
+    seconds = roofline(config, Rates(1e18, 1e12, 2e12, 1), [BLOCK], [1000], itemsize=2)
+    assert seconds == pytest.approx(2 * layer * BLOCK / 2e12 + 2 * attention / 1e12)
+
+
+def test_a_model_in_fp8_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    report = main([*SMALL, "--quantization", "fp8"])
+    assert report["failures"] == []
+    assert report["linear_rate"] > 0
+    assert "quantization fp8" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="dense models"):
+        main([*SMALL, "--model", "llada2-mini", "--quantization", "fp8"])
+
+
 def test_llada2_mini_reads_the_experts_that_its_tokens_choose() -> None:
     config = config_of(parse_arguments(["--model", "llada2-mini"]))
     with torch.device("meta"):

@@ -51,6 +51,13 @@ def test_numbers_are_rounded_to_a_sixteenth(dtype: torch.dtype) -> None:
     assert (error <= x.double().abs() / 16 + largest / 448 / 1024).all()
 
 
+def test_all_numbers_are_widened_exactly() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = every[~every.float().isnan()]
+    assert len(finite) == 254
+    assert torch.equal(fp8.widen(finite), finite.to(torch.bfloat16))
+
+
 def test_zeros_stay_and_what_is_no_number_stays_none() -> None:
     x = torch.zeros(3, 16)
     x[1, 4] = torch.nan

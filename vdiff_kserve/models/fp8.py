@@ -24,6 +24,8 @@ CAPABILITY = (8, 9)
 """Of a GPU that multiplies e4m3 numbers: Ada."""
 MULTIPLE = 16
 """What the sizes of a weight must be multiples of, for `torch._scaled_mm`."""
+SIGN_AND_NUMBER = 0x87F0 - (1 << 16)
+"""Bits that an e4m3 number takes in bfloat16, as int16."""
 ROWS = 2048
 """Of a weight are rounded at a time, which bounds the memory that this takes."""
 
@@ -112,8 +114,18 @@ def _multiply_natively(x: Rounded, weight: Tensor, scales: Tensor, bias: Tensor 
 def _multiply_plainly(x: Rounded, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """With the numbers widened to bfloat16, which holds all of them, or float32."""
     wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    product = F.linear(x.values.to(wide), weight.to(wide)) * x.scales * scales
+    product = F.linear(x.values.to(wide), widen(weight).to(wide)) * x.scales * scales
     return (product if bias is None else product + bias).to(x.dtype)
+
+
+def widen(finite: Tensor) -> Tensor:
+    """Numbers of e4m3 in bfloat16, exactly. On a CPU torch's own conversion takes ten times as long.
+
+    The bits of an e4m3 number, shifted to where bfloat16 has exponent and fraction, are the number
+    times 2 ** -120, as exponents begin at -7 and -127.
+    """
+    bits = finite.view(torch.int8).to(torch.int16).mul_(1 << 4).bitwise_and_(SIGN_AND_NUMBER)
+    return bits.view(torch.bfloat16).mul_(2.0**120)
 
 
 @cache
