@@ -119,7 +119,7 @@ def _multiply_plainly(x: Rounded, weight: Tensor, scales: Tensor, bias: Tensor |
 
 
 def widen(finite: Tensor) -> Tensor:
-    """Numbers of e4m3 in bfloat16, exactly. On a CPU torch's own conversion takes ten times as long.
+    """Numbers of e4m3 in bfloat16, exactly, in a tenth of the time that torch takes on a CPU.
 
     The bits of an e4m3 number, shifted to where bfloat16 has exponent and fraction, are the number
     times 2 ** -120, as exponents begin at -7 and -127.
