@@ -1,6 +1,6 @@
 // Kernels for processors that multiply bfloat16 with AVX-512. `cpu_library.py` compiles them,
-// `models/cpu_kernels.py` calls them. Numbers are bfloat16 unless they are said to be float32, and
-// all tensors are contiguous.
+// `models/cpu_kernels.py` and `sampler/likeliest.py` call them. Numbers are bfloat16 unless they
+// are said to be float32, and all tensors are contiguous.
 
 #include <immintrin.h>
 
@@ -17,9 +17,10 @@ namespace {
 using bf16 = uint16_t;
 using i64 = int64_t;
 
+constexpr float LOG2_E = 1.44269504f;
 constexpr int LANES = 16;
 constexpr int BLOCK = 2 * LANES;  // queries that are computed together
-constexpr int TILE = 512;         // keys whose scores are held at a time
+constexpr int TILE = 128;         // keys whose scores are held at a time
 constexpr int STEP = 8;           // keys, or head dimensions, in registers at a time
 constexpr int LINE = 32;          // numbers in a cache line
 constexpr int AHEAD = 4 * STEP;   // keys
@@ -50,13 +51,12 @@ inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
-// 2^x for x <= 0, to six digits: a polynomial on [-1/2, 1/2], then the exponent.
+// 2^x for x <= 0, to four digits: a polynomial on [-1/2, 1/2], then the exponent.
 inline __m512 power_of_2(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-200.f));
+  x = _mm512_max_ps(_mm512_set1_ps(-200.f), x);  // of these two, a NaN gives the second
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 part = _mm512_sub_ps(x, whole);
-  __m512 y = _mm512_set1_ps(1.3333558e-3f);
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(9.6181291e-3f));
+  __m512 y = _mm512_set1_ps(9.6181291e-3f);
   y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(5.5504109e-2f));
   y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(2.4022651e-1f));
   y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(6.9314718e-1f));
@@ -148,6 +148,9 @@ template <int G>
 void weigh(const float* scores, i64 keys, float scale, const __m512* largest, uint32_t* weights,
            __m512* total) {
   const __m512 factor = _mm512_set1_ps(scale);
+  const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i alternating =  // 0, 16, 1, 17 ...
+      _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
   for (int g = 0; g < G; g++) {
     const __m512 shift = _mm512_mul_ps(largest[g], factor);
     __m512 sum = total[g];
@@ -159,10 +162,9 @@ void weigh(const float* scores, i64 keys, float scale, const __m512* largest, ui
         odd = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(at + BLOCK), factor, shift));
       }
       sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
-      const __m512i both = _mm512_or_si512(
-          _mm512_cvtepu16_epi32(narrow(even)),
-          _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(odd)), 16));
-      _mm512_storeu_si512(weights + key / 2 * BLOCK + g * LANES, both);
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+      _mm512_storeu_si512(weights + key / 2 * BLOCK + g * LANES,
+                          _mm512_permutexvar_epi16(alternating, both));
     }
     total[g] = sum;
   }
@@ -215,7 +217,7 @@ void attend_block(const bf16* query, const bf16* keys, const bf16* values, bf16*
     const uint32_t* from = (const uint32_t*)(query + place[lane]);
     for (i64 pair = 0; pair < size / 2; pair++) scratch.queries[pair * BLOCK + lane] = from[pair];
   }
-  const float scale = 1.44269504f / std::sqrt(static_cast<float>(size));
+  const float scale = LOG2_E / std::sqrt(static_cast<float>(size));
   __m512 largest[G], total[G], kept[G];
   for (int g = 0; g < G; g++) {
     largest[g] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -227,8 +229,8 @@ void attend_block(const bf16* query, const bf16* keys, const bf16* values, bf16*
     const i64 from = (part.key + tile) * stride + kv_head * size;
     __m512 before[G];
     std::copy(largest, largest + G, before);
-    score<G>(scratch.queries.get(), keys + from, values + from, stride, count, size, scratch.scores.get(),
-             largest);
+    score<G>(scratch.queries.get(), keys + from, values + from, stride, count, size,
+             scratch.scores.get(), largest);
     for (int g = 0; g < G; g++) {
       const __m512 change = _mm512_sub_ps(before[g], largest[g]);
       kept[g] = power_of_2(_mm512_mul_ps(change, _mm512_set1_ps(scale)));
@@ -348,6 +350,47 @@ void keep(const bf16* fresh, const i64* tokens, const i64* places, bf16* stored,
   for (i64 i = 0; i < count; i++) {
     const i64 token = tokens ? tokens[i] : i;
     std::memcpy(stored + places[i] * size, fresh + token * size, size * sizeof(bf16));
+  }
+}
+
+// The first of the largest logits of every row, and its share of the row's softmax. Token `never`
+// is not chosen; `left_out` is neither chosen nor counted in the rows that `leaves_out` tells.
+// Either may be -1 for none. The logits [rows][size] are overwritten.
+void likeliest(bf16* logits, i64 never, i64 left_out, const bool* leaves_out, i64* token,
+               double* confidence, i64 rows, i64 size, int threads) {
+  constexpr bf16 LEAST = 0xff80;  // -inf
+  const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma omp parallel for num_threads(threads)
+  for (i64 row = 0; row < rows; row++) {
+    bf16* own = logits + row * size;
+    const auto read = [&](i64 at) {
+      const __mmask16 mask = first(size - at);
+      return _mm512_mask_blend_ps(mask, least, load(own + at, mask));
+    };
+    if (left_out >= 0 && leaves_out[row]) own[left_out] = LEAST;
+    const bf16 kept = never < 0 ? LEAST : own[never];
+    if (never >= 0) own[never] = LEAST;
+    __m512 best = least;
+    __m512i place = lanes;
+    for (i64 at = 0; at < size; at += LANES) {
+      const __m512 value = read(at);
+      const __mmask16 higher = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
+      best = _mm512_mask_mov_ps(best, higher, value);
+      const __m512i here = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(at)));
+      place = _mm512_mask_mov_epi32(place, higher, here);
+    }
+    if (never >= 0) own[never] = kept;
+    const float highest = _mm512_reduce_max_ps(best);
+    const __mmask16 equal = _mm512_cmp_ps_mask(best, _mm512_set1_ps(highest), _CMP_EQ_OQ);
+    token[row] = _mm512_mask_reduce_min_epi32(equal, place);
+    const float top = std::max(highest, _mm512_cvtss_f32(load(&kept, 1)));
+    __m512 sum = _mm512_setzero_ps();
+    for (i64 at = 0; at < size; at += LANES) {
+      const __m512 below = _mm512_sub_ps(read(at), _mm512_set1_ps(top));
+      sum = _mm512_add_ps(sum, power_of_2(_mm512_mul_ps(below, _mm512_set1_ps(LOG2_E))));
+    }
+    confidence[row] = std::exp(static_cast<double>(highest) - top) / _mm512_reduce_add_ps(sum);
   }
 }
 

@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock, Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILERS = ("g++", "c++")
@@ -37,11 +43,14 @@ FUNCTIONS = {
     "attend": (*(POINTER,) * 6, *(NUMBER,) * 4, POINTER, THREADS),
     "rms_norm": (*(POINTER,) * 5, *(NUMBER,) * 2, ctypes.c_float, THREADS),
     "rotate": (*(POINTER,) * 4, *(NUMBER,) * 4, THREADS),
+    "likeliest": (POINTER, *(NUMBER,) * 2, *(POINTER,) * 3, *(NUMBER,) * 2, THREADS),
     "keep": (*(POINTER,) * 4, *(NUMBER,) * 2, THREADS),
 }
 """The library's functions and their arguments; none returns anything."""
 
 _compiling = Lock()
+
+logger = logging.getLogger("kserve.vdiff.engine")
 
 
 def cpu_flags() -> set[str]:
@@ -67,6 +76,30 @@ def begin() -> None:
 
     if runs_here():
         Thread(target=compile_quietly, name="vdiff-compile", daemon=True).start()
+
+
+def kernels_work(agrees: Callable[[], bool], otherwise: str) -> bool:
+    """Whether kernels of the library can be used; where its processor is, the log says why not.
+
+    Args:
+        agrees: runs them and compares what they compute.
+        otherwise: what happens without them.
+    """
+    if not runs_here():
+        return False
+    try:
+        correct = agrees()
+    except FAILURES as error:
+        logger.warning("%s, for want of a library that g++ makes: %s", otherwise, error)
+        return False
+    if not correct:
+        logger.warning("%s: on this CPU they compute wrong numbers.", otherwise)
+    return correct
+
+
+def addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Tensors as the library takes them; None stays none."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 @cache

@@ -195,7 +195,7 @@ def test_without_a_library_torch_computes(
         raise failure
 
     monkeypatch.setattr(cpu_library, "runs_here", lambda: True)
-    monkeypatch.setattr(cpu_library, "library", fail)
+    monkeypatch.setattr(cpu_kernels, "library", fail)
     cpu_kernels.works.cache_clear()
     try:
         assert not cpu_kernels.works()

@@ -8,8 +8,6 @@ not give what they should, torch's operations run.
 
 from __future__ import annotations
 
-import logging
-import subprocess
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve import cpu_library
-from vdiff_kserve.cpu_library import cpu_flags
+from vdiff_kserve.cpu_library import addresses, cpu_flags, library
 
 if TYPE_CHECKING:
     from vdiff_kserve.models.batch import SeenKeys
@@ -27,8 +25,6 @@ LANES = 16
 
 LEAST_FILLED = 8
 """Of the lanes, on average, that make attention faster than torch's."""
-
-logger = logging.getLogger("kserve.vdiff.engine")
 
 
 def usable(x: Tensor) -> bool:
@@ -55,16 +51,16 @@ def add_rms_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[
 def _norm(x: Tensor, other: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, size = torch.empty_like(x), x.shape[-1]
     total = x if other is None else torch.empty_like(x)
-    pointers = _pointers(x, other, weight, total, out)
-    cpu_library.library().rms_norm(*pointers, x.numel() // size, size, eps, _threads())
+    tensors = addresses(x, other, weight, total, out)
+    library().rms_norm(*tensors, x.numel() // size, size, eps, _threads())
     return total, out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `layers.rotate`, computed in float32."""
     out, cos, sin = torch.empty_like(x), cos.float(), sin.float()
-    pointers = _pointers(x, cos, sin, out)
-    cpu_library.library().rotate(*pointers, *x.shape, cos.shape[-1], _threads())
+    tensors = addresses(x, cos, sin, out)
+    library().rotate(*tensors, *x.shape, cos.shape[-1], _threads())
     return out
 
 
@@ -75,8 +71,8 @@ def keep(fresh: Tensor, tokens: Tensor | None, places: Tensor, stored: Tensor) -
         fresh: [any number, kv heads, head_dim], contiguous, as `stored`.
         tokens: int64 [n], as `places`.
     """
-    pointers = _pointers(fresh, tokens, places, stored)
-    cpu_library.library().keep(*pointers, len(places), stored[0].numel(), _threads())
+    tensors = addresses(fresh, tokens, places, stored)
+    library().keep(*tensors, len(places), stored[0].numel(), _threads())
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, seen: SeenKeys) -> bool:
@@ -112,14 +108,10 @@ def attend(
     queries, heads, size = query.shape
     out = query.new_empty((queries, heads * size))
     keys, values = (None, None) if cached is None else cached
-    pointers = _pointers(query, key, value, keys, values, seen.numbers)
+    tensors = addresses(query, key, value, keys, values, seen.numbers)
     shape = seen.parts, heads, key.shape[1], size
-    cpu_library.library().attend(*pointers, *shape, out.data_ptr(), _threads())
+    library().attend(*tensors, *shape, out.data_ptr(), _threads())
     return out
-
-
-def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _threads() -> int:
@@ -133,17 +125,8 @@ def _flags() -> set[str]:
 
 @cache
 def works() -> bool:
-    """Whether the kernels can be had and compute what they should. The log says why not."""
-    if not cpu_library.runs_here():
-        return False
-    try:
-        correct = agrees()
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("Layers run without kernels for this CPU, which need g++: %s", error)
-        return False
-    if not correct:
-        logger.warning("Layers run without kernels for this CPU: they compute wrong numbers.")
-    return correct
+    """Whether the kernels can be had and compute what they should."""
+    return cpu_library.kernels_work(agrees, "Layers run without kernels for this CPU")
 
 
 @torch.inference_mode()

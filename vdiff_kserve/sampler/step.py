@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vdiff_kserve.gpu import to_device
-from vdiff_kserve.sampler import draw
+from vdiff_kserve.sampler import draw, likeliest
 from vdiff_kserve.sampler.noise import gumbel
 from vdiff_kserve.sampler.params import (
     ENTROPY_POLICIES,
@@ -157,6 +157,12 @@ class Proposal:
     score: Tensor
 
     @classmethod
+    def of(cls, token: Tensor, confidence: Tensor, score: Tensor) -> Proposal:
+        """Where filters left nothing but end tokens that go last, the softmax is no number; such a
+        position is the least sure."""
+        return cls(token, confidence.nan_to_num(0.0), score.nan_to_num(LEAST_SCORE))
+
+    @classmethod
     def join(cls, parts: Sequence[Proposal]) -> Proposal:
         """The parts' positions one after the other."""
         if len(parts) == 1:
@@ -192,8 +198,11 @@ def propose(logits: Tensor, rows: StepRows, special: SpecialTokens) -> Proposal:
     Args:
         logits: [positions, vocab]; overwritten.
     """
-    logits = logits.float()
     suppressed = rows.where(lambda p: p.logits_eos_inf)
+    if likeliest.usable(logits) and not any(map(_looks_further, rows.params)):
+        token, confidence = likeliest.find(logits, special.mask, special.eos, suppressed)
+        return Proposal.of(token, confidence, confidence)
+    logits = logits.float()
     if suppressed is not None:
         logits[:, special.eos].masked_fill_(suppressed, -torch.inf)
     token = _without(logits, special.mask, lambda: logits.argmax(dim=-1))
@@ -208,8 +217,13 @@ def propose(logits: Tensor, rows: StepRows, special: SpecialTokens) -> Proposal:
     chosen = logits.gather(-1, token[:, None]).squeeze(-1)
     confidence = (chosen - logits.logsumexp(dim=-1)).exp().double()
     score = _score(logits, confidence, rows)
-    # Where filters left nothing but end tokens that go last, the softmax is no number.
-    return Proposal(token, confidence.nan_to_num(0.0), score.nan_to_num(LEAST_SCORE))
+    return Proposal.of(token, confidence, score)
+
+
+def _looks_further(p: DecodingParams) -> bool:
+    """Whether a row's proposals need more of the logits than the likeliest token's probability."""
+    policies = (*ENTROPY_POLICIES, "topk_margin")
+    return p.temperature > 0 or p.confidence_eos_eot_inf or p.policy in policies
 
 
 def _without(logits: Tensor, token: int | None, compute: Callable[[], Tensor]) -> Tensor:
