@@ -12,6 +12,7 @@ import pytest
 
 import vdiff_kserve
 from vdiff_kserve import LLM, AsyncLLM, SamplingParams
+from vdiff_kserve.models import CheckpointError
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.setting import ConfigError
 
@@ -115,6 +116,8 @@ def test_progress_bar_counts_prompts(llm: LLM, capsys: pytest.CaptureFixture[str
 def test_wrong_fields_and_values_are_named(llm: LLM) -> None:
     with pytest.raises(RequestError, match=r"max_toknes .*; did you mean 'max_tokens'"):
         SamplingParams(max_toknes=3)
+    with pytest.raises(RequestError, match=r"stream_canvas is not .* shapes a server's response"):
+        SamplingParams(stream_canvas=True)
     with pytest.raises(RequestError, match="temperature"):
         llm.generate("a", SamplingParams(temperature=-1))
     with pytest.raises(ValueError, match="2 prompts need as many"):
@@ -181,10 +184,27 @@ def test_wrong_options_are_named() -> None:
         LLM(max_num_seq=3)
     with pytest.raises(TypeError, match="'port' is not an option"):
         LLM(port=80)
+    with pytest.raises(TypeError, match="'seed' is not an option: requests carry their own seed"):
+        LLM(seed=1)
     with pytest.raises(ConfigError, match="max_num_seqs"):
         LLM(max_num_seqs=0)
     with pytest.raises(AttributeError, match="nothing"):
         _ = vdiff_kserve.nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_model_len": 10**6}, "--max_model_len is 1000000, but the checkpoint's context is"),
+        ({"cache": "exact"}, "cache must be one of none, prefix, dual"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused_before_weights_are_read(
+    options: dict[str, object], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("vdiff_kserve.loading.load_served_model")
+    with pytest.raises(CheckpointError, match=told):
+        LLM(**options)
 
 
 async def test_async_outputs_grow_and_leaving_frees_the_row() -> None:

@@ -24,6 +24,7 @@ from vdiff_kserve.openai.errors import invalid_body
 from vdiff_kserve.openai.infilling import AUTOMATIC_LENGTHS
 from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from vdiff_kserve.openai.service import GenerationService
+from vdiff_kserve.vllm_options import hint_for
 
 Prompt = str | Mapping[str, Any]
 """A text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`; in a mapping also what completions
@@ -288,7 +289,8 @@ def _close(model: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.T
 def _config(model: str | None, options: Mapping[str, Any]) -> ServerConfig:
     allowed = ALL_SETTINGS.keys() - SERVER_ONLY - {"model"}
     for name in options.keys() - allowed:
-        raise TypeError(f"{name!r} is not an option{near(name, allowed)}")
+        hint = hint_for(name)
+        raise TypeError(f"{name!r} is not an option{f': {hint}' if hint else near(name, allowed)}")
     own = {name: value for name, value in options.items() if name in SETTINGS}
     decoding = {field: options[flag] for flag, field in DECODING_FLAGS.items() if flag in options}
     return ServerConfig(model=model, decoding=decoding, **own)

@@ -22,8 +22,22 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+OF_RESPONSES = frozenset(
+    (
+        "model",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+        "stream",
+        "stream_canvas",
+        "stream_options",
+    )
+)
+"""Fields of requests that shape a server's response, and would change nothing here."""
+
+
 class SamplingParams(GenerationFields):
-    """How answers are generated: the fields of a request, `docs/api.md` says what each does.
+    """How answers are generated: the fields of a request, but for those that only shape
+    a server's response. `docs/api.md` says what each does.
 
     `max_tokens` None is the model's `default_max_tokens`. `logprobs` is how many of the likeliest
     tokens to tell beside each token's log probability.
@@ -38,11 +52,10 @@ class SamplingParams(GenerationFields):
     logprobs: int | None = None
 
     def __init__(self, **fields: Any) -> None:
-        known = type(self).model_fields
-        for name in fields.keys() - known.keys():
-            raise RequestError(
-                f"{name} is not a field of SamplingParams{near(name, known)}", param=name
-            )
+        known = type(self).model_fields.keys() - OF_RESPONSES
+        for name in fields.keys() - known:
+            why = "; it shapes a server's response" if name in OF_RESPONSES else near(name, known)
+            raise RequestError(f"{name} is not a field of SamplingParams{why}", param=name)
         try:
             super().__init__(**fields)
         except ValidationError as error:

@@ -145,7 +145,7 @@ def load_model(
     if rank is None:
         fit_threads()
     folder = find_checkpoint(config)
-    check_folder(folder, _hints(config, folder), trust_code=config.trust_remote_code)
+    _check_configuration(config, folder)
     spread = config.device_map if config.device_map in SPREADS else None
     device = choose_device(_device_name(config)) if rank is None else rank.device
     dtype = choose_dtype(config.dtype, device)
@@ -217,7 +217,11 @@ def check_before_loading(config: ServerConfig) -> None:
     choose_device(_device_name(config))
     if config.hub_id is not None or config.dcp_path is not None:
         return
-    folder = find_checkpoint(config)
+    _check_configuration(config, find_checkpoint(config))
+
+
+def _check_configuration(config: ServerConfig, folder: Path) -> None:
+    """Refuse a checkpoint, or options with it, for which its weights need not be read."""
     hints = _hints(config, folder)
     spec = check_folder(folder, hints, trust_code=config.trust_remote_code)
     if spec is not None:
