@@ -50,6 +50,15 @@ def test_each_request_has_one_line_in_the_access_log(logged: ServerProcess) -> N
     ]
 
 
+def test_a_refusal_names_the_field_and_nothing_of_its_content(logged: ServerProcess) -> None:
+    body = PROMPT | {"logit_bias": {"private": "x"}}
+    headers = KEY | {"X-Request-Id": "biased"}
+    httpx.post(f"{logged.url}{COMPLETIONS}", json=body, headers=headers)
+    line = logged.wait_for_line("completion biased")
+    assert line.endswith("completion biased 400: refused, Bad Request, logit_bias")
+    assert "private" not in logged.output
+
+
 def test_the_access_log_tells_of_a_client_that_left(logged: ServerProcess) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 200, "ignore_eos": True}).encode()
     url = httpx.URL(logged.url)
@@ -101,7 +110,7 @@ def test_every_line_of_a_json_log_is_an_object(checkpoint: str) -> None:
     assert told["whole"]["completion_tokens"] == 2
     assert told["whole"]["finish_reasons"] == ["length"]
     assert told["whole"]["forwards"] >= 1
-    assert told["bad"]["status"] == 400
+    assert (told["bad"]["status"], told["bad"]["field"]) == (400, "prompt")
     assert "trace_id" not in told["bad"]
     access = [
         (line["path"], line["status"]) for line in lines if line["logger"] == "uvicorn.access"

@@ -108,11 +108,12 @@ class Refusals:
         if not is_open(path):
             request_id = scope["state"]["request_id"]
             what = endpoint or shorten(quote(path))
+            field = refused_field(error)
             fields = {"endpoint": what, "request_id": request_id, "status": error.status}
             logger.info(
-                "%s %s %d: refused, %s",
-                *(what, request_id, error.status, error.type),
-                extra={"fields": fields | {"error": error.type}},
+                "%s %s %d: refused, %s%s",
+                *(what, request_id, error.status, error.type, f", {field}" if field else ""),
+                extra={"fields": fields | {"error": error.type, "field": field}},
             )
         content = error.response.model_dump() if speaks_openai(path) else {"error": error.message}
         return JSONResponse(content, error.status, error.headers)
@@ -150,6 +151,13 @@ class Refusals:
             response.headers.update(headers)
             return response
         return await http_exception_handler(request, error)
+
+
+def refused_field(error: RequestError) -> str | None:
+    """The field of the request that an error is about, for the log: without what is inside of it,
+    which may be text of the client's."""
+    field = (error.param or "").removeprefix("body.").partition(".")[0]
+    return shorten(quote(field)) if field else None
 
 
 def unreadable(error: HTTPException) -> RequestError:
