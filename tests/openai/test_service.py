@@ -139,6 +139,34 @@ async def test_an_event_is_one_line_to_every_client() -> None:
     assert last["response"]["output"][0]["content"][0]["text"] == text
 
 
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("{call}", ["function_call"]),
+        ("So: {call}", ["message", "function_call"]),
+        ("{call} Done.", ["function_call", "message"]),
+        ("{call}\n{call} So: {call}", ["function_call"] * 2 + ["message", "function_call"]),
+        ("So: {call} And: {call}", ["message"] + ["function_call"] * 2),
+    ],
+)
+async def test_a_response_has_its_items_in_the_order_of_its_stream(
+    text: str, kinds: list[str]
+) -> None:
+    answer = text.format(call='<tool_call>{"name": "f", "arguments": {}}</tool_call>')
+    engine = ScriptedEngine([answer], [answer], finish_reason="stop")
+    made = service(engine, max_model_len=1000)
+    request = ResponsesRequest.model_validate(
+        {"input": "hi", "model": "tiny", "tools": [{"type": "function", "name": "f"}]}
+    )
+    whole = (await made.create_response(request)).model_dump()["output"]
+    request.stream = True
+    *_, last = [event async for event in await made.create_response(request)]
+    streamed = json.loads(last.splitlines()[1].removeprefix("data: "))["response"]["output"]
+    assert [item["type"] for item in whole] == [item["type"] for item in streamed] == kinds
+    texts = [item["content"][0]["text"] for item in (*whole, *streamed) if "content" in item]
+    assert len(set(texts)) <= 1
+
+
 async def test_an_empty_answer_still_has_a_last_chunk() -> None:
     (only,) = await events(ScriptedEngine([""], finish_reason="stop"), chat(stream=True))
     assert only["choices"][0]["delta"] == {"role": "assistant", "content": ""}

@@ -31,6 +31,7 @@ from vdiff_kserve.openai.response_objects import (
     TokenLogprob,
 )
 from vdiff_kserve.openai.responses import ChatWriter, FinishedAnswer, in_one_line
+from vdiff_kserve.openai.tool_answers import calls_before_text
 from vdiff_kserve.openai.tool_fields import FunctionCall, ToolCall, ToolCallDelta
 
 
@@ -53,7 +54,9 @@ class ResponseWriter:
         if choice.message.content or not calls:
             told = _logprobs(choice.logprobs)
             text = OutputText(text=choice.message.content or "", logprobs=told)
-            output.insert(0, self.message(status, text))
+            tools = self._job.tools if calls else None
+            place = 0 if tools is None else calls_before_text(answers[0].text, tools)
+            output.insert(place, self.message(status, text))
         return self.object(status, output, chat.usage, chat.vdiff)
 
     def message(self, status: Status, text: OutputText | None = None) -> OutputMessage:

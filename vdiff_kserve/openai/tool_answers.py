@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from vdiff_kserve.openai.protocol import ChatDelta, ChatMessage, FinishReason
 from vdiff_kserve.openai.tool_fields import FunctionCall, FunctionDelta, ToolCall, ToolCallDelta
@@ -30,6 +31,12 @@ def message_of(text: str, use: ToolUse | None) -> ChatMessage:
             calls[-1].function.arguments += found.text
     content = "".join(said)
     return ChatMessage(content=content if content or not calls else None, tool_calls=calls or None)
+
+
+def calls_before_text(text: str, use: ToolUse) -> int:
+    """How many calls an answer begins with before it says anything."""
+    begun = (found.call for found in parse_whole(_parser(use), text))
+    return len(set(takewhile(lambda call: call is not None, begun)))
 
 
 def finish_reason_of(reason: FinishReason | None, *, has_calls: bool) -> FinishReason | None:
