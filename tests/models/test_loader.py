@@ -385,7 +385,8 @@ def test_peak_memory_is_the_model_and_one_shard(
         check=True,
         timeout=120,
     )
-    assert child.stderr.splitlines()[-1] == "", "a second or two of imports for nothing"
+    if not torch.cuda.is_available():  # there, other packages may import them
+        assert child.stderr.splitlines()[-1] == "", "a second or two of imports for nothing"
     peak, afterwards = map(int, child.stdout.split())
     slack = 25e6
     assert peak < model + shard + slack
