@@ -82,12 +82,12 @@ struct Scratch {
   std::unique_ptr<uint32_t[]> queries;  // [size / 2][BLOCK]
   std::unique_ptr<uint32_t[]> values;   // [TILE / 2][size]
   std::unique_ptr<uint32_t[]> weights;  // [TILE / 2][BLOCK]
-  std::unique_ptr<float[]> scores;      // [TILE][BLOCK]
+  std::unique_ptr<float[]> scores;      // [TILE][BLOCK]; at the end bfloat16 results [size][BLOCK]
   std::unique_ptr<float[]> sums;        // [size][BLOCK]
   explicit Scratch(i64 size)
       : queries(new uint32_t[size / 2 * BLOCK]), values(new uint32_t[TILE / 2 * size]),
-        weights(new uint32_t[TILE / 2 * BLOCK]), scores(new float[TILE * BLOCK]),
-        sums(new float[size * BLOCK]) {}
+        weights(new uint32_t[TILE / 2 * BLOCK]),
+        scores(new float[std::max<i64>(TILE, size / 2) * BLOCK]), sums(new float[size * BLOCK]) {}
 };
 
 // values[pair][dimension]: two keys' values side by side; what is past the last key is zero.
@@ -241,7 +241,7 @@ void attend_block(const bf16* query, const bf16* keys, const bf16* values, bf16*
     mix<G>(scratch.weights.get(), scratch.values.get(), (count + 1) / 2, size, kept,
            scratch.sums.get());
   }
-  bf16* result = (bf16*)scratch.scores.get();  // [size][BLOCK]
+  bf16* result = (bf16*)scratch.scores.get();
   for (i64 d = 0; d < size; d++) {
     for (int g = 0; g < G; g++) {
       const __m512 sum = _mm512_loadu_ps(scratch.sums.get() + d * BLOCK + g * LANES);

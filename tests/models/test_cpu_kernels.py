@@ -47,7 +47,8 @@ def expected(
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size"), [(8, 8, 32), (4, 2, 64), (7, 1, 128), (2, 2, 48), (1, 1, 16)]
+    ("heads", "kv_heads", "size"),
+    [(8, 8, 32), (4, 2, 64), (7, 1, 128), (2, 2, 48), (1, 1, 16), (2, 1, 512)],
 )
 def test_attention_is_that_of_every_part(heads: int, kv_heads: int, size: int) -> None:
     """Numbers of queries and keys on both sides of the kernel's blocks and tiles."""
