@@ -114,7 +114,7 @@ def test_a_layer_multiplies_the_rounded_numbers(
 @pytest.mark.skipif(not NATIVE, reason="this torch multiplies rows' scales on GPUs only")
 def test_torch_multiplies_as_we_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its operator is called rightly, and a wrong product would be noticed before it is used."""
-    assert fp8.agrees(CPU)
+    assert fp8.agrees(CPU, 48, 64)
     x, weight = random_numbers(3, 32), random_numbers(16, 32, seed=1)
     bias = random_numbers(16, seed=2)
     rounded, layer = fp8.round_rows(x), layer_of(weight, bias)
@@ -123,12 +123,31 @@ def test_torch_multiplies_as_we_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         fp8, "_multiply_natively", lambda x, weight, *_: x.values.float() @ weight.t().float()
     )
-    assert not fp8.agrees(CPU)
+    assert not fp8.agrees(CPU, 48, 64)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_sizes_that_are_not_multiplied_are_widened_and_told(
+    raises: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As cuBLAS refuses some."""
+
+    def agrees(*_: object) -> bool:
+        if raises:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return False
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(fp8, "agrees", agrees)
+    with caplog.at_level(logging.WARNING):
+        assert not fp8.multiplies.__wrapped__(CPU, 48, 64)
+    assert "Layers of 64 inputs and 48 outputs are computed in a wider type than fp8" in caplog.text
+    assert ("CUBLAS_STATUS_NOT_SUPPORTED" if raises else "is wrong") in caplog.text
 
 
 def test_old_gpus_widen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    assert not fp8.multiplies.__wrapped__(torch.device("cuda"))
+    assert not fp8.multiplies.__wrapped__(torch.device("cuda"), 48, 64)
     assert not fused.rounding_works.__wrapped__(torch.device("cuda"))
 
 
