@@ -304,6 +304,8 @@ def test_pickles_that_could_run_code_are_not_converted(base: Path, tmp_path: Pat
         convert(Conversion(folder, None), tmp_path / "out")
     with pytest.raises(CheckpointError, match="has no weights in"):
         convert(Conversion(base, None), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="nowhere is not a folder that exists"):
+        convert(Conversion(tmp_path / "nowhere", None), tmp_path / "out")
 
 
 def test_the_server_converts_once_and_again_when_the_run_goes_on(

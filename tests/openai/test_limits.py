@@ -65,6 +65,8 @@ def test_lengths_that_no_answer_has_are_refused(wanted: int) -> None:
         answer_length(request(max_tokens=wanted), 10, limits())
     assert ("0 is for completions with echo" in caught.value.message) == (wanted == 0)
     assert answer_length(request(max_tokens=0, echo=True), 10, limits()) == 0
+    with pytest.raises(RequestError, match=r"length, got \S+\.$"):
+        answer_length(ChatCompletionRequest(messages=MESSAGES, max_tokens=wanted), 10, limits())
 
 
 @pytest.mark.parametrize(

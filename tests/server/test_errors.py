@@ -159,6 +159,10 @@ def test_an_unknown_model_is_not_found_in_the_list(http: httpx.Client) -> None:
     assert error_of(http.get("/openai/v1/models/some/nope"), 404)["param"] == "model"
 
 
+def test_the_list_of_models_may_be_asked_for_with_a_slash(http: httpx.Client) -> None:
+    assert http.get("/v1/models/").json()["models"] == http.get("/v1/models").json()["models"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_that_is_too_long_is_told_with_both_lengths(
     http: httpx.Client, stream: bool

@@ -31,6 +31,8 @@ class PickledWeights:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder that exists")
         self._tensors: dict[str, Tensor] = {}
         for file in pickle_files(folder):
             try:

@@ -142,7 +142,7 @@ def answer_length(
     wanted = getattr(request, field)
     scores = isinstance(request, CompletionRequest) and request.echo and not request.suffix
     least = 0 if scores else 1
-    if wanted == 0 and not scores:
+    if wanted == 0 and not scores and isinstance(request, CompletionRequest):
         raise RequestError(
             f"{field} must be in [1, {most}], the model's context length; 0 is for completions "
             "with echo and without suffix, which tell or score the prompt alone.",

@@ -86,7 +86,14 @@ def build_router(dataplane: EngineDataPlane, default_model: str) -> APIRouter:
                 status_code=HTTPStatus.NOT_FOUND,
                 tags=["OpenAI"],
             )
-        router.add_api_route(f"{prefix}/models", models.all, methods=["GET"], tags=["OpenAI"])
+        for path in ("/models", "/models/"):  # else the second would be a model without a name
+            router.add_api_route(
+                prefix + path,
+                models.all,
+                methods=["GET"],
+                tags=["OpenAI"],
+                include_in_schema=path == "/models",
+            )
         router.add_api_route(
             f"{prefix}/models/{{model_name:path}}",
             models.one,
