@@ -21,7 +21,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -314,10 +314,9 @@ SCENARIO_RUNS: dict[str, Callable[[Benchmark], dict[str, Any]]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark of a command line; returns what it prints as JSON."""
-    args = parse_arguments(argv)
-    given = sys.argv[1:] if argv is None else argv
+@contextlib.contextmanager
+def opened(args: argparse.Namespace) -> Iterator[Benchmark]:
+    """The benchmark of a command line; a random checkpoint lasts as long as the context."""
     with tempfile.TemporaryDirectory(prefix="vdiff-random-") as temporary:
         folder = args.model_dir
         if args.random:
@@ -325,7 +324,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 Path(temporary), parse_sizes(args.random), device=choose_device(args.device),
                 context=args.context or CONTEXT,
             )  # fmt: skip
-        benchmark = Benchmark(args, folder)
+        yield Benchmark(args, folder)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark of a command line; returns what it prints as JSON."""
+    args = parse_arguments(argv)
+    given = sys.argv[1:] if argv is None else argv
+    with opened(args) as benchmark:
         report = {
             "command": shlex.join(["python", "-m", "benchmarks.serving", *given]),
             "scenario": args.scenario,

@@ -25,6 +25,7 @@ constexpr int STEP = 8;           // keys, or head dimensions, in registers at a
 constexpr int LINE = 32;          // numbers in a cache line
 constexpr int AHEAD = 4 * STEP;   // keys
 constexpr int SHARE = 4 * BLOCK;  // queries that one thread takes at a time
+constexpr i64 LEAST_SHARED = 1 << 19;  // products from which threads share the work
 
 inline __mmask16 first(i64 count) {
   return count >= LANES ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
@@ -265,10 +266,13 @@ void attend(const bf16* query, const bf16* key, const bf16* value, const bf16* c
   const Shape shape{heads, kv_heads, size};
   const Part* all = (const Part*)numbers;
   std::vector<i64> first_task(parts + 1, 0);
+  i64 pairs = 0;
   for (i64 i = 0; i < parts; i++) {
+    pairs += all[i].queries * all[i].keys;
     const i64 shares = (all[i].queries * shape.group() + SHARE - 1) / SHARE;
     first_task[i + 1] = first_task[i] + shares * kv_heads;
   }
+  if (pairs * heads * size < LEAST_SHARED) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
     Scratch scratch(size);

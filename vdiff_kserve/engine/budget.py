@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from vdiff_kserve.models import ForwardBatch, LanguageModel, keep_freed_memory
+from vdiff_kserve.models import ForwardBatch, LanguageModel, get_kernels_ready, keep_freed_memory
 
 REFRESH_SECONDS = 0.25
 """How much longer than a round of cached passes a round may take for the sake of whole ones."""
@@ -35,6 +35,7 @@ def measured_token_budget(decoder: LanguageModel, longest: int) -> int:
     """
     if decoder.device.type == "cpu":
         keep_freed_memory()
+        get_kernels_ready(decoder)
     on_gpu = decoder.device.type == "cuda"
     tokens = min(SAMPLE_TOKENS[decoder.device.type], longest)
     batch = ForwardBatch.dense(torch.zeros(1, tokens, dtype=torch.long, device=decoder.device))

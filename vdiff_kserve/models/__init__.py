@@ -3,6 +3,7 @@
 from vdiff_kserve.models.batch import ForwardBatch, KeyValueStore, RowSpan
 from vdiff_kserve.models.causal import load_causal_model
 from vdiff_kserve.models.checkpoint_config import CheckpointError, Hints
+from vdiff_kserve.models.cpu_kernels import get_kernels_ready
 from vdiff_kserve.models.decoder import Decoder, DecoderConfig, LayerwisePass
 from vdiff_kserve.models.host_memory import (
     bound_kernel_caches,
@@ -54,6 +55,7 @@ __all__ = [
     "choose_dtype",
     "fit_threads",
     "free_host_memory",
+    "get_kernels_ready",
     "keep_freed_memory",
     "load_causal_decoder",
     "load_causal_model",

@@ -19,9 +19,12 @@ from vdiff_kserve.cpu_library import addresses, cpu_flags, library
 
 if TYPE_CHECKING:
     from vdiff_kserve.models.batch import SeenKeys
+    from vdiff_kserve.models.language_model import LanguageModel
 
 LANES = 16
 """Queries that a kernel computes at once; a head's size is a multiple of it."""
+
+NUMBERS_PER_THREAD = 1 << 15
 
 LEAST_FILLED = 8
 """Of the lanes, on average, that make attention faster than torch's."""
@@ -52,7 +55,7 @@ def _norm(x: Tensor, other: Tensor | None, weight: Tensor, eps: float) -> tuple[
     out, size = torch.empty_like(x), x.shape[-1]
     total = x if other is None else torch.empty_like(x)
     tensors = addresses(x, other, weight, total, out)
-    library().rms_norm(*tensors, x.numel() // size, size, eps, _threads())
+    library().rms_norm(*tensors, x.numel() // size, size, eps, _threads(x.numel()))
     return total, out
 
 
@@ -60,7 +63,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `layers.rotate`, computed in float32."""
     out, cos, sin = torch.empty_like(x), cos.float(), sin.float()
     tensors = addresses(x, cos, sin, out)
-    library().rotate(*tensors, *x.shape, cos.shape[-1], _threads())
+    library().rotate(*tensors, *x.shape, cos.shape[-1], _threads(x.numel()))
     return out
 
 
@@ -72,7 +75,8 @@ def keep(fresh: Tensor, tokens: Tensor | None, places: Tensor, stored: Tensor) -
         tokens: int64 [n], as `places`.
     """
     tensors = addresses(fresh, tokens, places, stored)
-    library().keep(*tensors, len(places), stored[0].numel(), _threads())
+    size = stored[0].numel()
+    library().keep(*tensors, len(places), size, _threads(len(places) * size))
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, seen: SeenKeys) -> bool:
@@ -110,17 +114,24 @@ def attend(
     keys, values = (None, None) if cached is None else cached
     tensors = addresses(query, key, value, keys, values, seen.numbers)
     shape = seen.parts, heads, key.shape[1], size
-    library().attend(*tensors, *shape, out.data_ptr(), _threads())
+    library().attend(*tensors, *shape, out.data_ptr(), torch.get_num_threads())
     return out
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+def _threads(numbers: int) -> int:
+    """Threads that share the work on so many numbers: one where few are soon done, as in torch."""
+    return max(1, min(torch.get_num_threads(), numbers // NUMBERS_PER_THREAD))
 
 
 @cache
 def _flags() -> set[str]:
     return cpu_flags()
+
+
+def get_kernels_ready(decoder: LanguageModel) -> None:
+    """Have the kernels that a decoder's passes take, if any, before a pass is timed."""
+    if decoder.device.type == "cpu" and decoder.dtype == torch.bfloat16:
+        works()
 
 
 @cache
