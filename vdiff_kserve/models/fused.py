@@ -51,7 +51,10 @@ def usable(x: Tensor) -> bool:
 
 def rounds(x: Tensor) -> bool:
     """Whether rows of `x` [tokens, size], which may lie apart, are rounded by the kernels."""
-    return x.shape[-1] <= LARGEST_ROW and usable(x[:1, :LARGEST]) and rounding_works(x.device)
+    if x.shape[-1] > LARGEST_ROW:
+        return False
+    one = x if x.shape[-1] <= LARGEST and x.is_contiguous() else x[:1, :LARGEST]
+    return usable(one) and rounding_works(x.device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
