@@ -201,7 +201,7 @@ def test_a_captured_pass_in_fp8_computes_what_the_pass_computes() -> None:
 
 
 def test_a_checkpoint_is_loaded_in_fp8(tmp_path: Path) -> None:
-    """Joined, in a byte for each weight, and no more memory on the way than a layer."""
+    """Joined, in a byte for each weight."""
     config = CONFIG | {"d_model": 256, "mlp_hidden_size": 512, "n_heads": 4, "n_kv_heads": 2}
     folder = write_single(tmp_path, config, tensors_of(config))
     decoder, _ = load_decoder(folder, CUDA, torch.bfloat16, quantization="fp8")
