@@ -104,12 +104,11 @@ def test_scores_do_not_depend_on_what_else_is_asked(client: OpenAI) -> None:
 
 
 def test_steps_come_as_chunks_that_the_sdk_takes_for_nothing(client: OpenAI) -> None:
-    request: dict[str, Any] = dict(
-        model="tiny", messages=MESSAGES, max_tokens=12,
-        extra_body=LONG | {"stream_canvas": True, "threshold": 0.02, "block_length": 6},
-    )  # fmt: skip
-    whole = client.chat.completions.create(**request)
-    chunks = list(client.chat.completions.create(**request, stream=True))
+    request: dict[str, Any] = dict(model="tiny", messages=MESSAGES, max_tokens=12)
+    own = LONG | {"threshold": 0.02, "block_length": 6}
+    whole = client.chat.completions.create(**request, extra_body=own)
+    own["stream_canvas"] = True
+    chunks = list(client.chat.completions.create(**request, stream=True, extra_body=own))
     steps = [c for c in chunks if "step" in (getattr(c, "vdiff", None) or {})]
     text = "".join(c.choices[0].delta.content or "" for c in chunks)
     assert text == whole.choices[0].message.content

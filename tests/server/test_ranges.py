@@ -72,6 +72,7 @@ OWN: dict[str, tuple[Any, ...]] = {
     "remasking": ("best",),
     "profile": ("best",),
     "policy": ("best",),
+    "stream_canvas": (True,),
 }
 """The same of fields that only this server has."""
 TOLD_AS = {"top_logprobs": "logprobs"}

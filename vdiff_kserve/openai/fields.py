@@ -78,7 +78,7 @@ SUPPORTED = dict.fromkeys(REQUEST_FIELDS, DECODING) | {
     "stream": "answer in chunks",
     "structured_outputs": "`json`, `regex`, `choice`, `grammar` or `json_object`, see "
     "[structured output](structured.md)",
-    "stream_canvas": "with `stream`, a chunk without text for every denoising step: "
+    "stream_canvas": "a chunk without text for every denoising step; needs `stream`: "
     "[answers](#answers)",
     "stream_options": "`include_usage`, `continuous_usage_stats`",
     "suffix": "the text after a hole that the answer fills: [infilling](infilling.md)",

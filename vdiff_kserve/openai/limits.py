@@ -72,10 +72,9 @@ def check(request: GenerationFields, limits: ServingLimits) -> None:
     if any(not stop for stop in stop_strings(request)):
         raise RequestError("stop cannot contain an empty string.", param="stop")
     check_token_ids("stop_token_ids", request.stop_token_ids or (), limits)
-    if request.stream_options is not None and not request.stream:
-        raise RequestError(
-            "stream_options can only be given when stream is true.", param="stream_options"
-        )
+    for field in ("stream_options", "stream_canvas"):
+        if getattr(request, field) and not request.stream:
+            raise RequestError(f"{field} can only be given when stream is true.", param=field)
     refuse_unsupported(request)
 
 
