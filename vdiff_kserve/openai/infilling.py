@@ -135,8 +135,10 @@ def holes_of(
     pieces = HOLE.split(text)
     texts, sizes = pieces[::2], [int(size) for size in pieces[1::2]]
     if not 1 <= len(sizes) <= MAX_HOLES:
-        allowed = f"a text with 1 to {MAX_HOLES} holes written <|mask:n|>"
-        raise out_of_range("prompt", allowed, f"{len(sizes)} holes")
+        raise RequestError(
+            f"prompt must have 1 to {MAX_HOLES} holes, written <|mask:n|>, but has {len(sizes)}.",
+            param="prompt",
+        )
     if min(sizes) < 1:
         raise RequestError("prompt has a hole of 0 tokens.", param="prompt")
     if not all(texts[1:-1]):
