@@ -118,6 +118,8 @@ def test_wrong_fields_and_values_are_named(llm: LLM) -> None:
         SamplingParams(max_toknes=3)
     with pytest.raises(RequestError, match=r"stream_canvas is not .* shapes a server's response"):
         SamplingParams(stream_canvas=True)
+    with pytest.raises(RequestError, match=r" logprobs: .* 20, got 30"):
+        SamplingParams(logprobs=30)
     with pytest.raises(RequestError, match="temperature"):
         llm.generate("a", SamplingParams(temperature=-1))
     with pytest.raises(ValueError, match="2 prompts need as many"):

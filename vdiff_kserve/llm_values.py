@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from vdiff_kserve.openai.answers import Piece
 from vdiff_kserve.openai.errors import RequestError, invalid_body
 from vdiff_kserve.openai.logprobs import ScoredToken
 from vdiff_kserve.openai.protocol import FinishReason, GenerationFields
 from vdiff_kserve.openai.work import Work
+from vdiff_kserve.sampler import MAX_TOP_LOGPROBS
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -49,7 +50,7 @@ class SamplingParams(GenerationFields):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_tokens: int | None = None
-    logprobs: int | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     def __init__(self, **fields: Any) -> None:
         known = type(self).model_fields.keys() - OF_RESPONSES
