@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
+from vdiff_kserve import cpu_library
 from vdiff_kserve.models import ForwardBatch, KeyValueStore, RowSpan
 
 TEST_DEVICE = torch.empty(0, device=os.environ.get("VDIFF_TEST_DEVICE", "cpu")).device
 """With its index, as a model's weights have it."""
+
+
+needs_cpu_library = pytest.mark.skipif(
+    not cpu_library.runs_here() or not any(map(shutil.which, cpu_library.COMPILERS)),
+    reason="no AVX512-BF16 or no C++ compiler",
+)
+"""Where the kernels must work: wrong ones are no reason to skip."""
 
 
 def pack(

@@ -300,6 +300,22 @@ def test_engine_of_a_lost_gpu_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "illegal" in str(engine.failure)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_engine_whose_thread_cannot_take_its_gpu_tells_its_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: torch.device) -> None:
+        raise RuntimeError("CUDA error: no such device")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    engine = Engine(DECODER, tiny_spec(DECODER), EngineConfig())
+    monkeypatch.setattr(engine, "_device", torch.device("cuda", 0))
+    engine.start()
+    with pytest.raises(EngineStoppedError):
+        engine.generate([poisoned_request()])
+    assert "no such device" in str(engine.failure)
+
+
 def test_memory_of_a_failed_attempt_is_free_before_the_next() -> None:
     """What a forward pass held when memory ran out must not stand in the way of half the rows."""
 

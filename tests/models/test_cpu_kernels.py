@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.device import needs_cpu_library
 from vdiff_kserve import cpu_library
 from vdiff_kserve.models import ForwardBatch, RowSpan, cpu_kernels, layers
 from vdiff_kserve.models.batch import KeyValueStore, SeenKeys
 
-needs_kernels = pytest.mark.skipif(
-    not cpu_kernels.works(), reason="no AVX512-BF16 or no C++ compiler"
-)
+needs_kernels = needs_cpu_library
 CAPACITY = 1500
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.device import needs_cpu_library
 from vdiff_kserve.sampler import DecodingParams, Policy, SpecialTokens, StepRows, likeliest, propose
 
-needs_kernel = pytest.mark.skipif(not likeliest.works(), reason="no AVX512-BF16 or no C++ compiler")
+needs_kernel = needs_cpu_library
 SPECIAL = SpecialTokens(mask=48, eos=21, eot=40)
 EACH = 30
 
