@@ -28,14 +28,22 @@ from benchmarks.serving_machine import (
 )
 from benchmarks.serving_server import Rounds
 from vdiff_kserve.engine import Engine, RoundReport
-from vdiff_kserve.models import Decoder, cpu_kernels, decoder
+from vdiff_kserve.models import Decoder, cpu_kernels, decoder, packed_linear
+from vdiff_kserve.models.cpu_pass import CpuPass
 from vdiff_kserve.models.decoder import Attention
 from vdiff_kserve.models.layers import RMSNorm
 from vdiff_kserve.models.packed_linear import PackedLinear
+from vdiff_kserve.models.panel_linear import PanelLinear
 
 LINEAR, ATTENTION, LOGITS = "linear layers", "attention", "logits"
+LINEAR_AND_MORE = "linear layers, and what is between them"
 PARTS: Mapping[str, Sequence[tuple[Any, str]]] = {
-    LINEAR: [(PackedLinear, name) for name in ("forward", "silu", "multiplied")],
+    LINEAR: [
+        *((PackedLinear, name) for name in ("forward", "silu", "multiplied")),
+        (PanelLinear, "forward"),
+        (packed_linear, "gated"),
+    ],
+    LINEAR_AND_MORE: [(CpuPass, "_step")],
     ATTENTION: [(cpu_kernels, "attend"), (decoder, "attend")],
     "norms, residual sums": [(RMSNorm, "forward"), (RMSNorm, "of_sum")],
     "rotary embedding": [(decoder, "rotary_angles"), (decoder, "rotate")],
@@ -118,7 +126,7 @@ def show(
         share = taken / rounds.total_seconds
         print(f"{part} | {taken / rounds.count * 1e3:.2f} | {share:.1%}")
     print(f"round | {rounds.mean_seconds * 1e3:.2f} | 100%")
-    products = seconds[LINEAR] + seconds[LOGITS]
+    products = seconds.get(LINEAR, 0) + seconds.get(LINEAR_AND_MORE, 0) + seconds[LOGITS]
     best, best_with_attention = flops / rate, (flops + attention) / rate
     print(f"matrix rate: {rate / 1e9:.0f} GFLOP/s")
     print(f"linear layers and logits: {flops / products / 1e9:.0f} GFLOP/s")

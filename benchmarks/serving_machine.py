@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.serving_server import Rounds
-from vdiff_kserve.models import DecoderConfig, can_pack, pack_linear_layers
+from vdiff_kserve.models import DecoderConfig, can_pack
+from vdiff_kserve.models.packed_linear import PackedLinear, packed
 
 ROWS = {"cpu": (32, 128, 512, 1024), "cuda": (32, 256, 1024, 4096)}
 SQUARE = {"cpu": 2048, "cuda": 8192}
@@ -73,26 +75,24 @@ def matrix_rates(
 ) -> dict[str, float]:
     """Operations per second of matrix products, by what is multiplied.
 
-    One entry per number of tokens, for the matrices of one of the model's layers as the server
-    multiplies them, and `square` for one large square product.
+    One entry per number of tokens, for the matrices of one of the model's layers, and `square` for
+    one large square product. On a CPU it is the better of the server's products and oneDNN's.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = nn.ModuleList(
         nn.Linear(i, o, bias=False, device=device, dtype=dtype)
         for i, o in ((hidden, hidden), (hidden, inner), (inner, hidden))
     )
+    ways = [layer]
     if can_pack(device, dtype):
-        pack_linear_layers(layer)
-    attend, widen, narrow = layer
+        ways = [nn.ModuleList(map(pack, layer)) for pack in (packed, PackedLinear)]
     parameters = hidden * hidden + 2 * hidden * inner
 
-    def through(x: Tensor) -> Callable[[], Tensor]:
-        return lambda: narrow(widen(attend(x)))
+    def seconds(tokens: int) -> float:
+        x = _random(tokens, hidden, device, dtype)
+        return min(_seconds(partial(_through, way, x)) for way in ways)
 
-    rates = {
-        f"{n} tokens": 2 * n * parameters / _seconds(through(_random(n, hidden, device, dtype)))
-        for n in ROWS[device.type]
-    }
+    rates = {f"{n} tokens": 2 * n * parameters / seconds(n) for n in ROWS[device.type]}
     side = SQUARE[device.type]
     square = _random(side, side, device, dtype)
     rates["square"] = 2 * side**3 / _seconds(lambda: square @ square)
@@ -102,6 +102,12 @@ def matrix_rates(
 def best_layer_rate(rates: dict[str, float]) -> float:
     """The highest rate at the model's own shapes."""
     return max(rate for name, rate in rates.items() if name != "square")
+
+
+def _through(layer: nn.ModuleList, x: Tensor) -> Tensor:
+    for linear in layer:
+        x = linear(x)
+    return x
 
 
 def _random(n: int, m: int, device: torch.device, dtype: torch.dtype) -> Tensor:

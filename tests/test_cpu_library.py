@@ -28,25 +28,38 @@ def test_it_is_compiled_once_and_again_when_it_changes(
     folder = tmp_path / "cache" / "of mine"
     library = cpu_library.compile_into(folder)
     assert list(folder.iterdir()) == [library]
-    calls = compiler.read_text(encoding="utf-8").splitlines()
-    assert [line.split()[0] for line in calls] == ["-std=c++17", "-shared"]
-    assert "-fopenmp" in calls[0]
-    assert "-fopenmp" not in calls[1], "torch's threads are to be used"
+    *compiled, linked = compiler.read_text(encoding="utf-8").splitlines()
+    assert len(compiled) == len(cpu_library.sources())
+    assert all(line.startswith("-std=c++17") and "-fopenmp" in line for line in compiled)
+    assert linked.startswith("-shared")
+    assert "-fopenmp" not in linked, "torch's threads are to be used"
 
     assert cpu_library.compile_into(folder) == library
-    assert len(compiler.read_text(encoding="utf-8").splitlines()) == 2
+    assert len(compiler.read_text(encoding="utf-8").splitlines()) == len(compiled) + 1
 
     monkeypatch.setattr(cpu_library, "OPTIONS", ("-O1", *cpu_library.OPTIONS))
     assert cpu_library.compile_into(folder) != library
+
+
+@pytest.mark.parametrize("changed", ["x.cpp", "y.h"])
+def test_its_name_tells_all_that_it_is_made_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str
+) -> None:
+    monkeypatch.setattr(cpu_library, "FOLDER", tmp_path)
+    for name in ("x.cpp", "y.h"):
+        (tmp_path / name).write_text("int x;", encoding="utf-8")
+    before = cpu_library.library_name()
+    (tmp_path / changed).write_text("int y;", encoding="utf-8")
+    assert cpu_library.library_name() != before
 
 
 def test_one_that_an_image_ships_needs_no_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cpu_library, "COMPILERS", ())
-    monkeypatch.setattr(cpu_library, "SOURCE", tmp_path / "cpu_library.cpp")
+    monkeypatch.setattr(cpu_library, "FOLDER", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    cpu_library.SOURCE.write_text("int x;", encoding="utf-8")
+    (tmp_path / "x.cpp").write_text("int x;", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="no C"):
         cpu_library.find_or_compile()
     shipped = tmp_path / cpu_library.library_name()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.device import needs_cpu_library
 from tests.engine.tiny import (
     GatedDecoder,
     WatchingEngine,
@@ -25,6 +26,7 @@ from tests.engine.tiny import (
     tiny_spec,
 )
 from tests.waiting import wait_until
+from vdiff_kserve.checkpoint import EMBEDDED
 from vdiff_kserve.engine import (
     Engine,
     EngineConfig,
@@ -39,7 +41,7 @@ from vdiff_kserve.engine import (
     RequestTimeoutError,
 )
 from vdiff_kserve.engine.row import Decision
-from vdiff_kserve.models import Decoder, ForwardBatch
+from vdiff_kserve.models import Decoder, ForwardBatch, load_decoder
 from vdiff_kserve.sampler import Policy
 
 DECODER = tiny_decoder()
@@ -470,6 +472,20 @@ async def test_result_is_the_same_alone_together_and_staggered(with_auxiliary: b
     staggered = [tuple(watched.row.canvas.tolist()) for watched in few.watched]
     assert staggered == [tuple(watched.row.canvas.tolist()) for watched in one.watched]
     assert [watched.row.stats for watched in few.watched] == [result.stats for result in alone]
+
+
+@needs_cpu_library
+def test_kernels_for_cpus_make_bfloat16_the_same_in_any_batch() -> None:
+    """To the bit, with the embedded model."""
+    decoder, spec = load_decoder(EMBEDDED, "cpu", torch.bfloat16)
+    requests = mixed_requests(64)
+    answers = []
+    for slots, order in ((1, 1), (64, 1), (7, -1)):
+        with running(decoder, EngineConfig(max_num_seqs=slots), spec=spec) as engine:
+            answers.append(engine.generate(requests[::order])[::order])
+    alone, crowd, few = answers
+    assert crowd == alone
+    assert few == alone
 
 
 async def churn(rounds: int, block_causal: bool = False) -> None:

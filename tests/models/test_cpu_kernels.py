@@ -57,7 +57,7 @@ def test_attention_is_that_of_every_part(heads: int, kv_heads: int, size: int) -
     for i, (queries, keys) in enumerate(counts):
         numbers.append((query, queries, i % 2, query + 3, keys if i % 2 else min(keys, 90)))
         query += queries
-    seen = SeenKeys(torch.tensor(numbers), len(counts))
+    seen = SeenKeys(torch.tensor(numbers), len(counts), None)
     q, key, value = normal(query, heads, size), *normal(2, query + 200, kv_heads, size)
     cached = normal(CAPACITY, kv_heads, size), normal(CAPACITY, kv_heads, size)
     got = cpu_kernels.attend(q, key, value, cached, seen)
@@ -72,9 +72,9 @@ def test_attention_of_a_row_is_the_same_in_any_batch() -> None:
     query, key, value = normal(64, 4, 32), normal(64, 4, 32), normal(64, 4, 32)
     cached = normal(600, 4, 32), normal(600, 4, 32)
     numbers = torch.tensor([(0, 32, 1, 0, 300), (32, 32, 1, 300, 299)])
-    both = cpu_kernels.attend(query, key, value, cached, SeenKeys(numbers, 2))
+    both = cpu_kernels.attend(query, key, value, cached, SeenKeys(numbers, 2, None))
     numbers[1, 0] = 0
-    alone = SeenKeys(numbers[1:], 1)
+    alone = SeenKeys(numbers[1:], 1, None)
     assert cpu_kernels.attend(query[32:], key, value, cached, alone).equal(both[32:])
 
 
@@ -87,7 +87,7 @@ def test_attention_of_large_scores_stays_finite() -> None:
     )
     key[1050] = 30.0
     value = normal(1100, 1, 16)
-    seen = SeenKeys(torch.tensor([(0, 3, 0, 0, 1100)]), 1)
+    seen = SeenKeys(torch.tensor([(0, 3, 0, 0, 1100)]), 1, None)
     got = cpu_kernels.attend(query, key, value, None, seen)
     assert got.equal(value[1050].expand(3, 16))
 
@@ -149,7 +149,7 @@ def test_what_queries_see_is_told_in_numbers() -> None:
     assert batch.seen_keys(None, True).numbers.tolist() == [[0, 8, 1, 500, 96], [8, 6, 0, 32, 10]]
     by_block = batch.seen_keys(4, True)
     assert by_block.numbers[2:].tolist() == [[8, 4, 0, 32, 8], [12, 2, 0, 32, 10]]
-    assert (by_block.parts, by_block.rows) == (4, 2)
+    assert (by_block.parts, by_block.rows, by_block.block) == (4, 2, 4)
 
 
 @needs_kernels
@@ -159,7 +159,12 @@ def test_attention_by_parts_of_few_queries_is_torchs() -> None:
     batch = ForwardBatch.dense(torch.zeros((1, 60), dtype=torch.int64))
     assert cpu_kernels.can_attend(x, x, x, batch.seen_keys(None, False))
     assert cpu_kernels.can_attend(x, x, x, batch.seen_keys(16, False))
+    shared = normal(60, 2, 32)
+    assert cpu_kernels.can_attend(x, shared, shared, batch.seen_keys(4, False))
+    assert not cpu_kernels.can_attend(x, x, x, batch.seen_keys(4, False))
     assert not cpu_kernels.can_attend(x, x, x, batch.seen_keys(1, False))
+    last = ForwardBatch(torch.zeros(2, dtype=torch.int64), (RowSpan(59, 1, 60, 59, 1, 0),) * 2)
+    assert cpu_kernels.can_attend(x, x, x, last.seen_keys(1, False))
     odd = normal(60, 4, 24)
     assert not cpu_kernels.can_attend(odd, odd, odd, batch.seen_keys(None, False))
 

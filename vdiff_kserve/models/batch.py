@@ -99,10 +99,12 @@ class SeenKeys:
             the keys lie in the cache (1) or among the pass's own (0), and the first key's place
             there and how many they are.
         rows: rows of the pass.
+        block: positions that see each other and what is before them; None when all see all.
     """
 
     numbers: Tensor
     rows: int
+    block: int | None
 
     @property
     def parts(self) -> int:
@@ -229,7 +231,7 @@ class ForwardBatch:
                 for queries, keys in span.parts(block, wanted=wanted):
                     numbers.append((query, queries, int(is_cached), place, keys))
                     query += queries
-            return SeenKeys(torch.tensor(numbers), len(self.spans))
+            return SeenKeys(torch.tensor(numbers), len(self.spans), block)
 
         return seen_keys
 

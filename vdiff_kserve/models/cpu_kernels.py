@@ -27,7 +27,7 @@ LANES = 16
 NUMBERS_PER_THREAD = 1 << 15
 
 LEAST_FILLED = 8
-"""Of the lanes, on average, that make attention faster than torch's."""
+"""Of the lanes that make attention faster than torch's."""
 
 
 def usable(x: Tensor) -> bool:
@@ -80,16 +80,23 @@ def keep(fresh: Tensor, tokens: Tensor | None, places: Tensor, stored: Tensor) -
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, seen: SeenKeys) -> bool:
-    """Whether `attend` takes these, and is faster than torch's attention: that uses tiles of a
-    processor that has them."""
-    queries, heads, size = query.shape
-    lanes = queries * (heads // key.shape[1])
-    return (
-        size % LANES == 0
-        and all(map(usable, (query, key, value)))
-        and "amx_bf16" not in _flags()
-        and lanes >= LEAST_FILLED * (seen.parts - seen.rows)
-    )
+    """Whether `attend` takes these, and is faster than torch's attention."""
+    group, size = query.shape[1] // key.shape[1], query.shape[2]
+    return fills_lanes(seen, group, size) and all(map(usable, (query, key, value)))
+
+
+def fills_lanes(seen: SeenKeys, group: int, size: int) -> bool:
+    """Whether queries that see the same keys are many enough for `attend`. Rows of a diffusion
+    model do not depend on the rest of their batch, so this does not, either.
+
+    Args:
+        group: query heads to a head of keys.
+        size: of a head.
+    """
+    if size % LANES or has_tiles():
+        return False
+    is_next_token = seen.block == 1 and seen.parts == seen.rows  # of causal rows
+    return seen.block is None or seen.block * group >= LEAST_FILLED or is_next_token
 
 
 def attend(
@@ -124,8 +131,9 @@ def _threads(numbers: int) -> int:
 
 
 @cache
-def _flags() -> set[str]:
-    return cpu_flags()
+def has_tiles() -> bool:
+    """Whether torch uses tiles of this processor, which multiply faster than its vectors."""
+    return "amx_bf16" in cpu_flags()
 
 
 def get_kernels_ready(decoder: LanguageModel) -> None:
@@ -164,7 +172,7 @@ def agrees() -> bool:
     keep(x, tokens, places, stored)
     key, value = normal(6, 2, 48), normal(6, 2, 48)
     cached = normal(700, 2, 48), normal(700, 2, 48)
-    seen = SeenKeys(torch.tensor([(0, 2, 0, 0, 3), (2, 4, 1, 9, 601)]), 2)
+    seen = SeenKeys(torch.tensor([(0, 2, 0, 0, 3), (2, 4, 1, 9, 601)]), 2, None)
     pairs = (
         (rms_norm(x, weight, 1e-5), norm(wide)),
         (total, wide + reverse.double()),

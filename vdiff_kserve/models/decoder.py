@@ -7,15 +7,18 @@ and tensors is in the family's own file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
-from vdiff_kserve.models import cpu_kernels, fp8, fused
+from vdiff_kserve.models import cpu_kernels, cpu_pass, fp8, fused
 from vdiff_kserve.models.attention import attend_packed, can_attend, has_kernel
 from vdiff_kserve.models.batch import ForwardBatch
+from vdiff_kserve.models.cpu_pass import CpuPass, LayerStruct
 from vdiff_kserve.models.fp8 import Activations
 from vdiff_kserve.models.joined_linear import JoinedLinear
 from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
@@ -266,9 +269,20 @@ class Decoder(nn.Module):
             if isinstance(module, JoinedLinear):
                 module.join(self.device, self.dtype)
 
-    def begin(self, batch: ForwardBatch) -> LayerwisePass:
+    def begin(self, batch: ForwardBatch) -> LayerwisePass | CpuPass:
         """A pass of which no layer has run."""
+        if self._cpu_layers is not None and cpu_pass.can_run(self, batch):
+            return CpuPass(self, self._cpu_layers, batch)
         return LayerwisePass(self, batch)
+
+    @cached_property
+    def _cpu_layers(self) -> list[LayerStruct] | None:
+        """The layers as a `CpuPass` takes them; None when they are not for it."""
+        return cpu_pass.layer_structs(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.__dict__.pop("_cpu_layers", None)  # they know where the weights were
+        return super()._apply(fn, recurse)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Run the rows of `batch`; the last block computes only the tokens asked for.

@@ -13,7 +13,7 @@ from vdiff_kserve.models.batch import AttentionGroup
 from vdiff_kserve.models.fp8 import Activations, Rounded
 from vdiff_kserve.models.joined_linear import JoinedLinear
 from vdiff_kserve.models.matmul_attention import attend_row, prefers_products
-from vdiff_kserve.models.packed_linear import multiplied_linear, silu_linear
+from vdiff_kserve.models.packed_linear import gated_linear
 
 
 class RMSNorm(nn.Module):
@@ -70,8 +70,7 @@ class GatedMLP(JoinedLinear):
             else:
                 gate, up = self.gate_proj(x), self.up_proj(x)
             return self.down_proj(fused.silu_product(gate, up))
-        gate = silu_linear(self.gate_proj, x)
-        return self.down_proj(multiplied_linear(self.up_proj, x, gate))
+        return self.down_proj(gated_linear(self.gate_proj, self.up_proj, x))
 
     def _in_fp8(self, x: Rounded) -> Tensor:
         if self.is_joined:

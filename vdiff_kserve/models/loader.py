@@ -21,7 +21,7 @@ from vdiff_kserve.models.decoder import Decoder, DecoderConfig
 from vdiff_kserve.models.joined_linear import JoinedLinear, gains_from_joining
 from vdiff_kserve.models.matching import match, some
 from vdiff_kserve.models.moe import Experts, Router
-from vdiff_kserve.models.packed_linear import PackedLinear, can_pack, pack_linear_layer
+from vdiff_kserve.models.packed_linear import can_pack, pack_linear_layer, packed
 from vdiff_kserve.models.pickled_weights import pickle_files
 from vdiff_kserve.models.placement import compute_on, free_memory, place_modules
 from vdiff_kserve.models.quantization import (
@@ -126,20 +126,20 @@ def _load(
         device = torch.device("cuda:0") if device.type == "cuda" else device
         devices = place_modules(decoder, spread, dtype, free_memory())
     packs = can_pack(device, dtype)
-    packed = _packed_weights(decoder) if packs else set()
+    to_pack = _packed_weights(decoder) if packs else set()
     quantized = set()
     if quantization is not None:
         check_quantization(quantization, decoder, device, dtype)
         quantized = prepare_quantization(decoder, quantization)
-        packed -= quantized
+        to_pack -= quantized
     if quantization in (None, "fp8") and gains_from_joining(device):
         _join_layers(decoder, devices, device, dtype)
-    largest = max((decoder.get_parameter(name).numel() for name in packed | quantized), default=0)
+    largest = max((decoder.get_parameter(name).numel() for name in to_pack | quantized), default=0)
     on_cpu = device.type == "cpu"
     plain = (
         returnable(largest, dtype) if on_cpu else torch.empty(largest, dtype=dtype, device=device)
     )
-    parts = _reading_order(stored, places, slices, packed | quantized)
+    parts = _reading_order(stored, places, slices, to_pack | quantized)
     total = sum(place.size for place, _ in parts) * dtype.itemsize
     unread = Counter(place.parameter for place, _ in parts)
     quiet = mesh is not None and mesh.get_local_rank() > 0
@@ -147,7 +147,7 @@ def _load(
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=quiet)
     with bar as progress, TensorReader.open() as reader:
         for place, part in parts:
-            if place.parameter in packed | quantized:
+            if place.parameter in to_pack | quantized:
                 weight = plain[: place.size].view(place.shape)
                 reader.fill(weight, part)
                 _require_finite(weight, place, part)
@@ -167,7 +167,7 @@ def _load(
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight
         if packs and isinstance(decoder.lm_head, nn.Linear):
-            setattr(decoder, "lm_head", PackedLinear(decoder.lm_head))  # noqa: B010  another class
+            setattr(decoder, "lm_head", packed(decoder.lm_head))  # noqa: B010  another class
     decoder.requires_grad_(False).eval()
     compute_on(decoder, devices, device)
     return decoder

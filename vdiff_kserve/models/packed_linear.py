@@ -1,8 +1,9 @@
-"""Linear layers for CPUs: weights kept in the layout that oneDNN multiplies fastest.
+"""Linear layers for CPUs: weights kept in the layout that is multiplied fastest.
 
 `nn.Linear` packs its weight anew on every call, which is most of the cost when few tokens pass
 through (a cached step runs one block), and in float32 it uses a library that leaves AVX-512 unused
-on some processors. These operators are what `torch.compile` puts in place of frozen linear layers.
+on some processors. oneDNN's operators, which `torch.compile` puts in place of frozen linear layers,
+take a weight as they read it; so do those of `panel_linear`, which are for bfloat16.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vdiff_kserve.models.panel_linear import PanelLinear, can_lay_out, gated
 
 EXPECTED_TOKENS = 32
 """The number of rows that the layout is chosen for: a block. Other numbers work as well."""
@@ -46,14 +49,17 @@ class PackedLinear(nn.Module):
         return linear(x, factor, self._weight, self._bias, "mul")
 
 
-def silu_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`silu(layer(x))` of a linear layer, packed or not."""
-    return layer.silu(x) if isinstance(layer, PackedLinear) else F.silu(layer(x))
+def gated_linear(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
+    """`silu(gate(x)) * up(x)` of linear layers, packed or not."""
+    if isinstance(gate, PanelLinear) and isinstance(up, PanelLinear):
+        return gated(gate, up, x)
+    gates = gate.silu(x) if isinstance(gate, PackedLinear) else F.silu(gate(x))
+    return up.multiplied(x, gates) if isinstance(up, PackedLinear) else up(x) * gates
 
 
-def multiplied_linear(layer: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
-    """`layer(x) * factor` of a linear layer, packed or not."""
-    return layer.multiplied(x, factor) if isinstance(layer, PackedLinear) else layer(x) * factor
+def packed(linear: nn.Linear) -> nn.Module:
+    """A linear layer's weight in the layout that is multiplied fastest."""
+    return PanelLinear(linear) if can_lay_out(linear) else PackedLinear(linear)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -78,13 +84,13 @@ def pack_linear_layer(module: nn.Module, parameter: str, weight: Tensor) -> None
     assert isinstance(layer, nn.Linear), f"{path} is no linear layer"
     layer.weight = nn.Parameter(weight, requires_grad=False)
     parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, PackedLinear(layer))
+    setattr(module.get_submodule(parent), name, packed(layer))
 
 
 def pack_linear_layers(module: nn.Module) -> None:
     """Replace every `nn.Linear` inside `module` in turn; its plain weight is freed."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child))
+            setattr(module, name, packed(child))
         else:
             pack_linear_layers(child)

@@ -1,24 +1,15 @@
-// Kernels for processors that multiply bfloat16 with AVX-512. `cpu_library.py` compiles them,
-// `models/cpu_kernels.py` and `sampler/likeliest.py` call them. Numbers are bfloat16 unless they
-// are said to be float32, and all tensors are contiguous.
-
-#include <immintrin.h>
+// Attention of many rows in one call, each row's queries over its own keys.
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
 
-using bf16 = uint16_t;
-using i64 = int64_t;
-
-constexpr float LOG2_E = 1.44269504f;
-constexpr int LANES = 16;
 constexpr int BLOCK = 2 * LANES;  // queries that are computed together
 constexpr int TILE = 128;         // keys whose scores are held at a time
 constexpr int STEP = 8;           // keys, or head dimensions, in registers at a time
@@ -26,44 +17,6 @@ constexpr int LINE = 32;          // numbers in a cache line
 constexpr int AHEAD = 4 * STEP;   // keys
 constexpr int SHARE = 4 * BLOCK;  // queries that one thread takes at a time
 constexpr i64 LEAST_SHARED = 1 << 19;  // products from which threads share the work
-
-inline __mmask16 first(i64 count) {
-  return count >= LANES ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
-}
-
-inline __m512 widen(__m256i x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-
-inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-inline __m512 load(const bf16* from, __mmask16 mask = 0xffff) {
-  return widen(_mm256_maskz_loadu_epi16(mask, from));
-}
-
-inline void store(bf16* to, __m512 x, __mmask16 mask = 0xffff) {
-  _mm256_mask_storeu_epi16(to, mask, narrow(x));
-}
-
-// Whatever would become of it in memory: float32 rounded to bfloat16 and back.
-inline __m512 rounded(__m512 x) { return widen(narrow(x)); }
-
-inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-
-// 2^x for x <= 0, to four digits: a polynomial on [-1/2, 1/2], then the exponent.
-inline __m512 power_of_2(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.f), x);  // of these two, a NaN gives the second
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 part = _mm512_sub_ps(x, whole);
-  __m512 y = _mm512_set1_ps(9.6181291e-3f);
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(5.5504109e-2f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(2.4022651e-1f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(6.9314718e-1f));
-  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(y, whole);
-}
 
 // Queries that follow each other in the pass and see the same keys.
 struct Part {
@@ -291,110 +244,6 @@ void attend(const bf16* query, const bf16* key, const bf16* value, const bf16* c
         run(query, keys, values, out, part, shape, kv_head, begin, count, scratch);
       }
     }
-  }
-}
-
-// total = x + other, unless `other` is null, and out = norm(total) * weight; [rows][size] each.
-void rms_norm(const bf16* x, const bf16* other, const bf16* weight, bf16* total, bf16* out,
-              i64 rows, i64 size, float eps, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (i64 row = 0; row < rows; row++) {
-    const i64 from = row * size;
-    __m512 squares = _mm512_setzero_ps();
-    for (i64 at = 0; at < size; at += LANES) {
-      const __mmask16 mask = first(size - at);
-      __m512 value = load(x + from + at, mask);
-      if (other) {
-        value = rounded(_mm512_add_ps(value, load(other + from + at, mask)));
-        store(total + from + at, value, mask);
-      }
-      squares = _mm512_fmadd_ps(value, value, squares);
-    }
-    const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(size);
-    const __m512 factor = _mm512_set1_ps(1.f / std::sqrt(mean + eps));
-    const bf16* sum = other ? total : x;
-    for (i64 at = 0; at < size; at += LANES) {
-      const __mmask16 mask = first(size - at);
-      const __m512 normed = rounded(_mm512_mul_ps(load(sum + from + at, mask), factor));
-      store(out + from + at, _mm512_mul_ps(normed, load(weight + at, mask)), mask);
-    }
-  }
-}
-
-// Rotary positions of [tokens][heads][size] in the "half" layout; cos and sin are float32
-// [tokens][turned], the first half of the sine negated. Dimensions from `turned` on stay.
-void rotate(const bf16* x, const float* cos, const float* sin, bf16* out, i64 tokens, i64 heads,
-            i64 size, i64 turned, int threads) {
-  const i64 half = turned / 2;
-#pragma omp parallel for num_threads(threads)
-  for (i64 token = 0; token < tokens; token++) {
-    const float *c = cos + token * turned, *s = sin + token * turned;
-    for (i64 head = 0; head < heads; head++) {
-      const bf16* from = x + (token * heads + head) * size;
-      bf16* to = out + (token * heads + head) * size;
-      for (i64 at = 0; at < half; at += LANES) {
-        const __mmask16 mask = first(half - at);
-        const __m512 low = load(from + at, mask), high = load(from + half + at, mask);
-        const auto turn = [&](__m512 own, __m512 other, i64 place) {
-          const __m512 part = _mm512_mul_ps(own, _mm512_maskz_loadu_ps(mask, c + place));
-          return _mm512_fmadd_ps(other, _mm512_maskz_loadu_ps(mask, s + place), part);
-        };
-        store(to + at, turn(low, high, at), mask);
-        store(to + half + at, turn(high, low, half + at), mask);
-      }
-      std::memcpy(to + turned, from + turned, (size - turned) * sizeof(bf16));
-    }
-  }
-}
-
-// stored[places[i]] = fresh[tokens[i]], or fresh[i] where `tokens` is null; rows of `size` numbers.
-void keep(const bf16* fresh, const i64* tokens, const i64* places, bf16* stored, i64 count,
-          i64 size, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (i64 i = 0; i < count; i++) {
-    const i64 token = tokens ? tokens[i] : i;
-    std::memcpy(stored + places[i] * size, fresh + token * size, size * sizeof(bf16));
-  }
-}
-
-// The first of the largest logits of every row, and its share of the row's softmax. Token `never`
-// is not chosen; `left_out` is neither chosen nor counted in the rows that `leaves_out` tells.
-// Either may be -1 for none. The logits [rows][size] are overwritten.
-void likeliest(bf16* logits, i64 never, i64 left_out, const bool* leaves_out, i64* token,
-               double* confidence, i64 rows, i64 size, int threads) {
-  constexpr bf16 LEAST = 0xff80;  // -inf
-  const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma omp parallel for num_threads(threads)
-  for (i64 row = 0; row < rows; row++) {
-    bf16* own = logits + row * size;
-    const auto read = [&](i64 at) {
-      const __mmask16 mask = first(size - at);
-      return _mm512_mask_blend_ps(mask, least, load(own + at, mask));
-    };
-    if (left_out >= 0 && leaves_out[row]) own[left_out] = LEAST;
-    const bf16 kept = never < 0 ? LEAST : own[never];
-    if (never >= 0) own[never] = LEAST;
-    __m512 best = least;
-    __m512i place = lanes;
-    for (i64 at = 0; at < size; at += LANES) {
-      const __m512 value = read(at);
-      const __mmask16 higher = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
-      best = _mm512_mask_mov_ps(best, higher, value);
-      const __m512i here = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(at)));
-      place = _mm512_mask_mov_epi32(place, higher, here);
-    }
-    if (never >= 0) own[never] = kept;
-    const float highest = _mm512_reduce_max_ps(best);
-    const __mmask16 equal = _mm512_cmp_ps_mask(best, _mm512_set1_ps(highest), _CMP_EQ_OQ);
-    token[row] = _mm512_mask_reduce_min_epi32(equal, place);
-    const float top = std::max(highest, _mm512_cvtss_f32(load(&kept, 1)));
-    __m512 sum = _mm512_setzero_ps();
-    for (i64 at = 0; at < size; at += LANES) {
-      const __m512 below = _mm512_sub_ps(read(at), _mm512_set1_ps(top));
-      sum = _mm512_add_ps(sum, power_of_2(_mm512_mul_ps(below, _mm512_set1_ps(LOG2_E))));
-    }
-    confidence[row] = std::exp(static_cast<double>(highest) - top) / _mm512_reduce_add_ps(sum);
   }
 }
 

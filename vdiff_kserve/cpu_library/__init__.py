@@ -1,9 +1,9 @@
 """The library of kernels for CPUs: compiled once from C++, kept, and loaded.
 
-torch's operations on a CPU serve large tensors. `cpu_library.cpp` has what models of small heads
-and few tokens need, for processors that multiply bfloat16 with AVX-512; there, a compiler takes a
-second. Where there is none, or no such processor, callers do without. Nothing here needs torch, so
-that a server can begin to compile while it still imports it.
+torch's operations on a CPU serve large tensors. The sources in this folder have what models of
+small heads and few tokens need, for processors that multiply bfloat16 with AVX-512; there, a
+compiler takes two seconds. Where there is none, or no such processor, callers do without. Nothing
+here needs torch, so that a server can begin to compile while it still imports it.
 
     python -m vdiff_kserve.cpu_library FOLDER       compile into a folder, for an image for example
 """
@@ -18,9 +18,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock, Thread
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "c++")
 OPTIONS = (
     *("-std=c++17", "-O3", "-march=x86-64-v4", "-mavx512bf16", "-fno-math-errno"),
@@ -45,6 +46,9 @@ FUNCTIONS = {
     "rotate": (*(POINTER,) * 4, *(NUMBER,) * 4, THREADS),
     "likeliest": (POINTER, *(NUMBER,) * 2, *(POINTER,) * 3, *(NUMBER,) * 2, THREADS),
     "keep": (*(POINTER,) * 4, *(NUMBER,) * 2, THREADS),
+    "linear": (*(POINTER,) * 3, NUMBER, THREADS),
+    "gated": (*(POINTER,) * 4, NUMBER, THREADS),
+    "between_attentions": (*(POINTER,) * 3, THREADS),
 }
 """The library's functions and their arguments; none returns anything."""
 
@@ -118,19 +122,25 @@ def library() -> ctypes.CDLL:
 
 
 def find_or_compile() -> Path:
-    """The library beside its source or in the user's cache, where it is put if it is in neither.
+    """The library beside its sources or in the user's cache, where it is put if it is in neither.
 
     Raises:
         OSError, subprocess.SubprocessError: as `library`.
     """
-    shipped = SOURCE.with_name(library_name())
+    shipped = FOLDER / library_name()
     return shipped if shipped.exists() else compile_into(cache_folder())
 
 
 def library_name() -> str:
     """The file's name, which tells what it was made of."""
-    made_of = SOURCE.read_bytes() + " ".join(OPTIONS).encode()
+    made_of = b"".join(file.read_bytes() for file in (*sources(), *sorted(FOLDER.glob("*.h"))))
+    made_of += " ".join(OPTIONS).encode()
     return f"cpu_library-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+
+
+def sources() -> list[Path]:
+    """What is compiled."""
+    return sorted(FOLDER.glob("*.cpp"))
 
 
 def cache_folder() -> Path:
@@ -158,29 +168,23 @@ def compile_into(folder: Path) -> Path:
             raise FileNotFoundError(f"there is no C++ compiler ({' or '.join(COMPILERS)})")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            compiled, linked = (Path(temporary) / name for name in ("library.o", "library.so"))
-            for arguments, output in (
-                ((*OPTIONS, "-c", str(SOURCE)), compiled),
-                (("-shared", str(compiled)), linked),
-            ):
-                subprocess.run(
-                    [compiler, *arguments, "-o", str(output)],
-                    check=True, capture_output=True, timeout=COMPILE_LIMIT_S,
-                )  # fmt: skip
+            linked = Path(temporary) / "library.so"
+            objects = [Path(temporary) / f"{source.stem}.o" for source in sources()]
+            _run_all(
+                [compiler, *OPTIONS, "-c", str(source), "-o", str(compiled)]
+                for source, compiled in zip(sources(), objects, strict=True)
+            )
+            _run_all([[compiler, "-shared", *map(str, objects), "-o", str(linked)]])
             linked.replace(target)  # in one go, whoever else does the same
     return target
 
 
-def main() -> int:
-    """Compile into the folder that the command line names. Returns the process's exit code."""
-    folder = Path(sys.argv[1]) if len(sys.argv) == 2 else SOURCE.parent
-    try:
-        sys.stdout.write(f"{compile_into(folder)}\n")
-    except FAILURES as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+def _run_all(commands: Iterable[Sequence[str]]) -> None:
+    """Run commands at the same time.
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    Raises:
+        OSError, subprocess.SubprocessError: as `library`, of the first that fails.
+    """
+    with ThreadPoolExecutor() as threads:
+        run = partial(subprocess.run, check=True, capture_output=True, timeout=COMPILE_LIMIT_S)
+        list(threads.map(run, commands))
