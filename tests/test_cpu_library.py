@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from vdiff_kserve import cpu_library
 
 
@@ -67,13 +68,47 @@ def test_one_that_an_image_ships_needs_no_compiler(
     assert cpu_library.find_or_compile() == shipped
 
 
+def compiler_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> Path:
+    """A compiler of these shell commands, and a folder for what it makes."""
+    program, folder = tmp_path / "g++", tmp_path / "cache"
+    program.write_text("\n".join(("#!/bin/sh", *lines)), encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(cpu_library, "COMPILERS", (str(program),))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "vdiff_kserve"
+
+
 def test_a_compiler_that_refuses_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cpu_library, "COMPILERS", ("false",))
-    with pytest.raises(subprocess.CalledProcessError):
-        cpu_library.compile_into(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    complaint = "x.cpp: In function:\nx.cpp:1: error: no such thing\nmore of it"
+    folder = compiler_that(tmp_path, monkeypatch, f"echo '{complaint}' >&2", "exit 3")
+    with pytest.raises(cpu_library.CompileError, match=r"status 3: x.cpp:1: error: no such thing"):
+        cpu_library.compile_into(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_slow_compiler_is_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    began = tmp_path / "began"
+    folder = compiler_that(tmp_path, monkeypatch, f"echo >> {began}", "exec sleep 600")
+    monkeypatch.setattr(cpu_library, "runs_here", lambda: True)
+    monkeypatch.setattr(cpu_library, "COMPILE_LIMIT_S", 1)
+    monkeypatch.setattr(cpu_library, "FOLDER", tmp_path)
+    monkeypatch.setattr(cpu_library, "library", cpu_library.find_or_compile)
+    (tmp_path / "x.cpp").write_text("int x;", encoding="utf-8")
+    cpu_library.begin()
+    wait_until(began.exists)
+    with caplog.at_level("INFO"):
+        assert not cpu_library.kernels_work(lambda: bool(cpu_library.library()), "As before")
+        assert not cpu_library.kernels_work(lambda: bool(cpu_library.library()), "As well")
+    waiting, *refusals = caplog.messages
+    assert waiting.startswith("Waiting for kernels")
+    cause = f"for want of a compiled library: {tmp_path}/g++ takes more than 1 seconds"
+    assert refusals == [f"{what}, {cause}" for what in ("As before", "As well")]
+    assert began.read_text(encoding="utf-8") == "\n"
+    assert list(folder.iterdir()) == []
 
 
 def test_the_command_compiles_into_a_folder(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from threading import Lock, Thread
 from typing import TYPE_CHECKING
@@ -36,7 +36,13 @@ OPTIONS = (
     *("-fno-strict-aliasing", "-fopenmp", "-fPIC"),
 )
 COMPILE_LIMIT_S = 60
-FAILURES = (OSError, subprocess.SubprocessError)
+
+
+class CompileError(Exception):
+    """The compiler refused a source, or took too long."""
+
+
+FAILURES = (OSError, CompileError)
 """What keeps a library from being had."""
 
 POINTER, NUMBER, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -94,7 +100,7 @@ def kernels_work(agrees: Callable[[], bool], otherwise: str) -> bool:
     try:
         correct = agrees()
     except FAILURES as error:
-        logger.warning("%s, for want of a library that g++ makes: %s", otherwise, error)
+        logger.warning("%s, for want of a compiled library: %s", otherwise, error)
         return False
     if not correct:
         logger.warning("%s: on this CPU they compute wrong numbers.", otherwise)
@@ -112,7 +118,7 @@ def library() -> ctypes.CDLL:
 
     Raises:
         OSError: there is no compiler, or what it made cannot be loaded.
-        subprocess.SubprocessError: the compiler refused the source.
+        CompileError: the compiler refused the source, or took too long.
     """
     loaded = ctypes.CDLL(str(find_or_compile()))
     for name, arguments in FUNCTIONS.items():
@@ -124,11 +130,31 @@ def library() -> ctypes.CDLL:
 def find_or_compile() -> Path:
     """The library beside its sources or in the user's cache, where it is put if it is in neither.
 
+    It is compiled once in a process, with whatever outcome: each user would wait for a slow
+    compiler again.
+
     Raises:
-        OSError, subprocess.SubprocessError: as `library`.
+        OSError, CompileError: as `library`.
     """
     shipped = FOLDER / library_name()
-    return shipped if shipped.exists() else compile_into(cache_folder())
+    if shipped.exists():
+        return shipped
+    if _compiling.locked():
+        logger.info("Waiting for kernels for this CPU to be compiled; later starts reuse them.")
+    with _compiling:
+        outcome = _outcome(cache_folder(), library_name())
+    if isinstance(outcome, Path):
+        return outcome
+    raise outcome
+
+
+@cache
+def _outcome(folder: Path, _name: str) -> Path | OSError | CompileError:
+    """What `compile_into` gave or raised when it was first asked for the library of this name."""
+    try:
+        return compile_into(folder)
+    except FAILURES as error:
+        return error
 
 
 def library_name() -> str:
@@ -157,25 +183,24 @@ def compile_into(folder: Path) -> Path:
 
     Raises:
         OSError: there is no compiler, or the folder cannot be written.
-        subprocess.SubprocessError: the compiler refused the source, or took too long.
+        CompileError: the compiler refused the source, or took too long.
     """
     target = folder / library_name()
-    with _compiling:
-        if target.exists():
-            return target
-        compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-        if compiler is None:
-            raise FileNotFoundError(f"there is no C++ compiler ({' or '.join(COMPILERS)})")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            linked = Path(temporary) / "library.so"
-            objects = [Path(temporary) / f"{source.stem}.o" for source in sources()]
-            _run_all(
-                [compiler, *OPTIONS, "-c", str(source), "-o", str(compiled)]
-                for source, compiled in zip(sources(), objects, strict=True)
-            )
-            _run_all([[compiler, "-shared", *map(str, objects), "-o", str(linked)]])
-            linked.replace(target)  # in one go, whoever else does the same
+    if target.exists():
+        return target
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise FileNotFoundError(f"there is no C++ compiler ({' or '.join(COMPILERS)})")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        linked = Path(temporary) / "library.so"
+        objects = [Path(temporary) / f"{source.stem}.o" for source in sources()]
+        _run_all(
+            [compiler, *OPTIONS, "-c", str(source), "-o", str(compiled)]
+            for source, compiled in zip(sources(), objects, strict=True)
+        )
+        _run_all([[compiler, "-shared", *map(str, objects), "-o", str(linked)]])
+        linked.replace(target)  # in one go, whoever else does the same
     return target
 
 
@@ -183,8 +208,18 @@ def _run_all(commands: Iterable[Sequence[str]]) -> None:
     """Run commands at the same time.
 
     Raises:
-        OSError, subprocess.SubprocessError: as `library`, of the first that fails.
+        OSError, CompileError: of the first that fails.
     """
     with ThreadPoolExecutor() as threads:
-        run = partial(subprocess.run, check=True, capture_output=True, timeout=COMPILE_LIMIT_S)
-        list(threads.map(run, commands))
+        list(threads.map(_run, commands))
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(f"{command[0]} takes more than {COMPILE_LIMIT_S} seconds") from error
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.splitlines() or ["it said nothing"]
+        told = next((line for line in lines if "error" in line), lines[-1])
+        raise CompileError(f"{command[0]} failed with status {error.returncode}: {told}") from error
