@@ -8,6 +8,9 @@
 
 #include "lanes.h"
 
+// Of loops whose numbers all stay in registers, unless they are compiled as part of others.
+#define KERNEL __attribute__((noinline))
+
 namespace {
 
 constexpr int BLOCK = 2 * LANES;  // queries that are computed together
@@ -36,25 +39,32 @@ struct Scratch {
   std::unique_ptr<uint32_t[]> queries;  // [size / 2][BLOCK]
   std::unique_ptr<uint32_t[]> values;   // [TILE / 2][size]
   std::unique_ptr<uint32_t[]> weights;  // [TILE / 2][BLOCK]
-  std::unique_ptr<float[]> scores;      // [TILE][BLOCK]; at the end bfloat16 results [size][BLOCK]
+  std::unique_ptr<float[]> scores;      // [TILE][BLOCK]
   std::unique_ptr<float[]> sums;        // [size][BLOCK]
   explicit Scratch(i64 size)
       : queries(new uint32_t[size / 2 * BLOCK]), values(new uint32_t[TILE / 2 * size]),
         weights(new uint32_t[TILE / 2 * BLOCK]),
-        scores(new float[std::max<i64>(TILE, size / 2) * BLOCK]), sums(new float[size * BLOCK]) {}
+        scores(new float[TILE * BLOCK]), sums(new float[size * BLOCK]) {}
 };
 
 // values[pair][dimension]: two keys' values side by side; what is past the last key is zero.
-void pair_values(const bf16* value, i64 stride, i64 keys, i64 size, uint32_t* to) {
+KERNEL void pair_values(const bf16* value, i64 stride, i64 keys, i64 size, uint32_t* to) {
+  // Places among `even` (0 to 31) and `odd` (from 32 on): 0, 32, 1, 33 and so on.
+  const __m512i each = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i low = _mm512_add_epi32(_mm512_mullo_epi32(each, _mm512_set1_epi32(0x10001)),
+                                       _mm512_set1_epi32(LINE << 16));
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(LANES * 0x10001));
   for (i64 key = 0; key < keys; key += 2, to += size) {
     const bf16* row = value + key * stride;
-    for (i64 at = 0; at < size; at += LANES) {
-      const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(row + at)));
-      __m512i odd = _mm512_setzero_si512();
-      if (key + 1 < keys) {
-        odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(row + stride + at)));
+    const __mmask32 has_odd = key + 1 < keys ? 0xffffffff : 0;
+    for (i64 at = 0; at < size; at += LINE) {
+      const __mmask32 mask = size - at < LINE ? 0xffff : 0xffffffff;
+      const __m512i even = _mm512_maskz_loadu_epi16(mask, row + at);
+      const __m512i odd = _mm512_maskz_loadu_epi16(mask & has_odd, row + stride + at);
+      _mm512_storeu_si512(to + at, _mm512_permutex2var_epi16(even, low, odd));
+      if (mask >> LANES) {
+        _mm512_storeu_si512(to + at + LANES, _mm512_permutex2var_epi16(even, high, odd));
       }
-      _mm512_storeu_si512(to + at, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
     }
   }
 }
@@ -62,8 +72,10 @@ void pair_values(const bf16* value, i64 stride, i64 keys, i64 size, uint32_t* to
 // scores[key][query] of a tile of keys, and the largest of every query. A head's keys lie far
 // apart in memory, so those to come are asked for early, and so are the values.
 template <int G>
-void score(const uint32_t* queries, const bf16* key, const bf16* value, i64 stride, i64 keys,
+KERNEL void score(const uint32_t* queries, const bf16* key, const bf16* value, i64 stride, i64 keys,
            i64 size, float* scores, __m512* largest) {
+  __m512 most[G];  // in registers
+  std::copy(largest, largest + G, most);
   for (i64 begin = 0; begin < keys; begin += STEP) {
     const uint32_t* row[STEP];
     for (int k = 0; k < STEP; k++) {
@@ -90,21 +102,19 @@ void score(const uint32_t* queries, const bf16* key, const bf16* value, i64 stri
 #pragma GCC unroll 8
     for (int k = 0; k < STEP; k++) {
       for (int g = 0; g < G; g++) {
-        largest[g] = _mm512_max_ps(largest[g], sum[k][g]);
+        most[g] = _mm512_max_ps(most[g], sum[k][g]);
         _mm512_storeu_ps(scores + (begin + k) * BLOCK + g * LANES, sum[k][g]);
       }
     }
   }
+  std::copy(most, most + G, largest);
 }
 
 // weights[pair][query] = 2^(scale * (score - largest)), and their sum added to `total`.
 template <int G>
-void weigh(const float* scores, i64 keys, float scale, const __m512* largest, uint32_t* weights,
+KERNEL void weigh(const float* scores, i64 keys, float scale, const __m512* largest, uint32_t* weights,
            __m512* total) {
   const __m512 factor = _mm512_set1_ps(scale);
-  const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i alternating =  // 0, 16, 1, 17 ...
-      _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
   for (int g = 0; g < G; g++) {
     const __m512 shift = _mm512_mul_ps(largest[g], factor);
     __m512 sum = total[g];
@@ -116,9 +126,7 @@ void weigh(const float* scores, i64 keys, float scale, const __m512* largest, ui
         odd = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(at + BLOCK), factor, shift));
       }
       sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-      _mm512_storeu_si512(weights + key / 2 * BLOCK + g * LANES,
-                          _mm512_permutexvar_epi16(alternating, both));
+      _mm512_storeu_si512(weights + key / 2 * BLOCK + g * LANES, side_by_side(even, odd));
     }
     total[g] = sum;
   }
@@ -126,7 +134,7 @@ void weigh(const float* scores, i64 keys, float scale, const __m512* largest, ui
 
 // sums[dimension][query] = kept * sums + weights x values.
 template <int G>
-void mix(const uint32_t* weights, const uint32_t* values, i64 pairs, i64 size, const __m512* kept,
+KERNEL void mix(const uint32_t* weights, const uint32_t* values, i64 pairs, i64 size, const __m512* kept,
          float* sums) {
   for (i64 begin = 0; begin < size; begin += STEP) {
     __m512 sum[STEP][G];
@@ -156,6 +164,46 @@ void mix(const uint32_t* weights, const uint32_t* values, i64 pairs, i64 size, c
   }
 }
 
+// queries[pair][lane] of the queries at the lanes' places.
+template <int G>
+void gather(const bf16* query, const i64* place, i64 size, uint32_t* queries) {
+  for (int g = 0; g < G; g++) {
+    for (i64 at = 0; at < size; at += LINE) {
+      const i64 pairs = std::min<i64>(LANES, (size - at) / 2);
+      __m512i rows[LANES];
+      for (int lane = 0; lane < LANES; lane++) {
+        rows[lane] = _mm512_maskz_loadu_epi32(first(pairs), query + place[g * LANES + lane] + at);
+      }
+      transpose(rows);
+      for (i64 pair = 0; pair < pairs; pair++) {
+        _mm512_storeu_si512(queries + (at / 2 + pair) * BLOCK + g * LANES, rows[pair]);
+      }
+    }
+  }
+}
+
+// sums[dimension][lane] / total, to the lanes' places.
+template <int G>
+void scatter(const float* sums, const __m512* total, const i64* place, i64 lanes, i64 size,
+             bf16* out) {
+  for (int g = 0; g < G; g++) {
+    const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.f), total[g]);
+    for (i64 at = 0; at < size; at += LINE) {
+      const i64 pairs = std::min<i64>(LANES, (size - at) / 2);
+      __m512i rows[LANES] = {};
+      for (i64 pair = 0; pair < pairs; pair++) {
+        const float* sum = sums + (at + 2 * pair) * BLOCK + g * LANES;
+        rows[pair] = side_by_side(_mm512_mul_ps(_mm512_loadu_ps(sum), share),
+                                  _mm512_mul_ps(_mm512_loadu_ps(sum + BLOCK), share));
+      }
+      transpose(rows);
+      for (i64 lane = g * LANES; lane < std::min<i64>(lanes, (g + 1) * LANES); lane++) {
+        _mm512_mask_storeu_epi32(out + place[lane] + at, first(pairs), rows[lane - g * LANES]);
+      }
+    }
+  }
+}
+
 // Up to 32 queries of the heads that share keys. A lane is one query of one head: number `lane` of
 // the part counts the heads of a query first.
 template <int G>
@@ -164,13 +212,12 @@ void attend_block(const bf16* query, const bf16* keys, const bf16* values, bf16*
                   Scratch& scratch) {
   const i64 size = shape.size, group = shape.group(), stride = shape.kv_heads * size;
   i64 place[G * LANES];
+  i64 token = part.query + begin / group, head = begin % group;
   for (i64 lane = 0; lane < G * LANES; lane++) {
-    const i64 number = begin + std::min(lane, lanes - 1);
-    const i64 head = kv_head * group + number % group;
-    place[lane] = ((part.query + number / group) * shape.heads + head) * size;
-    const uint32_t* from = (const uint32_t*)(query + place[lane]);
-    for (i64 pair = 0; pair < size / 2; pair++) scratch.queries[pair * BLOCK + lane] = from[pair];
+    place[lane] = (token * shape.heads + kv_head * group + head) * size;
+    if (lane < lanes - 1 && ++head == group) head = 0, token++;
   }
+  gather<G>(query, place, size, scratch.queries.get());
   const float scale = LOG2_E / std::sqrt(static_cast<float>(size));
   __m512 largest[G], total[G], kept[G];
   for (int g = 0; g < G; g++) {
@@ -195,16 +242,7 @@ void attend_block(const bf16* query, const bf16* keys, const bf16* values, bf16*
     mix<G>(scratch.weights.get(), scratch.values.get(), (count + 1) / 2, size, kept,
            scratch.sums.get());
   }
-  bf16* result = (bf16*)scratch.scores.get();
-  for (i64 d = 0; d < size; d++) {
-    for (int g = 0; g < G; g++) {
-      const __m512 sum = _mm512_loadu_ps(scratch.sums.get() + d * BLOCK + g * LANES);
-      store(result + d * BLOCK + g * LANES, _mm512_div_ps(sum, total[g]));
-    }
-  }
-  for (i64 lane = 0; lane < lanes; lane++) {
-    for (i64 d = 0; d < size; d++) out[place[lane] + d] = result[d * BLOCK + lane];
-  }
+  scatter<G>(scratch.sums.get(), total, place, lanes, size, out);
 }
 
 }  // namespace

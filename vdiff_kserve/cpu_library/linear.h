@@ -87,7 +87,9 @@ inline __m512 gated_value(__m512 gate, __m512 up) {
   const __m512 one = _mm512_set1_ps(1.f);
   // The power is taken of what is not above zero, and the other half of the sigmoid follows.
   const __m512 below = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(gate));
-  const __m512 power = power_of_2(_mm512_mul_ps(below, _mm512_set1_ps(LOG2_E)));
+  const __mmask16 counts = _mm512_cmp_ps_mask(below, _mm512_set1_ps(-80.f), _CMP_NLT_UQ);
+  const __m512 power = _mm512_maskz_mov_ps(
+      counts, power_of_2(_mm512_mul_ps(below, _mm512_set1_ps(LOG2_E))));
   const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(gate));
   const __m512 share = _mm512_div_ps(_mm512_mask_mov_ps(one, negative, power),
                                      _mm512_add_ps(one, power));
