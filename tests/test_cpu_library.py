@@ -78,6 +78,20 @@ def compiler_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) 
     return folder / "vdiff_kserve"
 
 
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as any number: kernels are then missing, which stops nothing."""
+
+    def fail(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(cpu_library, "FOLDER", Path(__file__).parent)
+    monkeypatch.setattr(cpu_library, "runs_here", lambda: True)
+    monkeypatch.setattr(Path, "expanduser", fail)
+    with pytest.raises(FileNotFoundError, match="XDG_CACHE_HOME"):
+        cpu_library.find_or_compile()
+
+
 def test_a_compiler_that_refuses_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

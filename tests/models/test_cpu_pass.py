@@ -73,6 +73,7 @@ def canvases(*lengths: int) -> list[torch.Tensor]:
 SPANS = {
     "whole": [RowSpan.whole(130), RowSpan.whole(7), RowSpan.whole(64)],
     "whole, some wanted": [RowSpan(0, 96, 96, 64, 32), RowSpan(0, 40, 40, 0, 3)],
+    "none wanted": [RowSpan(0, 96, 96, 64, 0, 10), RowSpan(0, 40, 40, 0, 0)],
     "kept": [RowSpan(0, 96, 96, 64, 32, 10), RowSpan(0, 48, 48, 32, 16, 200)],
     "cached": [RowSpan(64, 32, 128, 64, 32, 10), RowSpan(0, 16, 150, 0, 16, 200)],
     "all of these": [

@@ -94,7 +94,8 @@ def test_wrong_products_are_noticed(monkeypatch: pytest.MonkeyPatch, name: str) 
         linear, gated = right.linear, right.gated
 
     def wrong(x: int, *rest: object) -> None:
-        getattr(right, name)(x + 4, *rest)
+        *layers_and_out, tokens, threads = rest
+        getattr(right, name)(x + 4, *layers_and_out, tokens - 1, threads)
 
     monkeypatch.setattr(Wrong, name, staticmethod(wrong))
     monkeypatch.setattr(panel_linear, "library", lambda: Wrong)

@@ -170,9 +170,16 @@ def sources() -> list[Path]:
 
 
 def cache_folder() -> Path:
-    """Where this user's compiled libraries stay."""
+    """Where this user's compiled libraries stay.
+
+    Raises:
+        OSError: there is no such place, as for a user without a home.
+    """
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "vdiff_kserve"
+    try:
+        return Path(caches).expanduser() / "vdiff_kserve"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{error} (set XDG_CACHE_HOME or HOME)") from error
 
 
 def compile_into(folder: Path) -> Path:

@@ -133,6 +133,7 @@ extern "C" {
 // Ends one layer and begins another, either of which may be null: nothing is ended before the first
 // layer, and after the last there is but the last norm.
 void between_attentions(const Layer* ended, const Layer* begun, const Pass* pass, int threads) {
+  if (pass->tokens == 0) return;  // none is wanted of the last layer
   const i64 rounds = (pass->tokens + threads * TILE_TOKENS - 1) / (threads * TILE_TOKENS);
   const i64 tiles = threads * rounds, even = (pass->tokens + tiles - 1) / tiles;
   const i64 tile = (even + GROUP - 1) / GROUP * GROUP;
