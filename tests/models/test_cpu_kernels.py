@@ -1,6 +1,5 @@
 """Kernels for CPUs: what they compute, for which shapes, and when they are left out."""
 
-import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -104,6 +103,8 @@ def test_norms_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, size: int) ->
     norm = layers.RMSNorm(size, 1e-5).bfloat16()
     norm.weight.copy_(normal(size))
     x, other = normal(2, 37, size)
+    for small in (x, other):
+        small[:9] *= 1e-3  # whose squares are as small as what is added to them
     fast, (total, of_sum) = norm(x), norm.of_sum(x, other)
     plain(monkeypatch)
     assert total.equal(x + other)
@@ -192,7 +193,7 @@ def test_wrong_kernels_are_noticed(monkeypatch: pytest.MonkeyPatch, name: str) -
     assert not cpu_kernels.agrees()
 
 
-@pytest.mark.parametrize("failure", [FileNotFoundError("x"), subprocess.TimeoutExpired("g++", 60)])
+@pytest.mark.parametrize("failure", [FileNotFoundError("x"), cpu_library.CompileError("x")])
 def test_without_a_library_torch_computes(
     monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:

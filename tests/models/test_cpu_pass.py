@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vdiff_kserve.models import (
     ForwardBatch,
     KeyValueStore,
     RowSpan,
+    cpu_kernels,
     pack_linear_layers,
 )
 from vdiff_kserve.models import cpu_pass as cpu_pass_module
@@ -118,6 +120,28 @@ def test_a_pass_may_stop_between_layers() -> None:
         slices.advance(layers)
         assert slices.layers_left == left
     assert slices.outputs.equal(decoder(batch))
+
+
+def test_a_layer_that_failed_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for want of memory, before anything of it is kept."""
+    decoder, attend, failing = build(LLADA), cpu_kernels.attend, True
+    batch = ForwardBatch.pack(canvases(130), [RowSpan(0, 130, 130, 64, 32)])
+
+    def sometimes(*arguments: Any) -> torch.Tensor:
+        if failing:
+            raise MemoryError
+        return attend(*arguments)
+
+    monkeypatch.setattr(cpu_kernels, "attend", sometimes)
+    tried = decoder.begin(batch)
+    for left in (3, 2, 1):
+        failing = True
+        with pytest.raises(MemoryError):
+            tried.advance(1)
+        assert tried.layers_left == left
+        failing = False
+        tried.advance(1)
+    assert tried.outputs.equal(decoder(batch))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

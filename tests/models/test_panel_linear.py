@@ -1,6 +1,7 @@
 """Linear layers of the CPU library: what they compute, and when they are left to oneDNN."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.device import needs_cpu_library
-from vdiff_kserve.models import cpu_kernels, panel_linear
+from vdiff_kserve.models import cpu_kernels, cpu_pass, panel_linear
 from vdiff_kserve.models.packed_linear import PackedLinear, packed
 from vdiff_kserve.models.panel_linear import PanelLinear, can_lay_out, gated
 
@@ -50,6 +51,16 @@ def test_other_shapes_and_layouts_of_the_input() -> None:
     torch.testing.assert_close(got, exact(linear, x).bfloat16(), atol=1e-3, rtol=0.01)
 
 
+@pytest.mark.parametrize(
+    "x", [torch.zeros(3, 48), torch.zeros((3, 46), dtype=torch.bfloat16), torch.zeros(48).half()]
+)
+def test_what_it_cannot_read_is_refused(x: Tensor) -> None:
+    one = PanelLinear(layer(48, 80))
+    for multiply in (one, partial(gated, one, one)):
+        with pytest.raises(ValueError, match="48 inputs in bfloat16 on a CPU got"):
+            multiply(x)
+
+
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_gate_and_product_are_rounded_once(tokens: int) -> None:
     gate, up = layer(48, 80, bias=True), layer(48, 80)
@@ -83,6 +94,13 @@ def test_layers_that_it_does_not_take_are_packed_by_onednn(monkeypatch: pytest.M
     assert isinstance(packed(layer(48, 80).float()), PackedLinear)
     monkeypatch.setattr(cpu_kernels, "has_tiles", lambda: True)
     assert not can_lay_out(layer(48, 80))
+
+
+def test_the_check_leaves_torchs_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    assert panel_linear.agrees()
+    assert cpu_pass.agrees()
+    assert torch.get_rng_state().equal(before)
 
 
 @pytest.mark.parametrize("name", ["linear", "gated"])

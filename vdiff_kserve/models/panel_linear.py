@@ -48,11 +48,25 @@ class PanelLinear(nn.Module):
         self.struct = LinearStruct(*addresses(self._weight, self._bias), inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, struct = x.contiguous(), self.struct
+        x, struct = self.checked(x), self.struct
         out = x.new_empty((*x.shape[:-1], struct.outputs))
         tokens, threads = x.numel() // struct.inputs, torch.get_num_threads()
         library().linear(x.data_ptr(), ctypes.byref(struct), out.data_ptr(), tokens, threads)
         return out
+
+    def checked(self, x: Tensor) -> Tensor:
+        """`x`, contiguous. The library reads whatever is at its address.
+
+        Raises:
+            ValueError: it is not of this layer's type, place and size.
+        """
+        inputs = self.struct.inputs
+        if x.dtype != torch.bfloat16 or not x.is_cpu or x.shape[-1] != inputs:
+            raise ValueError(
+                f"a layer of {inputs} inputs in bfloat16 on a CPU got {list(x.shape)} "
+                f"in {x.dtype} on {x.device}"
+            )
+        return x.contiguous()
 
 
 def lay_out(weight: Tensor) -> Tensor:
@@ -67,7 +81,7 @@ def lay_out(weight: Tensor) -> Tensor:
 
 def gated(gate: PanelLinear, up: PanelLinear, x: Tensor) -> Tensor:
     """`silu(gate(x)) * up(x)`, rounded once; neither product goes through memory."""
-    x = x.contiguous()
+    x = up.checked(x)
     out = x.new_empty((*x.shape[:-1], up.struct.outputs))
     tokens, threads = x.numel() // up.struct.inputs, torch.get_num_threads()
     structs = ctypes.byref(gate.struct), ctypes.byref(up.struct)
@@ -94,6 +108,7 @@ def works() -> bool:
 
 
 @torch.inference_mode()
+@torch.random.fork_rng(devices=[])
 def agrees() -> bool:
     """Whether the library's layers give what float64 gives, on a few random numbers."""
     generator = torch.Generator().manual_seed(0)
