@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ from vdiff_kserve.models import cpu_pass as cpu_pass_module
 from vdiff_kserve.models.cpu_pass import CpuPass
 from vdiff_kserve.models.decoder import LayerwisePass
 from vdiff_kserve.models.moe import MoEConfig
+
+if TYPE_CHECKING:
+    from vdiff_kserve.models.sharding import VocabShard
 
 pytestmark = needs_cpu_library
 
@@ -144,6 +147,17 @@ def test_a_layer_that_failed_can_be_tried_again(monkeypatch: pytest.MonkeyPatch)
     assert tried.outputs.equal(decoder(batch))
 
 
+def test_a_row_that_is_not_finite_leaves_the_others_alone() -> None:
+    decoder, rows = build(LLADA), [row % (VOCAB - 1) for row in canvases(130, 60, 64)]
+    clean = decoder(ForwardBatch.pack(rows)).split([130, 60, 64])
+    decoder.embed_tokens.weight[-1] = torch.nan
+    rows[1][5] = VOCAB - 1
+    first, own, last = decoder(ForwardBatch.pack(rows)).split([130, 60, 64])
+    assert first.equal(clean[0])
+    assert own.isnan().all(), "all tokens of a row see each other"
+    assert last.equal(clean[2])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_rows_are_the_same_in_any_batch_and_with_any_threads(threads: int) -> None:
     decoder, rows = build(LLADA), canvases(130, 57, 97, 96)
@@ -169,8 +183,19 @@ def test_other_decoders_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> No
     plain = Decoder(LLADA).bfloat16()
     for other in (build(LLADA).float(), plain, build(replace(LLADA, moe=experts))):
         assert begins(other, 100) is LayerwisePass
+    sharded = build(LLADA)
+    sharded.vocab_shard = cast("VocabShard", object())
+    assert begins(sharded, 100) is LayerwisePass
     monkeypatch.setattr(cpu_pass_module, "works", lambda: False)
     assert begins(build(LLADA), 100) is LayerwisePass
+
+
+def test_layers_of_many_weights_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, inner, heads = LLADA.hidden_size, LLADA.intermediate_size, 4 * 32
+    weights = 4 * hidden * heads + 3 * hidden * inner
+    for largest, kind in ((weights, CpuPass), (weights - 1, LayerwisePass)):
+        monkeypatch.setattr(cpu_pass_module, "LARGEST_LAYER", largest)
+        assert begins(build(LLADA), 100) is kind
 
 
 def test_few_tokens_and_empty_lanes_go_layer_by_layer() -> None:
@@ -179,6 +204,8 @@ def test_few_tokens_and_empty_lanes_go_layer_by_layer() -> None:
     assert begins(decoder, least) is CpuPass
     assert begins(decoder, least - 1) is LayerwisePass
     assert begins(causal, 100) is LayerwisePass
+    last_wanted = ForwardBatch.pack(canvases(100), [RowSpan(0, 100, 100, 99, 1)])
+    assert isinstance(causal.begin(last_wanted), LayerwisePass)
     assert begins(build(replace(LLADA, head_dim=24)), 100) is LayerwisePass
     with torch.inference_mode(mode=False):
         assert begins(decoder, 100) is LayerwisePass, "gradients are wanted"

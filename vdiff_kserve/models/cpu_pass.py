@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 LEAST_TOKENS = 16
 """Of a pass for each thread: all of them read all weights, which is too much for fewer."""
 
+LARGEST_LAYER = 1 << 23
+"""Weights of a layer that threads read for few tokens at a time; larger ones are better read once
+for all tokens, by layers that run one after the other."""
+
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -45,6 +49,13 @@ class LayerStruct(ctypes.Structure):
         ("mlp_norm", POINTER),
         *((name, LinearStruct) for name in ("gate", "up", "down")),
     )
+
+    @property
+    def weights(self) -> int:
+        """How many the matrices have together."""
+        parts = (getattr(self, name) for name, *_ in self._fields_)
+        matrices = (part for part in parts if isinstance(part, LinearStruct))
+        return sum(matrix.inputs * matrix.outputs for matrix in matrices)
 
 
 class PassStruct(ctypes.Structure):
@@ -77,7 +88,8 @@ def layer_structs(decoder: Decoder) -> list[LayerStruct] | None:
 def _layer_structs(decoder: Decoder) -> list[LayerStruct] | None:
     structs = [_layer_struct(block) for block in cast("Iterable[Block]", decoder.layers)]
     found = [struct for struct in structs if struct is not None]
-    return found if len(found) == len(structs) else None
+    is_small = all(struct.weights <= LARGEST_LAYER for struct in found)
+    return found if is_small and len(found) == len(structs) else None
 
 
 def _layer_struct(block: Block) -> LayerStruct | None:
@@ -114,11 +126,11 @@ def can_run(decoder: Decoder, batch: ForwardBatch) -> bool:
     if len(batch.input_ids) < LEAST_TOKENS * torch.get_num_threads() or torch.is_grad_enabled():
         return False
     config = decoder.config
-    seen = [batch.seen_keys(config.attention_block, wanted) for wanted in (False, True)]
-    return all(
-        cpu_kernels.fills_lanes(each, config.num_heads // config.num_kv_heads, config.head_dim)
-        for each in seen
+    seen, group = (
+        batch.seen_keys(config.attention_block, False),
+        config.num_heads // config.num_kv_heads,
     )
+    return cpu_kernels.fills_lanes(seen, group, config.head_dim)
 
 
 class CpuPass:
