@@ -60,6 +60,13 @@ def test_no_operation_breaks_or_hangs(documented: ServerProcess, tmp_path: Path)
     assert "Traceback" not in documented.output
 
 
+def test_every_operation_has_an_id_of_its_own(documented: ServerProcess) -> None:
+    paths = httpx.get(f"{documented.url}/openapi.json").json()["paths"]
+    ids = [each["operationId"] for methods in paths.values() for each in methods.values()]
+    assert len(ids) == len(set(ids)) > 25
+    assert "Duplicate" not in documented.output
+
+
 @pytest.mark.slow
 def test_no_operation_breaks_or_hangs_in_many_more_examples(
     documented: ServerProcess, tmp_path: Path

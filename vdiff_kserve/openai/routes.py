@@ -133,7 +133,8 @@ def restart_router(restart: Callable[[], None]) -> APIRouter:
 def _add_server_routes(router: APIRouter, server: _Server) -> None:
     for path, methods, handler, kind in (
         ("/health", ["GET"], server.health, Response),
-        ("/ping", ["GET", "POST"], server.health, Response),
+        ("/ping", ["GET"], server.health, Response),
+        ("/ping", ["POST"], server.health, Response),
         ("/load", ["GET"], server.load, JSONResponse),
         ("/version", ["GET"], server.version, JSONResponse),
         ("/metrics", ["GET"], server.metrics, PlainTextResponse),
