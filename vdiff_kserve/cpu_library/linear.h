@@ -21,14 +21,19 @@ struct Linear {
   i64 panels() const { return (outputs + PANEL - 1) / PANEL; }
 };
 
-// sums[token][output] += products of T tokens with a part of a panel.
+// sums[token][output] += products of T tokens with a part of a panel; from zero where it is the
+// first part.
 template <int T>
-void add_products(const bf16* x, i64 stride, const uint32_t* weight, i64 pairs, float* sums) {
+void add_products(const bf16* x, i64 stride, const uint32_t* weight, i64 pairs, bool is_first,
+                  float* sums) {
+  const __mmask16 kept = is_first ? 0 : 0xffff;
   __m512 sum[T][VECTORS];
 #pragma GCC unroll 6
   for (int t = 0; t < T; t++) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) sum[t][v] = _mm512_load_ps(sums + t * PANEL + v * LANES);
+    for (int v = 0; v < VECTORS; v++) {
+      sum[t][v] = _mm512_maskz_load_ps(kept, sums + t * PANEL + v * LANES);
+    }
   }
   for (i64 pair = 0; pair < pairs; pair++, weight += PANEL) {
     __m512i column[VECTORS];
@@ -57,12 +62,11 @@ inline void multiply(const bf16* x, i64 stride, i64 tokens, const Linear& linear
       add_products<4>, add_products<5>, add_products<GROUP>};
   const i64 pairs = linear.inputs / 2;
   const uint32_t* weight = linear.weight + panel * pairs * PANEL;
-  std::fill_n(sums, tokens * PANEL, 0.f);
   for (i64 from = 0; from < pairs; from += CHUNK) {
     for (i64 token = 0; token < tokens; token += GROUP) {
       RUN[std::min<i64>(GROUP, tokens - token)](x + token * stride + 2 * from, stride,
                                                 weight + from * PANEL,
-                                                std::min(CHUNK, pairs - from),
+                                                std::min(CHUNK, pairs - from), from == 0,
                                                 sums + token * PANEL);
     }
   }

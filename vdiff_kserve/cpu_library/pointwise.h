@@ -38,5 +38,5 @@ inline void rotate_head(const bf16* x, const float* cos, const float* sin, bf16*
     store(out + at, turn(low, high, at), mask);
     store(out + half + at, turn(high, low, half + at), mask);
   }
-  std::memcpy(out + turned, x + turned, (size - turned) * sizeof(bf16));
+  if (turned < size) std::memcpy(out + turned, x + turned, (size - turned) * sizeof(bf16));
 }
