@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,7 +162,7 @@ class ModelRunner:
         without it. Rows without guidance have their own state in both."""
         hidden, starts = self._compute(rows, spans)
         places = torch.cat(opened)
-        counts = torch.tensor([len(positions) for positions in opened])
+        counts = [len(positions) for positions in opened]
 
         def states(*, without_prompt: bool) -> Tensor:
             begins = [starts.get((row, without_prompt), starts[row, False]) for row in rows]
@@ -169,7 +170,7 @@ class ModelRunner:
                 begin - row.shift - span.output_start
                 for begin, row, span in zip(begins, rows, spans, strict=True)
             ]
-            own = places + torch.tensor(shifts).repeat_interleave(counts, output_size=len(places))
+            own = places + torch.from_numpy(np.array(shifts).repeat(counts))
             return hidden[to_device(own, self._device)]
 
         is_guided = any(row.params.cfg_scale > 0 for row in rows)

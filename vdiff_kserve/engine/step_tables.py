@@ -30,8 +30,7 @@ def table_of(
 ) -> StepRows:
     """The open positions of all rows, one row's after the other's, and what each row asks."""
     written_at = [row.written_at(positions) for row, positions in zip(rows, opened, strict=True)]
-    counts = torch.tensor([len(positions) for positions in opened])
-    row_of = torch.arange(len(rows)).repeat_interleave(counts)
+    row_of = torch.from_numpy(np.arange(len(rows)).repeat([len(each) for each in opened]))
     row_index, position, written = to_device(
         torch.stack(
             [row_of, torch.cat(list(opened)), torch.from_numpy(np.concatenate(written_at))]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, groupby, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -258,9 +259,9 @@ class ForwardBatch:
 def ranges(starts: Sequence[int], counts: Sequence[int]) -> Tensor:
     """The numbers start, start + 1 .. start + count - 1 of every range, one range after the other:
     int64 [sum of counts]."""
-    count, total = torch.tensor(counts), sum(counts)
-    shift = torch.tensor(starts) - (count.cumsum(0) - count)
-    return torch.arange(total) + shift.repeat_interleave(count, output_size=total)
+    count, total = np.array(counts, dtype=np.int64), sum(counts)
+    shift = np.array(starts, dtype=np.int64) - (count.cumsum() - count)
+    return torch.from_numpy(np.arange(total) + shift.repeat(count))
 
 
 def _ranges_on(device: torch.device, kept: Sequence[tuple[int, int]]) -> Tensor:
