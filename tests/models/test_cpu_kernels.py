@@ -91,6 +91,18 @@ def test_attention_of_large_scores_stays_finite() -> None:
     assert got.equal(value[1050].expand(3, 16))
 
 
+@needs_kernels
+@pytest.mark.parametrize("where", [0, 5, 130, 199])
+def test_what_is_no_number_is_told_by_whoever_sees_it(where: int) -> None:
+    """A broken key must not pass for one that nobody looks at."""
+    query, key, value = normal(6, 1, 16), normal(400, 1, 16), normal(400, 1, 16)
+    key[where, 0, 3] = torch.nan
+    seen = SeenKeys(torch.tensor([(0, 3, 0, 0, 200), (3, 3, 0, 200, 200)]), 2, None)
+    got = cpu_kernels.attend(query, key, value, None, seen)
+    assert got[:3].isnan().all()
+    assert got[3:].isfinite().all()
+
+
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the kernels out."""
     monkeypatch.setattr(cpu_kernels, "works", lambda: False)
