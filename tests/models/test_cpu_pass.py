@@ -230,9 +230,9 @@ def test_wrong_steps_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cpu_pass_module.library()
 
     class Wrong:
-        between_attentions = staticmethod(
-            lambda ended, *rest: ended is None and right.between_attentions(ended, *rest)
-        )
+        """Leaves out what is between a layer's attention and its end."""
+
+        between_attentions = staticmethod(lambda _, *rest: right.between_attentions(None, *rest))
 
     monkeypatch.setattr(cpu_pass_module, "library", lambda: Wrong)
     assert not cpu_pass_module.agrees()
