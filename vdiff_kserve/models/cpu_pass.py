@@ -126,10 +126,8 @@ def can_run(decoder: Decoder, batch: ForwardBatch) -> bool:
     if len(batch.input_ids) < LEAST_TOKENS * torch.get_num_threads() or torch.is_grad_enabled():
         return False
     config = decoder.config
-    seen, group = (
-        batch.seen_keys(config.attention_block, False),
-        config.num_heads // config.num_kv_heads,
-    )
+    seen = batch.seen_keys(config.attention_block, False)
+    group = config.num_heads // config.num_kv_heads
     return cpu_kernels.fills_lanes(seen, group, config.head_dim)
 
 
