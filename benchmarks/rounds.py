@@ -36,14 +36,14 @@ from vdiff_kserve.models.packed_linear import PackedLinear
 from vdiff_kserve.models.panel_linear import PanelLinear
 
 LINEAR, ATTENTION, LOGITS = "linear layers", "attention", "logits"
-LINEAR_AND_MORE = "linear layers, and what is between them"
+LAYERS = "layers, attention included"
 PARTS: Mapping[str, Sequence[tuple[Any, str]]] = {
     LINEAR: [
         *((PackedLinear, name) for name in ("forward", "silu", "multiplied")),
         (PanelLinear, "forward"),
         (packed_linear, "gated"),
     ],
-    LINEAR_AND_MORE: [(CpuPass, "_step")],
+    LAYERS: [(CpuPass, "advance")],
     ATTENTION: [(cpu_kernels, "attend"), (decoder, "attend")],
     "norms, residual sums": [(RMSNorm, "forward"), (RMSNorm, "of_sum")],
     "rotary embedding": [(decoder, "rotary_angles"), (decoder, "rotate")],
@@ -126,15 +126,12 @@ def show(
         share = taken / rounds.total_seconds
         print(f"{part} | {taken / rounds.count * 1e3:.2f} | {share:.1%}")
     print(f"round | {rounds.mean_seconds * 1e3:.2f} | 100%")
-    products = seconds.get(LINEAR, 0) + seconds.get(LINEAR_AND_MORE, 0) + seconds[LOGITS]
+    with_products = sum(seconds.get(part, 0) for part in (LAYERS, LINEAR, ATTENTION, LOGITS))
     best, best_with_attention = flops / rate, (flops + attention) / rate
     print(f"matrix rate: {rate / 1e9:.0f} GFLOP/s")
-    print(f"linear layers and logits: {flops / products / 1e9:.0f} GFLOP/s")
-    print(f"attention's products: {attention / seconds[ATTENTION] / 1e9:.0f} GFLOP/s")
     print(f"share of the matrix rate: {best / rounds.total_seconds:.1%}")
     print(f"with attention: {best_with_attention / rounds.total_seconds:.1%}")
-    alone = best / (products + seconds[ATTENTION])
-    print(f"share if only linear layers, logits and attention took time: {alone:.1%}")
+    print(f"share if only layers, attention and logits took time: {best / with_products:.1%}")
     print(f"share if they also ran at the matrix rate: {best / best_with_attention:.1%}")
 
 

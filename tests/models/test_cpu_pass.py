@@ -14,7 +14,6 @@ from vdiff_kserve.models import (
     ForwardBatch,
     KeyValueStore,
     RowSpan,
-    cpu_kernels,
     pack_linear_layers,
 )
 from vdiff_kserve.models import cpu_pass as cpu_pass_module
@@ -125,28 +124,6 @@ def test_a_pass_may_stop_between_layers() -> None:
     assert slices.outputs.equal(decoder(batch))
 
 
-def test_a_layer_that_failed_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for want of memory, before anything of it is kept."""
-    decoder, attend, failing = build(LLADA), cpu_kernels.attend, True
-    batch = ForwardBatch.pack(canvases(130), [RowSpan(0, 130, 130, 64, 32)])
-
-    def sometimes(*arguments: Any) -> torch.Tensor:
-        if failing:
-            raise MemoryError
-        return attend(*arguments)
-
-    monkeypatch.setattr(cpu_kernels, "attend", sometimes)
-    tried = decoder.begin(batch)
-    for left in (3, 2, 1):
-        failing = True
-        with pytest.raises(MemoryError):
-            tried.advance(1)
-        assert tried.layers_left == left
-        failing = False
-        tried.advance(1)
-    assert tried.outputs.equal(decoder(batch))
-
-
 def test_a_row_that_is_not_finite_leaves_the_others_alone() -> None:
     decoder, rows = build(LLADA), [row % (VOCAB - 1) for row in canvases(130, 60, 64)]
     clean = decoder(ForwardBatch.pack(rows)).split([130, 60, 64])
@@ -230,9 +207,11 @@ def test_wrong_steps_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cpu_pass_module.library()
 
     class Wrong:
-        """Leaves out what is between a layer's attention and its end."""
+        """Leaves out the last layer."""
 
-        between_attentions = staticmethod(lambda _, *rest: right.between_attentions(None, *rest))
+        @staticmethod
+        def run_layers(layers: Any, count: int, begin: int, end: int, *rest: Any) -> None:
+            right.run_layers(layers, count, begin, end - 1, *rest)
 
     monkeypatch.setattr(cpu_pass_module, "library", lambda: Wrong)
     assert not cpu_pass_module.agrees()

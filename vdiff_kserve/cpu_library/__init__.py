@@ -54,7 +54,7 @@ FUNCTIONS = {
     "keep": (*(POINTER,) * 4, *(NUMBER,) * 2, THREADS),
     "linear": (*(POINTER,) * 3, NUMBER, THREADS),
     "gated": (*(POINTER,) * 4, NUMBER, THREADS),
-    "between_attentions": (*(POINTER,) * 3, THREADS),
+    "run_layers": (POINTER, *(NUMBER,) * 3, POINTER, THREADS),
 }
 """The library's functions and their arguments; none returns anything."""
 

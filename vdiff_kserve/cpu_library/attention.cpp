@@ -1,12 +1,10 @@
-// Attention of many rows in one call, each row's queries over its own keys.
+// Attention of many rows, each row's queries over its own keys.
+
+#include "attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <vector>
-
-#include "lanes.h"
 
 // Of loops whose numbers all stay in registers, unless they are compiled as part of others.
 #define KERNEL __attribute__((noinline))
@@ -18,34 +16,8 @@ constexpr int TILE = 128;         // keys whose scores are held at a time
 constexpr int STEP = 8;           // keys, or head dimensions, in registers at a time
 constexpr int LINE = 32;          // numbers in a cache line
 constexpr int AHEAD = 4 * STEP;   // keys
-constexpr int SHARE = 4 * BLOCK;  // queries that one thread takes at a time
+constexpr int SHARE = 4 * BLOCK;  // queries of a task
 constexpr i64 LEAST_SHARED = 1 << 19;  // products from which threads share the work
-
-// Queries that follow each other in the pass and see the same keys.
-struct Part {
-  i64 query, queries;  // the first, and how many
-  i64 is_cached;       // whether the keys lie in the cache, or among those of the pass
-  i64 key, keys;       // the first, and how many
-};
-
-struct Shape {
-  i64 heads, kv_heads, size;
-  i64 group() const { return heads / kv_heads; }
-};
-
-// What one thread works in. Lanes are queries; two bfloat16 numbers that are multiplied and added
-// in one go, of neighbouring dimensions or keys, lie side by side in 32 bits.
-struct Scratch {
-  std::unique_ptr<uint32_t[]> queries;  // [size / 2][BLOCK]
-  std::unique_ptr<uint32_t[]> values;   // [TILE / 2][size]
-  std::unique_ptr<uint32_t[]> weights;  // [TILE / 2][BLOCK]
-  std::unique_ptr<float[]> scores;      // [TILE][BLOCK]
-  std::unique_ptr<float[]> sums;        // [size][BLOCK]
-  explicit Scratch(i64 size)
-      : queries(new uint32_t[size / 2 * BLOCK]), values(new uint32_t[TILE / 2 * size]),
-        weights(new uint32_t[TILE / 2 * BLOCK]),
-        scores(new float[TILE * BLOCK]), sums(new float[size * BLOCK]) {}
-};
 
 // values[pair][dimension]: two keys' values side by side; what is past the last key is zero.
 KERNEL void pair_values(const bf16* value, i64 stride, i64 keys, i64 size, uint32_t* to) {
@@ -207,17 +179,18 @@ void scatter(const float* sums, const __m512* total, const i64* place, i64 lanes
 // Up to 32 queries of the heads that share keys. A lane is one query of one head: number `lane` of
 // the part counts the heads of a query first.
 template <int G>
-void attend_block(const bf16* query, const bf16* keys, const bf16* values, bf16* out,
-                  const Part& part, const Shape& shape, i64 kv_head, i64 begin, i64 lanes,
-                  Scratch& scratch) {
-  const i64 size = shape.size, group = shape.group(), stride = shape.kv_heads * size;
+void attend_block(const AttentionTensors& tensors, const Part& part, const Heads& heads,
+                  i64 kv_head, i64 begin, i64 lanes, AttentionScratch& scratch) {
+  const i64 size = heads.size, group = heads.group(), stride = heads.kv_heads * size;
+  const bf16* keys = part.is_cached ? tensors.cached_key : tensors.key;
+  const bf16* values = part.is_cached ? tensors.cached_value : tensors.value;
   i64 place[G * LANES];
   i64 token = part.query + begin / group, head = begin % group;
   for (i64 lane = 0; lane < G * LANES; lane++) {
-    place[lane] = (token * shape.heads + kv_head * group + head) * size;
+    place[lane] = (token * heads.count + kv_head * group + head) * size;
     if (lane < lanes - 1 && ++head == group) head = 0, token++;
   }
-  gather<G>(query, place, size, scratch.queries.get());
+  gather<G>(tensors.query, place, size, scratch.queries.get());
   const float scale = LOG2_E / std::sqrt(static_cast<float>(size));
   __m512 largest[G], total[G], kept[G];
   for (int g = 0; g < G; g++) {
@@ -242,46 +215,57 @@ void attend_block(const bf16* query, const bf16* keys, const bf16* values, bf16*
     mix<G>(scratch.weights.get(), scratch.values.get(), (count + 1) / 2, size, kept,
            scratch.sums.get());
   }
-  scatter<G>(scratch.sums.get(), total, place, lanes, size, out);
+  scatter<G>(scratch.sums.get(), total, place, lanes, size, tensors.out);
 }
 
 }  // namespace
+
+AttentionScratch::AttentionScratch(i64 size)
+    : queries(new uint32_t[size / 2 * BLOCK]), values(new uint32_t[TILE / 2 * size]),
+      weights(new uint32_t[TILE / 2 * BLOCK]),
+      scores(new float[TILE * BLOCK]), sums(new float[size * BLOCK]) {}
+
+AttentionTasks::AttentionTasks(const Part* parts, i64 count, const Heads& heads)
+    : parts_(parts), heads_(heads), first_(count + 1, 0) {
+  for (i64 i = 0; i < count; i++) {
+    const i64 shares = (parts_[i].queries * heads.group() + SHARE - 1) / SHARE;
+    first_[i + 1] = first_[i] + shares * heads.kv_heads;
+  }
+}
+
+bool AttentionTasks::are_many() const {
+  i64 pairs = 0;
+  for (size_t i = 0; i + 1 < first_.size(); i++) pairs += parts_[i].queries * parts_[i].keys;
+  return pairs * heads_.count * heads_.size >= LEAST_SHARED;
+}
+
+void AttentionTasks::run(i64 task, const AttentionTensors& tensors,
+                         AttentionScratch& scratch) const {
+  const i64 i = std::upper_bound(first_.begin(), first_.end(), task) - first_.begin() - 1;
+  const i64 own = task - first_[i], lanes = parts_[i].queries * heads_.group();
+  const i64 kv_head = own % heads_.kv_heads, from = own / heads_.kv_heads * SHARE;
+  for (i64 begin = from; begin < std::min(from + SHARE, lanes); begin += BLOCK) {
+    const i64 count = std::min<i64>(BLOCK, lanes - begin);
+    const auto attend = count > LANES ? attend_block<2> : attend_block<1>;
+    attend(tensors, parts_[i], heads_, kv_head, begin, count, scratch);
+  }
+}
 
 extern "C" {
 
 // out[tokens][heads * size] of queries [tokens][heads][size], each over the keys of its part:
 // [tokens or places][kv heads][size], as the values.
 void attend(const bf16* query, const bf16* key, const bf16* value, const bf16* cached_key,
-            const bf16* cached_value, const i64* numbers, i64 parts, i64 heads, i64 kv_heads,
+            const bf16* cached_value, const Part* parts, i64 count, i64 heads, i64 kv_heads,
             i64 size, bf16* out, int threads) {
-  const Shape shape{heads, kv_heads, size};
-  const Part* all = (const Part*)numbers;
-  std::vector<i64> first_task(parts + 1, 0);
-  i64 pairs = 0;
-  for (i64 i = 0; i < parts; i++) {
-    pairs += all[i].queries * all[i].keys;
-    const i64 shares = (all[i].queries * shape.group() + SHARE - 1) / SHARE;
-    first_task[i + 1] = first_task[i] + shares * kv_heads;
-  }
-  if (pairs * heads * size < LEAST_SHARED) threads = 1;
+  const AttentionTensors tensors{query, key, value, cached_key, cached_value, out};
+  const AttentionTasks tasks(parts, count, {heads, kv_heads, size});
+  if (!tasks.are_many()) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch(size);
+    AttentionScratch scratch(size);
 #pragma omp for schedule(dynamic)
-    for (i64 task = 0; task < first_task[parts]; task++) {
-      const i64 i = std::upper_bound(first_task.begin(), first_task.end(), task) -
-                    first_task.begin() - 1;
-      const Part& part = all[i];
-      const i64 own = task - first_task[i], lanes = part.queries * shape.group();
-      const i64 kv_head = own % kv_heads, from = own / kv_heads * SHARE;
-      const bf16* keys = part.is_cached ? cached_key : key;
-      const bf16* values = part.is_cached ? cached_value : value;
-      for (i64 begin = from; begin < std::min(from + SHARE, lanes); begin += BLOCK) {
-        const i64 count = std::min<i64>(BLOCK, lanes - begin);
-        const auto run = count > LANES ? attend_block<2> : attend_block<1>;
-        run(query, keys, values, out, part, shape, kv_head, begin, count, scratch);
-      }
-    }
+    for (i64 task = 0; task < tasks.count(); task++) tasks.run(task, tensors, scratch);
   }
 }
 

@@ -232,7 +232,7 @@ class ForwardBatch:
                 for queries, keys in span.parts(block, wanted=wanted):
                     numbers.append((query, queries, int(is_cached), place, keys))
                     query += queries
-            return SeenKeys(torch.tensor(numbers), len(self.spans), block)
+            return SeenKeys(torch.from_numpy(np.array(numbers)), len(self.spans), block)
 
         return seen_keys
 

@@ -1,4 +1,4 @@
-"""Forward passes on a CPU that stay in C++ between one layer's attention and the next.
+"""Forward passes on a CPU that stay in C++ through all layers.
 
 A layer of a small model is done sooner than torch has called its parts, and what each part gives
 goes through memory. Here, a thread takes a few tokens from attention through the rest of the layer
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from vdiff_kserve.models.packed_linear import pack_linear_layers
 from vdiff_kserve.models.panel_linear import LinearStruct, PanelLinear
 
 if TYPE_CHECKING:
-    from vdiff_kserve.models.decoder import Block, Decoder
+    from vdiff_kserve.models.decoder import Block, Decoder, DecoderConfig
 
 LEAST_TOKENS = 16
 """Of a pass for each thread: all of them read all weights, which is too much for fewer."""
@@ -35,6 +36,11 @@ LARGEST_LAYER = 1 << 23
 for all tokens, by layers that run one after the other."""
 
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
+
+
+def _many(name: str) -> tuple[tuple[str, type], tuple[str, type]]:
+    """Fields of an array: where it is, and how many it has."""
+    return (name, POINTER), (f"num_{name}", NUMBER)
 
 
 class LayerStruct(ctypes.Structure):
@@ -62,27 +68,56 @@ class PassStruct(ctypes.Structure):
     """`Pass` of the library."""
 
     _fields_ = (
-        *((name, NUMBER) for name in ("tokens", "hidden_size", "head_size", "turned")),
+        *((name, NUMBER) for name in ("tokens", "hidden_size", "turned")),
+        *((name, NUMBER) for name in ("heads", "kv_heads", "head_size")),
         ("eps", ctypes.c_float),
-        *((name, POINTER) for name in ("hidden", "attended", "cos", "sin")),
-        *((name, POINTER) for name in ("query", "key", "value")),
-        *((name, POINTER) for name in ("stored_keys", "stored_values", "places")),
-        *((name, POINTER) for name in ("last_norm", "out")),
+        *_many("runs"),
+        *_many("parts"),
+        *_many("wanted"),
+        *_many("wanted_parts"),
+        *((name, POINTER) for name in ("cos", "sin", "last_norm")),
+        *((name, POINTER) for name in ("hidden", "query", "key", "value", "attended")),
+        *((name, POINTER) for name in ("stored_keys", "stored_values")),
+        ("layer_size", NUMBER),
     )
 
 
-def layer_structs(decoder: Decoder) -> list[LayerStruct] | None:
-    """A decoder's layers as the library takes them; None when one of them is not for it.
+class CpuLayers:
+    """A decoder's layers as the library takes them; valid while its weights stay where they are.
 
-    They are valid as long as the decoder's weights stay where they are.
+    Attributes:
+        structs: an array of `LayerStruct`.
     """
+
+    def __init__(self, config: DecoderConfig, structs: list[LayerStruct]) -> None:
+        self.structs = (LayerStruct * len(structs))(*structs)
+        self._config = config
+        self._angles = self._make_angles(0)
+
+    def angles(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of at least so many positions, as `rotary_angles` gives them."""
+        if positions > len(self._angles[0]):
+            self._angles = self._make_angles(2 * positions)
+        return self._angles
+
+    def _make_angles(self, positions: int) -> tuple[Tensor, Tensor]:
+        config = self._config
+        size = config.rotary_dim or config.head_dim
+        cos, sin = rotary_angles(torch.arange(positions), size, config.rope_theta)
+        if config.rope_in_float32:
+            return cos, sin
+        return cos.bfloat16().float(), sin.bfloat16().float()
+
+
+def cpu_layers(decoder: Decoder) -> CpuLayers | None:
+    """A decoder's layers; None when one of them is not for the library."""
     is_for_it = (
         decoder.device.type == "cpu"
         and decoder.dtype == torch.bfloat16
         and decoder.vocab_shard is None  # ranks add up what they have after each half of a layer
     )
     structs = _layer_structs(decoder) if is_for_it else None
-    return structs if structs is not None and works() else None
+    return CpuLayers(decoder.config, structs) if structs is not None and works() else None
 
 
 def _layer_structs(decoder: Decoder) -> list[LayerStruct] | None:
@@ -138,90 +173,71 @@ class CpuPass:
         layers_left: layers still to run.
     """
 
-    def __init__(self, decoder: Decoder, layers: list[LayerStruct], batch: ForwardBatch) -> None:
-        config = decoder.config
-        self._config = config
+    def __init__(self, decoder: Decoder, layers: CpuLayers, batch: ForwardBatch) -> None:
+        config, store = decoder.config, batch.store
+        hidden = decoder.embed_tokens(batch.input_ids)
+        tokens, size = len(hidden), config.head_dim
+        query, attended = (hidden.new_empty((tokens, config.num_heads, size)) for _ in range(2))
+        key, value = (hidden.new_empty((tokens, config.num_kv_heads, size)) for _ in range(2))
+        cos, sin = layers.angles(max(span.start + span.queries for span in batch.spans))
+        wanted = batch.output_tokens
+        self._wanted = tokens if wanted is None else len(wanted)
+        runs = _runs(batch)
+        parts, wanted_parts = (
+            batch.seen_keys(config.attention_block, some).numbers
+            for some in (False, wanted is not None)
+        )
+        tensors = cos, sin, decoder.norm.weight, hidden, query, key, value, attended
+        stored = (None, None) if store is None else (store.keys, store.values)
         self._layers = layers
-        self._last_norm = decoder.norm.weight
-        self._batch = batch
-        self._hidden = decoder.embed_tokens(batch.input_ids)
-        cos, sin = rotary_angles(
-            batch.positions, config.rotary_dim or config.head_dim, config.rope_theta
+        self._hidden = hidden
+        self._struct = PassStruct(
+            tokens,
+            config.hidden_size,
+            cos.shape[-1],
+            config.num_heads,
+            config.num_kv_heads,
+            size,
+            config.rms_norm_eps,
+            *(runs.data_ptr(), len(runs)),
+            *(parts.data_ptr(), len(parts)),
+            *(None if wanted is None else wanted.data_ptr(), self._wanted),
+            *(wanted_parts.data_ptr(), len(wanted_parts)),
+            *addresses(*tensors, *stored),
+            0 if store is None else store.keys[0].numel(),
         )
-        if not config.rope_in_float32:
-            cos, sin = cos.bfloat16().float(), sin.bfloat16().float()
-        self._angles = cos, sin
-        self._places = _places(batch)
-        tokens, size = len(batch.input_ids), config.head_dim
-        self._query = self._hidden.new_empty((tokens, config.num_heads, size))
-        self._key, self._value = (
-            self._hidden.new_empty((tokens, config.num_kv_heads, size)) for _ in range(2)
-        )
-        self._out = torch.empty_like(self._hidden)
+        self._kept_alive = runs, parts, wanted, wanted_parts, *tensors, *stored
         self.layers_left = config.num_layers
 
     def advance(self, layers: int) -> None:
         """Run the next `layers` layers, or as many as are left."""
-        last = self._config.num_layers - 1
-        for _ in range(min(layers, self.layers_left)):
-            layer = self._config.num_layers - self.layers_left
-            if layer == 0:
-                self._step(None, 0)
-            outputs = self._batch.output_tokens if layer == last else None
-            query, hidden = self._query, self._hidden
-            if outputs is not None:
-                query, hidden = query[outputs], hidden[outputs]
-            attended = self._attend(layer, query, outputs is not None)
-            self._hidden = hidden  # not before: a layer that fails may be tried again
-            self._step(attended, layer + 1)
-            self.layers_left -= 1
-
-    def _attend(self, layer: int, query: Tensor, wanted: bool) -> Tensor:
-        seen = self._batch.seen_keys(self._config.attention_block, wanted)
-        return cpu_kernels.attend(query, self._key, self._value, self._stored(layer), seen)
-
-    def _stored(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """A layer's part of the cache; None when the pass has none."""
-        if self._places is None or self._batch.store is None:
-            return None
-        return self._batch.store.keys[layer], self._batch.store.values[layer]
-
-    def _step(self, attended: Tensor | None, layer: int) -> None:
-        """Go on from what the attention before `layer` gave to the queries of `layer`, or to the
-        end."""
-        is_end = layer == len(self._layers)
-        stored = None if is_end else self._stored(layer)
-        config = self._config
-        state = PassStruct(
-            len(self._hidden),
-            config.hidden_size,
-            config.head_dim,
-            self._angles[0].shape[-1],
-            config.rms_norm_eps,
-            *addresses(self._hidden, attended, *self._angles),
-            *addresses(self._query, self._key, self._value),
-            *addresses(*((None, None) if stored is None else stored), self._places),
-            *addresses(self._last_norm if is_end else None, self._out),
-        )
-        ended = None if attended is None else ctypes.byref(self._layers[layer - 1])
-        begun = None if is_end else ctypes.byref(self._layers[layer])
-        library().between_attentions(ended, begun, ctypes.byref(state), torch.get_num_threads())
+        structs, count = self._layers.structs, len(self._layers.structs)
+        begin = count - self.layers_left
+        end = min(begin + layers, count)
+        if begin < end:
+            this = ctypes.byref(self._struct)
+            library().run_layers(structs, count, begin, end, this, torch.get_num_threads())
+        self.layers_left = count - end
 
     @property
     def outputs(self) -> Tensor:
         """Hidden states after the final norm, [outputs, hidden_size], when no layer is left."""
         assert self.layers_left == 0, "the pass is not complete"
-        return self._out[: len(self._hidden)]
+        return self._hidden[: self._wanted]
 
 
-def _places(batch: ForwardBatch) -> Tensor | None:
-    """int64 [tokens], where each token's keys and values are kept, -1 for nowhere; None when none
-    is."""
-    if batch.store is None or batch.cache_places is None or batch.cached_tokens is None:
-        return batch.cache_places
-    places = torch.full_like(batch.input_ids, -1)
-    places[batch.cached_tokens] = batch.cache_places
-    return places
+def _runs(batch: ForwardBatch) -> Tensor:
+    """int64 [rows, 3], of each row's tokens: the first one's position, how many they are, and
+    where the first one's key and value are kept, -1 for nowhere."""
+    runs = [
+        (
+            span.start,
+            span.queries,
+            -1 if span.cache_offset is None else span.cache_offset + span.start,
+        )
+        for span in batch.spans
+    ]
+    return torch.from_numpy(np.array(runs))
 
 
 @cache
@@ -258,10 +274,11 @@ def agrees() -> bool:
     for parameter in decoder.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     pack_linear_layers(decoder)
-    layers = _layer_structs(decoder)
-    if layers is None:
+    structs = _layer_structs(decoder)
+    if structs is None:
         return False
     batch = ForwardBatch.dense(torch.randint(0, 16, (3, 37), generator=generator))
+    layers = CpuLayers(config, structs)
     passes = CpuPass(decoder, layers, batch), LayerwisePass(decoder, batch)
     for each in passes:
         each.advance(config.num_layers)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vdiff_kserve.models import cpu_kernels, cpu_pass, fp8, fused
 from vdiff_kserve.models.attention import attend_packed, can_attend, has_kernel
 from vdiff_kserve.models.batch import ForwardBatch
-from vdiff_kserve.models.cpu_pass import CpuPass, LayerStruct
+from vdiff_kserve.models.cpu_pass import CpuLayers, CpuPass
 from vdiff_kserve.models.fp8 import Activations
 from vdiff_kserve.models.joined_linear import JoinedLinear
 from vdiff_kserve.models.layers import GatedMLP, RMSNorm, attend, rotary_angles, rotate
@@ -276,9 +276,9 @@ class Decoder(nn.Module):
         return LayerwisePass(self, batch)
 
     @cached_property
-    def _cpu_layers(self) -> list[LayerStruct] | None:
+    def _cpu_layers(self) -> CpuLayers | None:
         """The layers as a `CpuPass` takes them; None when they are not for it."""
-        return cpu_pass.layer_structs(self)
+        return cpu_pass.cpu_layers(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.__dict__.pop("_cpu_layers", None)  # they know where the weights were
