@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = Path(__file__).parent
-COMPILERS = ("g++", "c++")
+COMPILER = "g++"
+"""Its OpenMP is that of torch's wheels: what clang compiles could not be loaded."""
+
 OPTIONS = (
     *("-std=c++17", "-O3", "-march=x86-64-v4", "-mavx512bf16", "-fno-math-errno"),
     *("-fno-strict-aliasing", "-fopenmp", "-fPIC"),
@@ -93,18 +95,32 @@ def kernels_work(agrees: Callable[[], bool], otherwise: str) -> bool:
 
     Args:
         agrees: runs them and compares what they compute.
-        otherwise: what happens without them.
+        otherwise: what happens if they are wrong.
     """
+    if not is_available():
+        return False
+    if agrees():
+        return True
+    logger.warning("%s: on this CPU they compute wrong numbers.", otherwise)
+    return False
+
+
+@cache
+def is_available() -> bool:
+    """Whether there is a library for this processor; if there could be, the log says why not."""
     if not runs_here():
         return False
     try:
-        correct = agrees()
+        library()
     except FAILURES as error:
-        logger.warning("%s, for want of a compiled library: %s", otherwise, error)
+        logger.warning(
+            "Without kernels for this CPU, bfloat16 takes about twice as long: %s. "
+            "They are compiled at the next start if there is g++ 11 or later, and a place for them "
+            "in $XDG_CACHE_HOME or ~/.cache.",
+            error,
+        )
         return False
-    if not correct:
-        logger.warning("%s: on this CPU they compute wrong numbers.", otherwise)
-    return correct
+    return True
 
 
 def addresses(*tensors: Tensor | None) -> list[int | None]:
@@ -195,9 +211,9 @@ def compile_into(folder: Path) -> Path:
     target = folder / library_name()
     if target.exists():
         return target
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    compiler = shutil.which(COMPILER)
     if compiler is None:
-        raise FileNotFoundError(f"there is no C++ compiler ({' or '.join(COMPILERS)})")
+        raise FileNotFoundError(f"there is no compiler {COMPILER}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         linked = Path(temporary) / "library.so"
