@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,7 +46,7 @@ class Pass(NamedTuple):
         ):
             return [self]
         return [
-            self._replace(span=replace(last, start=start, keys=start + block, output_start=start))
+            self._replace(span=last._replace(start=start, keys=start + block, output_start=start))
             for start in starts
         ]
 
@@ -63,7 +62,7 @@ def passes_of(rows: Sequence[tuple[Row, RowSpan]], mask_token_id: int | None) ->
             assert mask_token_id is not None, "guidance masks the prompt"
             canvas[: row.prompt_length] = mask_token_id
             offset = row.cache_offsets[1] if row.cache_offsets else None
-            passes.append(Pass(row, True, canvas, replace(span, cache_offset=offset)))
+            passes.append(Pass(row, True, canvas, span._replace(cache_offset=offset)))
     return passes
 
 
@@ -86,7 +85,7 @@ def twins_of(rows: Sequence[Row], spans: Sequence[RowSpan]) -> dict[Row, Row]:
         if not row.is_fresh or row.begun_pass is not None or row.cached_tokens:
             continue
         guided = row.params.cfg_scale > 0
-        shape = replace(span, cache_offset=None)
+        shape = span._replace(cache_offset=None)
         same = (*row.first_canvas, len(row), shape, guided, len(row.cache_offsets))
         leader = leaders.setdefault(same, row)
         if leader is not row:

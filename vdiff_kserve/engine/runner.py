@@ -171,7 +171,7 @@ class ModelRunner:
                 for begin, row, span in zip(begins, rows, spans, strict=True)
             ]
             own = places + torch.from_numpy(np.array(shifts).repeat(counts))
-            return hidden[to_device(own, self._device)]
+            return hidden.index_select(0, to_device(own, self._device))
 
         is_guided = any(row.params.cfg_scale > 0 for row in rows)
         unguided = states(without_prompt=True) if is_guided else None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ from vdiff_kserve.gpu import to_device
 from vdiff_kserve.models.attention import PackedRows, Part, pack_rows
 
 
-@dataclass(frozen=True)
-class RowSpan:
+class RowSpan(NamedTuple):
     """The part of one row's canvas that a forward pass runs over.
 
     Attributes:
