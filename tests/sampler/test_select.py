@@ -26,7 +26,7 @@ from vdiff_kserve.sampler import (
     quota,
     select,
 )
-from vdiff_kserve.sampler.select import rank_in_row
+from vdiff_kserve.sampler.select import first_in_row, rank_in_row
 
 pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")
 
@@ -268,14 +268,15 @@ def test_confidence_eos_eot_inf_leaves_end_tokens_for_last() -> None:
 
 @many
 @given(
-    priority=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=20),
+    priority=st.lists(st.sampled_from([-math.inf, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=20),
     data=st.data(),
 )
 def test_rank_counts_the_better_ones_of_the_row(priority: list[float], data: st.DataObject) -> None:
     numbers = st.integers(0, 4)
     row = sorted(data.draw(st.lists(numbers, min_size=len(priority), max_size=len(priority))))
-    there = (torch.tensor(values, device=TEST_DEVICE) for values in (priority, row))
+    there = [torch.tensor(values, device=TEST_DEVICE) for values in (priority, row)]
     ranks = rank_in_row(*there, row[-1] + 1).tolist()
+    assert first_in_row(*there, row[-1] + 1).tolist() == [rank == 0 for rank in ranks]
     for i, rank in enumerate(ranks):
         better = [
             j for j in range(len(row)) if row[j] == row[i] and (-priority[j], j) < (-priority[i], i)

@@ -6,8 +6,9 @@ Pure functions of tensors. All open positions of all rows' active blocks lie in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,9 +87,21 @@ class StepRows:
     host_row: Tensor | None = None
     targets: Tensor | None = None
 
+    @cached_property
+    def masked(self) -> Tensor:
+        """bool [positions], where there is a mask."""
+        return self.written < 0
+
+    @cached_property
+    def policies(self) -> Set[Policy]:
+        """Those of the rows."""
+        return {p.policy for p in self.params}
+
     def part(self, index: slice | Tensor) -> StepRows:
         """The same rows, with only some of the positions: a slice of them, or indices on the
         host."""
+        if isinstance(index, slice) and index == slice(0, len(self.row)):
+            return self
         there = index if isinstance(index, slice) else to_device(index, self.row.device)
         return replace(
             self,
@@ -138,6 +151,8 @@ class StepRows:
 
     def with_policy(self, *policies: Policy) -> Tensor | None:
         """bool [positions]: those of rows with one of `policies`; None when no row has."""
+        if self.policies.isdisjoint(policies):
+            return None
         return self.where(lambda p: p.policy in policies)
 
 
@@ -220,10 +235,12 @@ def propose(logits: Tensor, rows: StepRows, special: SpecialTokens) -> Proposal:
     return Proposal.of(token, confidence, score)
 
 
+_FURTHER_POLICIES = ENTROPY_POLICIES | {"topk_margin"}
+
+
 def _looks_further(p: DecodingParams) -> bool:
     """Whether a row's proposals need more of the logits than the likeliest token's probability."""
-    policies = (*ENTROPY_POLICIES, "topk_margin")
-    return p.temperature > 0 or p.confidence_eos_eot_inf or p.policy in policies
+    return p.temperature > 0 or p.confidence_eos_eot_inf or p.policy in _FURTHER_POLICIES
 
 
 def _without(logits: Tensor, token: int | None, compute: Callable[[], Tensor]) -> Tensor:
