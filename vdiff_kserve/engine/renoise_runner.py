@@ -11,7 +11,7 @@ from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.renoising import CanvasDecision, RenoiseRow
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.runner import ModelRunner
-from vdiff_kserve.engine.step_tables import constraints_of, logprobs_by_row
+from vdiff_kserve.engine.step_tables import OpenPositions, constraints_of, logprobs_by_row
 from vdiff_kserve.gpu import to_device
 from vdiff_kserve.models import ForwardBatch, ModelSpec, RenoisingModel
 from vdiff_kserve.sampler import (
@@ -94,12 +94,11 @@ class RenoiseRunner(ModelRunner):
     def _choose(
         self, rows: Sequence[RenoiseRow], hidden: Tensor, read: Sequence[bool]
     ) -> list[Decision]:
-        opened = [torch.arange(row.block_start, row.block_end) for row in rows]
-        counts = [len(positions) for positions in opened]
-        positions = to_device(torch.cat(opened), self._device)
-        row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        opened = OpenPositions.of([torch.arange(row.block_start, row.block_end) for row in rows])
+        counts = opened.counts
+        positions = to_device(opened.joined, self._device)
         step_rows = StepRows(
-            row=to_device(row_of, self._device),
+            row=to_device(opened.row, self._device),
             position=positions,
             written=torch.full_like(positions, -1),
             params=[row.params for row in rows],
@@ -107,7 +106,7 @@ class RenoiseRunner(ModelRunner):
             quotas=counts,
             lengths=[len(row) for row in rows],
             constraints=constraints_of(rows, opened, self._vocab_size, self._device),
-            host_row=row_of,
+            host_row=opened.row,
         )
         temperatures = to_device(torch.stack([row.temperature for row in rows]), self._device)
         proposal, likeliest, soft, told = self._propose_all(hidden, step_rows, temperatures)
@@ -132,7 +131,7 @@ class RenoiseRunner(ModelRunner):
                 encoded=was_read,
             )
             for row, places, yes, tokens, kept, draw, conditioning, was_read, scores in zip(
-                rows, opened, done, best, accept, drawn, soft.split(counts), read, logprobs,
+                rows, opened.of_rows, done, best, accept, drawn, soft.split(counts), read, logprobs,
                 strict=True,
             )
         ]  # fmt: skip

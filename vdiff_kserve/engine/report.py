@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,22 +67,23 @@ class RoundClock:
     def report(self, stepped: Sequence[tuple[Row, Decision]]) -> RoundReport:
         """What the round did, now that it is over."""
         forward, sample = (self._seconds[k] - self._before[k] for k in ("forward", "sample"))
-        kinds = Counter(row.pass_kind for row, _ in stepped)
+        kinds = [row.pass_kind for row, _ in stepped]
         blocks = (row.finished_block_steps for row, _ in stepped)
+        spans = [decision.span for _, decision in stepped]
         checked = [decision for _, decision in stepped if decision.auxiliary]
         spent = time.perf_counter() - self._planned
         return RoundReport(
             rows=len(stepped),
-            refreshes=kinds["refresh"],
-            reuses=kinds["reuse"],
-            commits=kinds["commit"],
+            refreshes=kinds.count("refresh"),
+            reuses=kinds.count("reuse"),
+            commits=kinds.count("commit"),
             auxiliary=len(checked),
             committed=sum(row.num_committed(decision) for row, decision in stepped),
             accepted=tuple(len(decision.positions) for decision in checked),
             block_steps=tuple(steps for steps in blocks if steps is not None),
-            computed=sum(decision.span.queries for _, decision in stepped),
-            cached=sum(decision.span.keys - decision.span.queries for _, decision in stepped),
-            attended=sum(decision.span.queries * decision.span.keys for _, decision in stepped),
+            computed=sum(span.queries for span in spans),
+            cached=sum(span.keys - span.queries for span in spans),
+            attended=sum(span.queries * span.keys for span in spans),
             plan_seconds=self._planned - self._started,
             forward_seconds=forward,
             sample_seconds=sample,

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff_kserve.engine.request import (
@@ -142,7 +141,7 @@ class Row:
 
     def __len__(self) -> int:
         """Tokens of the canvas."""
-        return self.canvas.shape[0]
+        return len(self._ids)
 
     @property
     def cache_runs(self) -> int:
@@ -273,23 +272,10 @@ class Row:
         return torch.where(self.masked[answer], -1, self.canvas[answer])
 
     def open_positions(self) -> Tensor:
-        """Positions that the next step may write: int64 [n], absolute, ascending."""
+        """Positions that the next step may write: int64 [n], absolute, ascending. They are masks,
+        but for rows that may change what they wrote."""
         start, end = self.block_start, self.block_end
         return torch.from_numpy(self._masks[start:end].nonzero()[0] + start)
-
-    def written_at(self, positions: Tensor) -> NDArray[np.int64]:
-        """The tokens that stand at `positions`, -1 for a mask."""
-        places = positions.numpy()
-        return np.where(self._masks[places], -1, self._ids[places])
-
-    def review(
-        self,
-        positions: Tensor,  # noqa: ARG002 - rows with a grammar look at them
-        accept: Tensor,
-        tokens: Tensor,  # noqa: ARG002
-    ) -> Tensor:
-        """The last word on which open positions a step commits: bool [n]."""
-        return accept
 
     def apply(self, decision: Decision) -> None:
         """Take one step: write its tokens, send what became final, move to the next block."""
@@ -301,7 +287,7 @@ class Row:
         self.begun_pass = None
         self._count_pass(decision.span)
         self._auxiliary += decision.auxiliary
-        self._steps += len(decision.positions) > 0
+        self._steps += len(places) > 0
         self._block_step += 1
         self._block_passes += 1
         self.evidence = decision.evidence

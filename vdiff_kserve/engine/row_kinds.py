@@ -14,21 +14,30 @@ from vdiff_kserve.models import ModelSpec, RowSpan
 from vdiff_kserve.sampler import block_steps
 
 
-class EditRow(Row):
+class RevisingRow(Row):
+    """Decoding that may change what it wrote while its block is open: nothing of a block is final,
+    and so nothing is sent, before that."""
+
+    def open_positions(self) -> Tensor:
+        start, end = self.block_start, self.block_end
+        return (~self.fixed[start:end]).nonzero().squeeze(-1) + start
+
+    def written_at(self, positions: Tensor) -> Tensor:
+        """The tokens that stand at `positions`, -1 for a mask: int64 [n]."""
+        return torch.where(self.masked[positions], -1, self.canvas[positions])
+
+
+class EditRow(RevisingRow):
     """Decoding that may replace a written token while its block is open (LLaDA2.1).
 
-    Nothing of a block is final, and so nothing is sent, before the block is closed: when it has no
-    mask and a step changes nothing, or after `max_post_edits` such steps.
+    A block is closed when it has no mask and a step changes nothing, or after `max_post_edits` such
+    steps.
     """
 
     def _enter_block(self, start: int) -> None:
         self._post_edits = 0
         self._closed = False
         super()._enter_block(start)
-
-    def open_positions(self) -> Tensor:
-        start, end = self.block_start, self.block_end
-        return (~self.fixed[start:end]).nonzero().squeeze(-1) + start
 
     def apply(self, decision: Decision) -> None:
         masks = int(self.masked[self.block_start : self.block_end].sum())
@@ -48,22 +57,18 @@ class EditRow(Row):
             super()._advance_frontier()
 
 
-class RemaskRow(Row):
+class RemaskRow(RevisingRow):
     """Decoding whose every step chooses anew what stays written in the open block (policy `p2`).
 
     Of a decision's positions the masked ones are written and the written ones become masks again.
-    Every step draws its candidates anew, so that what was taken back can become something else.
-    Nothing of a block is final, and so nothing is sent, before it has no mask.
+    Every step draws its candidates anew, so that what was taken back can become something else. A
+    block is closed when it has no mask.
     """
 
     def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
         self._mask = spec.mask_token_id or 0
         self._taken_back = torch.empty(0, dtype=torch.long)
         super().__init__(request, sink, spec)
-
-    def open_positions(self) -> Tensor:
-        start, end = self.block_start, self.block_end
-        return (~self.fixed[start:end]).nonzero().squeeze(-1) + start
 
     def apply(self, decision: Decision) -> None:
         fills = self.masked[decision.positions]

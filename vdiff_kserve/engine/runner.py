@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vdiff_kserve.engine.grammar_rows import GrammarRow
 from vdiff_kserve.engine.kv_cache import KVCache
 from vdiff_kserve.engine.passes import Pass, by_blocks, passes_of, twins_of
 from vdiff_kserve.engine.row import Decision, Row
 from vdiff_kserve.engine.row_kinds import ApdRow
 from vdiff_kserve.engine.step_tables import (
+    OpenPositions,
     evidence_of,
     keep_evidence,
     logprobs_by_row,
@@ -104,7 +106,7 @@ class ModelRunner:
         The rows are not changed: a caller may run the same step again with fewer of them.
         """
         spans = [row.next_span() for row in rows]
-        opened = [row.open_positions() for row in rows]
+        opened = OpenPositions.of([row.open_positions() for row in rows])
         with self._timed("forward"):
             hidden, unguided = self._hidden(rows, spans, opened)
         with self._timed("sample"):
@@ -116,13 +118,12 @@ class ModelRunner:
         self,
         rows: Sequence[Row],
         spans: list[RowSpan],
-        opened: list[Tensor],
+        opened: OpenPositions,
         step_rows: StepRows,
         hidden: Tensor,
         unguided: Tensor | None,
     ) -> list[Decision]:
         """Candidates for the open positions, and which of them are committed."""
-        counts = [len(positions) for positions in opened]
         evidence = evidence_of(rows, opened, self._device)
         proposal, evidence, told = self._propose(hidden, unguided, step_rows, evidence)
         accept = select(proposal, step_rows)
@@ -131,14 +132,16 @@ class ModelRunner:
             self._verify(accept, proposal, hidden, unguided, step_rows, rows)
         chosen, proposed = torch.stack([accept.long(), proposal.token]).cpu()
         chosen = hold_back(chosen.bool(), proposed, step_rows)
-        parts = opened, chosen.split(counts), proposed.split(counts)
-        accepted = [row.review(*of_row) for row, *of_row in zip(rows, *parts, strict=True)]
-        kept = [None] * len(rows) if evidence is None else keep_evidence(rows, opened, evidence)
-        logprobs = [None] * len(rows) if told is None else logprobs_by_row(told, rows, accepted)
-        taken = torch.cat(accepted)
-        assert step_rows.host_row is not None
-        sizes = step_rows.host_row[taken].bincount(minlength=len(rows)).tolist()
-        places, written = torch.cat(opened)[taken].split(sizes), proposed[taken].split(sizes)
+        for i, row in enumerate(rows):
+            if isinstance(row, GrammarRow):
+                own = opened.row == i
+                chosen[own] = row.review(opened.of_rows[i], chosen[own], proposed[own])
+        nothing = [None] * len(rows)
+        kept = keep_evidence(rows, opened, evidence) if evidence else nothing
+        logprobs = logprobs_by_row(told, rows, chosen.split(opened.counts)) if told else nothing
+        taken = chosen.nonzero().squeeze(-1)
+        sizes = opened.row[taken].bincount(minlength=len(rows)).tolist()
+        places, written = opened.joined[taken].split(sizes), proposed[taken].split(sizes)
         return [
             Decision(span, positions, tokens, credit, int(row.uses_auxiliary), scores)
             for row, span, positions, tokens, credit, scores in zip(
@@ -156,13 +159,11 @@ class ModelRunner:
             row.begun_pass.advance(layers)
 
     def _hidden(
-        self, rows: Sequence[Row], spans: list[RowSpan], opened: list[Tensor]
+        self, rows: Sequence[Row], spans: list[RowSpan], opened: OpenPositions
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states that predict the open positions, with the prompt and (for guidance)
         without it. Rows without guidance have their own state in both."""
         hidden, starts = self._compute(rows, spans)
-        places = torch.cat(opened)
-        counts = [len(positions) for positions in opened]
 
         def states(*, without_prompt: bool) -> Tensor:
             begins = [starts.get((row, without_prompt), starts[row, False]) for row in rows]
@@ -170,7 +171,7 @@ class ModelRunner:
                 begin - row.shift - span.output_start
                 for begin, row, span in zip(begins, rows, spans, strict=True)
             ]
-            own = places + torch.from_numpy(np.array(shifts).repeat(counts))
+            own = opened.joined + torch.from_numpy(np.array(shifts).repeat(opened.counts))
             return hidden.index_select(0, to_device(own, self._device))
 
         is_guided = any(row.params.cfg_scale > 0 for row in rows)

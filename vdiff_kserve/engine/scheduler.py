@@ -189,20 +189,24 @@ class Scheduler:
         for row in arrived:
             self._wait(row)
         now = time.monotonic()
-        known = (*self._waiting, *self._running)
-        return News(
-            submitted=tuple((row.number, row.request) for row in arrived),
-            aborted=frozenset(row.number for row in known if row.aborted),
-            expired=frozenset(
-                row.number for row in known if not row.aborted and _is_over(row, now)
-            ),
-        )
+        aborted, expired = set(), set()
+        for row in (*self._waiting, *self._running):
+            deadline = row.request.deadline
+            if row.aborted:
+                aborted.add(row.number)
+            elif deadline is not None and deadline <= now:
+                expired.add(row.number)
+        submitted = tuple((row.number, row.request) for row in arrived)
+        return News(submitted, frozenset(aborted), frozenset(expired))
 
     def _wait(self, row: Row) -> None:
         insort(self._waiting, row, key=lambda waiting: waiting.place)
 
     def _take_out(self, news: News) -> list[tuple[Row, EngineError]]:
         """Forget aborted rows and those whose deadline passed; returns the latter."""
+        gone = news.aborted | news.expired
+        if not gone:
+            return []
         waited = QueueTimeoutError("The request's time was over before it got a place to run.")
         ran = RequestTimeoutError("The request's time was over before its answer was complete.")
         late: list[tuple[Row, EngineError]] = [
@@ -211,7 +215,6 @@ class Scheduler:
         late += [(row, ran) for row in self._running if row.number in news.expired]
         for row, _ in late:
             row.aborted = True
-        gone = news.aborted | news.expired
         self._waiting = [row for row in self._waiting if row.number not in gone]
         self._leave([row for row in self._running if row.number in gone])
         return late
@@ -301,7 +304,3 @@ class FollowingScheduler(Scheduler):
             row.place = (request.priority, number)
             self._wait(row)
         return super()._take_out(news)
-
-
-def _is_over(row: Row, now: float) -> bool:
-    return row.request.deadline is not None and row.request.deadline <= now

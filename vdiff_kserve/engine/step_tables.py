@@ -1,11 +1,9 @@
-"""From the rows of a step to what the sampler takes of them, and from what it gives back to rows.
-
-`opened` are always the rows' open positions, as `Row.open_positions` gives them: int64 [n] each.
-"""
+"""From the rows of a step to the sampler's tables, and from what it gives back to rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from vdiff_kserve.engine.grammar_rows import GrammarRow
 from vdiff_kserve.engine.row import Row
+from vdiff_kserve.engine.row_kinds import RevisingRow
 from vdiff_kserve.gpu import to_device
 from vdiff_kserve.sampler import (
     AllowedTokens,
@@ -25,20 +24,43 @@ from vdiff_kserve.sampler import (
 )
 
 
+@dataclass(frozen=True)
+class OpenPositions:
+    """The positions that the rows of a step may write.
+
+    Attributes:
+        of_rows: int64 [n] each, as `Row.open_positions` gives them.
+        counts: how many each row has.
+        row: int64 [positions], the row of each.
+        joined: int64 [positions], one row's after the other's.
+    """
+
+    of_rows: Sequence[Tensor]
+    counts: list[int]
+    row: Tensor
+    joined: Tensor
+
+    @classmethod
+    def of(cls, of_rows: list[Tensor]) -> OpenPositions:
+        """Those of each row, side by side."""
+        counts = [len(positions) for positions in of_rows]
+        row = torch.from_numpy(np.arange(len(counts)).repeat(counts))
+        return cls(of_rows, counts, row, torch.cat(of_rows))
+
+
 def table_of(
-    rows: Sequence[Row], opened: Sequence[Tensor], vocab_size: int, device: torch.device
+    rows: Sequence[Row], opened: OpenPositions, vocab_size: int, device: torch.device
 ) -> StepRows:
-    """The open positions of all rows, one row's after the other's, and what each row asks."""
-    written_at = [row.written_at(positions) for row, positions in zip(rows, opened, strict=True)]
-    row_of = torch.from_numpy(np.arange(len(rows)).repeat([len(each) for each in opened]))
-    row_index, position, written = to_device(
-        torch.stack(
-            [row_of, torch.cat(list(opened)), torch.from_numpy(np.concatenate(written_at))]
-        ),
-        device,
+    """The open positions of all rows, and what each row asks."""
+    standing = torch.full_like(opened.joined, -1)
+    for i, row in enumerate(rows):
+        if isinstance(row, RevisingRow):
+            standing[opened.row == i] = row.written_at(opened.of_rows[i])
+    row_of, position, written = to_device(
+        torch.stack([opened.row, opened.joined, standing]), device
     )
     return StepRows(
-        row=row_index,
+        row=row_of,
         position=position,
         written=written,
         params=[row.step_params for row in rows],
@@ -47,17 +69,17 @@ def table_of(
         lengths=[len(row) for row in rows],
         constraints=constraints_of(rows, opened, vocab_size, device),
         allowed=_allowed(rows, vocab_size, device),
-        host_row=row_of,
+        host_row=opened.row,
         targets=_targets(rows, opened, device),
     )
 
 
 def constraints_of(
-    rows: Sequence[Row], opened: Sequence[Tensor], vocab_size: int, device: torch.device
+    rows: Sequence[Row], opened: OpenPositions, vocab_size: int, device: torch.device
 ) -> ConstraintTable | None:
     """What rows ask of their tokens; None when none does."""
     asking = []
-    for i, (row, positions) in enumerate(zip(rows, opened, strict=True)):
+    for i, (row, positions) in enumerate(zip(rows, opened.of_rows, strict=True)):
         asked = row.params.constraints
         if asked is None:
             continue
@@ -84,21 +106,21 @@ def _allowed(rows: Sequence[Row], vocab_size: int, device: torch.device) -> Allo
     )
 
 
-def _targets(rows: Sequence[Row], opened: Sequence[Tensor], device: torch.device) -> Tensor | None:
+def _targets(rows: Sequence[Row], opened: OpenPositions, device: torch.device) -> Tensor | None:
     """Tokens that rows want to be told of in place of candidates, -1 for none; None when no row
     scores anything."""
-    given = [row.targets(positions) for row, positions in zip(rows, opened, strict=True)]
+    given = [row.targets(positions) for row, positions in zip(rows, opened.of_rows, strict=True)]
     if all(each is None for each in given):
         return None
     targets = [
         torch.full_like(positions, -1) if each is None else each
-        for each, positions in zip(given, opened, strict=True)
+        for each, positions in zip(given, opened.of_rows, strict=True)
     ]
     return to_device(torch.cat(targets), device)
 
 
 def evidence_of(
-    rows: Sequence[Row], opened: Sequence[Tensor], device: torch.device
+    rows: Sequence[Row], opened: OpenPositions, device: torch.device
 ) -> Evidence | None:
     """What earlier steps of the rows' blocks left behind at their open positions; None when no row
     keeps any."""
@@ -109,19 +131,19 @@ def evidence_of(
             Evidence.none(len(positions), device)
             if row.evidence is None
             else row.evidence.part(to_device(positions - row.block_start, device))
-            for row, positions in zip(rows, opened, strict=True)
+            for row, positions in zip(rows, opened.of_rows, strict=True)
         ]
     )
 
 
 def keep_evidence(
-    rows: Sequence[Row], opened: Sequence[Tensor], evidence: Evidence
+    rows: Sequence[Row], opened: OpenPositions, evidence: Evidence
 ) -> list[Evidence | None]:
     """Each row's part of a step's evidence, laid out over its whole block; None for rows that keep
     none."""
     kept: list[Evidence | None] = []
     start = 0
-    for row, positions in zip(rows, opened, strict=True):
+    for row, positions in zip(rows, opened.of_rows, strict=True):
         own = evidence.part(slice(start, start + len(positions)))
         start += len(positions)
         if row.params.policy != "credit":
