@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -140,7 +141,11 @@ def _follow(config: ServerConfig, index: int, port: int) -> None:
     """The life of a further rank."""
     threading.Thread(target=_end_with_the_first, name="vdiff-first-rank", daemon=True).start()
     store = TCPStore(ADDRESS, port, config.tensor_parallel_size, is_master=False)
-    load_model(config, rank=_join(config, index, store)).engine.follow()
+    try:
+        loaded = load_model(config, rank=_join(config, index, store))
+    except CheckpointError as error:
+        sys.exit(f"rank {index}: {error}")
+    loaded.engine.follow()
     dist.destroy_process_group()
 
 
