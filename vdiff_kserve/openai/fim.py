@@ -6,7 +6,7 @@ Inception's clients read the same route's `choices[].text`, so both are there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,6 @@ from vdiff_kserve.openai.answers import Piece
 from vdiff_kserve.openai.protocol import (
     INT64_MAX,
     ChatChoice,
-    ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
     CompletionRequest,
@@ -55,19 +54,6 @@ class FimCompletion(ChatCompletion):
     choices: Sequence[FimChoice]
 
 
-class FimChunkChoice(ChatChunkChoice):
-    """New text of it."""
-
-    text: str
-
-
-class FimChunk(ChatCompletionChunk):
-    """One chunk of a stream."""
-
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: Sequence[FimChunkChoice]
-
-
 class FimWriter(ChatWriter):
     """Writes a chat's objects with a text beside each message."""
 
@@ -83,9 +69,8 @@ class FimWriter(ChatWriter):
         self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
     ) -> list[ChatCompletionChunk]:
         """The chunks of a stream that a piece comes to."""
-        return [_with_text(chunk) for chunk in super().chunks(piece, usage, info)]
-
-
-def _with_text(chunk: ChatCompletionChunk) -> FimChunk:
-    choices = [FimChunkChoice(**dict(c), text=c.delta.content or "") for c in chunk.choices]
-    return FimChunk(**dict(chunk) | {"choices": choices})
+        chunks = super().chunks(piece, usage, info)
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                choice["text"] = choice["delta"].get("content", "")
+        return chunks

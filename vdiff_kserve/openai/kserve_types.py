@@ -63,7 +63,7 @@ NAMES: dict[str, Any] = {
     "Completion": protocol.Completion,
     "CompletionChoice": protocol.CompletionChoice,
     "CompletionChunk": protocol.CompletionChunk,
-    "CompletionChunkChoice": protocol.CompletionChoice,
+    "CompletionChunkChoice": protocol.CompletionChunkChoice,
     "CompletionLogProbs": UnservedType,
     "CompletionRequest": protocol.CompletionRequest,
     "ConversationMessage": protocol.ChatMessageParam,

@@ -148,15 +148,15 @@ class ResponseEvents:
 
     def chunk(self, chunk: ChatCompletionChunk) -> Iterator[str]:
         """What a chunk of the chat tells; the last one has the usage."""
-        for choice in chunk.choices:
-            text, told = choice.delta.content or "", _logprobs(choice.logprobs)
+        for choice in chunk["choices"]:
+            text, told = choice["delta"].get("content", ""), _logprobs(choice["logprobs"])
             if text or told:
                 yield from self._delta(text, told)
-            for call in choice.delta.tool_calls or ():
+            for call in choice["delta"].get("tool_calls", ()):
                 yield from self._call(call)
-            if choice.finish_reason is not None:
-                self._status = status_of(choice.finish_reason)
-        if chunk.usage is not None:
+            if choice["finish_reason"] is not None:
+                self._status = status_of(choice["finish_reason"])
+        if "usage" in chunk:
             yield from self._close(chunk)
 
     def error(self, error: RequestError) -> Iterator[str]:
@@ -204,14 +204,15 @@ class ResponseEvents:
             told = [each.model_dump() for each in self._logprobs or ()]
             yield self._in_text("response.output_text.done", text=self._text, logprobs=told)
             yield self._part("done", self._whole_text())
-        items = self._items()
+        items, info = self._items(), chunk["vdiff"]
+        assert isinstance(info, DiffusionInfo)
         for index, item in enumerate(items):
             if isinstance(item, OutputFunctionCall):
                 where = {"item_id": item.id, "output_index": index, "name": item.name}
                 kind = "response.function_call_arguments.done"
                 yield self._event(kind, **where, arguments=item.arguments)
             yield self._of_item("done", index, item)
-        response = self._writer.object(self._status, items, chunk.usage, chunk.vdiff)
+        response = self._writer.object(self._status, items, chunk["usage"], info)
         yield self._event(f"response.{self._status}", response=response.model_dump())
 
     def _items(self) -> list[OutputItem]:

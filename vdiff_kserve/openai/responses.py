@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from vdiff_kserve import __version__
 from vdiff_kserve.openai.answers import Piece
@@ -20,13 +21,14 @@ from vdiff_kserve.openai.protocol import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
-    ChatStep,
+    Chunk,
     Completion,
     CompletionChoice,
     CompletionChunk,
+    CompletionChunkChoice,
     CompletionLogprobs,
-    CompletionStep,
     DiffusionInfo,
+    ErrorResponse,
     FinishReason,
     StepInfo,
     Usage,
@@ -84,11 +86,11 @@ class Writer(Protocol):
 
     def chunks(
         self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
-    ) -> Sequence[BaseModel]:
+    ) -> Sequence[Chunk]:
         """The chunks of a stream that a piece comes to; without one they carry usage only."""
         ...
 
-    def step(self, index: int, view: StepInfo) -> Sequence[BaseModel]:
+    def step(self, index: int, view: StepInfo) -> Sequence[Chunk]:
         """A chunk without text that tells what a denoising step of an answer wrote, and what has to
         come before it."""
         ...
@@ -130,9 +132,10 @@ class ChunkEvents:
         """Nothing: the role comes with the first text."""
         return ()
 
-    def chunk(self, chunk: BaseModel) -> Iterable[str]:
+    def chunk(self, chunk: Chunk | ErrorResponse) -> Iterable[str]:
         """The chunk."""
-        return (f"data: {in_one_line(chunk.model_dump_json())}\n\n",)
+        data = to_json(chunk, inf_nan_mode="null").decode()
+        return (f"data: {in_one_line(data)}\n\n",)
 
     def error(self, error: RequestError) -> Iterable[str]:
         """The error's body."""
@@ -143,7 +146,7 @@ class ChunkEvents:
         return ("data: [DONE]\n\n",)
 
 
-def _head(prefix: str, job: Job) -> dict[str, Any]:
+def _head(prefix: str, job: Job) -> Chunk:
     """What every object of a response begins with."""
     return {
         "id": f"{prefix}-{job.request_id}",
@@ -160,10 +163,6 @@ def _prompt_ids(job: Job, index: int) -> list[int] | None:
 
 def _holes(piece: Piece) -> list[str] | None:
     return None if piece.holes is None else list(piece.holes)
-
-
-def _token_ids(job: Job, piece: Piece) -> list[int] | None:
-    return list(piece.counted_token_ids) if job.output.return_token_ids else None
 
 
 class ChatWriter:
@@ -212,17 +211,20 @@ class ChatWriter:
         deltas = answer.of(piece.text, is_last=is_last)
         tells_tokens = self._job.tells_logprobs or self._job.output.return_token_ids
         if not deltas and (is_last or tells_tokens or self._tells_prompt):
-            deltas = [ChatDelta()]
+            deltas = [{}]
         if deltas:
-            choices += [ChatChunkChoice(index=piece.index, delta=delta) for delta in deltas]
+            choices += [_choice(piece.index, delta) for delta in deltas]
             self._tell(choices[-1], piece, has_calls=answer.has_calls)
-        chunks = [self._chunk([choice], usage, None) for choice in choices]
-        if chunks:
-            chunks[-1].vdiff = info
+        chunks = [
+            self._chunk([choice], usage, info if choice is choices[-1] else None)
+            for choice in choices
+        ]
         if chunks and self._tells_prompt:
             self._tells_prompt = False
-            chunks[0].prompt_token_ids = _prompt_ids(self._job, 0)
-            chunks[0].prompt_text = self._job.prompt_text
+            if self._job.output.return_token_ids:
+                chunks[0]["prompt_token_ids"] = list(self._job.prompts[0])
+            if self._job.prompt_text is not None:
+                chunks[0]["prompt_text"] = self._job.prompt_text
         return chunks
 
     def _opening(self) -> list[ChatChunkChoice]:
@@ -231,32 +233,45 @@ class ChatWriter:
         if self._is_open:
             return []
         self._is_open = True
-        return [
-            ChatChunkChoice(index=index, delta=answer.open())
-            for index, answer in enumerate(self._deltas)
-        ]
+        return [_choice(index, answer.open()) for index, answer in enumerate(self._deltas)]
 
     def _tell(self, choice: ChatChunkChoice, piece: Piece, *, has_calls: bool) -> None:
         """Add to a piece's last delta what belongs to the piece as a whole."""
         if self._job.tells_logprobs:
-            choice.logprobs = chat_logprobs(piece.logprobs)
-        choice.finish_reason = finish_reason_of(piece.finish_reason, has_calls=has_calls)
-        choice.stop_reason = piece.stop_reason
-        choice.token_ids = _token_ids(self._job, piece)
+            choice["logprobs"] = chat_logprobs(piece.logprobs)
+        choice["finish_reason"] = finish_reason_of(piece.finish_reason, has_calls=has_calls)
+        choice["stop_reason"] = piece.stop_reason
+        if self._job.output.return_token_ids:
+            choice["token_ids"] = list(piece.counted_token_ids)
 
     def _chunk(
         self,
         choices: list[ChatChunkChoice],
-        usage: Usage | None,
-        info: DiffusionInfo | None,
+        usage: Usage | None = None,
+        info: DiffusionInfo | StepInfo | None = None,
     ) -> ChatCompletionChunk:
-        return ChatCompletionChunk(**self._head, choices=choices, usage=usage, vdiff=info)
+        begun = {**self._head, "object": "chat.completion.chunk", "choices": choices}
+        chunk = cast("ChatCompletionChunk", begun)
+        if usage is not None:
+            chunk["usage"] = usage
+        if info is not None:
+            chunk["vdiff"] = info
+        return chunk
 
-    def step(self, index: int, view: StepInfo) -> list[ChatCompletionChunk | ChatStep]:
+    def step(self, index: int, view: StepInfo) -> list[ChatCompletionChunk]:
         """A chunk without text, behind those that begin several answers."""
-        choice = ChatChunkChoice(index=index, delta=ChatDelta())
-        step = ChatStep(**self._head, choices=[choice], vdiff=view)
-        return [*(self._chunk([each], None, None) for each in self._opening()), step]
+        opening = [self._chunk([choice]) for choice in self._opening()]
+        return [*opening, self._chunk([_choice(index, {})], None, view)]
+
+
+def _choice(index: int, delta: ChatDelta) -> ChatChunkChoice:
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": None,
+        "finish_reason": None,
+        "stop_reason": None,
+    }
 
 
 class CompletionWriter:
@@ -293,41 +308,51 @@ class CompletionWriter:
         self, piece: Piece | None, usage: Usage | None, info: DiffusionInfo | None
     ) -> list[CompletionChunk]:
         """One chunk of a stream."""
-        choices = []
-        if piece is not None:
-            is_first = piece.index not in self._offsets
-            offset = self._offsets.setdefault(piece.index, 0)
-            self._offsets[piece.index] += sum(len(each.text) for each in piece.logprobs)
-            choices = [
-                CompletionChoice(
-                    index=piece.index,
-                    text=piece.text,
-                    logprobs=self._logprobs(piece.logprobs, offset),
-                    finish_reason=piece.finish_reason,
-                    stop_reason=piece.stop_reason,
-                    token_ids=_token_ids(self._job, piece),
-                    prompt_token_ids=self._first_prompt_ids(piece.index) if is_first else None,
-                    holes=_holes(piece),
-                )
-            ]
-        chunk = CompletionChunk(
-            **self._head,
-            choices=choices,
-            usage=usage,
-            vdiff=info,
-        )
-        return [chunk]
+        choices = [] if piece is None else [self._choice(piece)]
+        return [self._chunk(choices, usage, info)]
 
-    def _first_prompt_ids(self, index: int) -> list[int] | None:
-        """As vLLM, a stream that echoes its prompt begins with the prompt's tokens."""
-        if self._job.echoes:
-            return list(self._job.prompts[index // self._job.n])
-        return _prompt_ids(self._job, index)
+    def _choice(self, piece: Piece) -> CompletionChunkChoice:
+        is_first = piece.index not in self._offsets
+        offset = self._offsets.setdefault(piece.index, 0)
+        self._offsets[piece.index] += sum(len(each.text) for each in piece.logprobs)
+        choice = cast("CompletionChunkChoice", {"index": piece.index, "text": piece.text})
+        if piece.holes is not None:
+            choice["holes"] = list(piece.holes)
+        choice["logprobs"] = self._logprobs(piece.logprobs, offset)
+        choice["finish_reason"] = piece.finish_reason
+        choice["stop_reason"] = piece.stop_reason
+        wanted = self._job.output.return_token_ids
+        if wanted:
+            choice["token_ids"] = list(piece.counted_token_ids)
+        # As vLLM, a stream that echoes its prompt begins with the prompt's tokens.
+        if is_first and (wanted or self._job.echoes):
+            choice["prompt_token_ids"] = list(self._job.prompts[piece.index // self._job.n])
+        return choice
 
-    def step(self, index: int, view: StepInfo) -> list[CompletionStep]:
+    def _chunk(
+        self,
+        choices: list[CompletionChunkChoice],
+        usage: Usage | None,
+        info: DiffusionInfo | StepInfo | None,
+    ) -> CompletionChunk:
+        begun = {**self._head, "object": "text_completion", "choices": choices}
+        chunk = cast("CompletionChunk", begun)
+        if usage is not None:
+            chunk["usage"] = usage
+        if info is not None:
+            chunk["vdiff"] = info
+        return chunk
+
+    def step(self, index: int, view: StepInfo) -> list[CompletionChunk]:
         """A chunk without text."""
-        choice = CompletionChoice(index=index, text="", finish_reason=None)
-        return [CompletionStep(**self._head, choices=[choice], vdiff=view)]
+        choice: CompletionChunkChoice = {
+            "index": index,
+            "text": "",
+            "logprobs": None,
+            "finish_reason": None,
+            "stop_reason": None,
+        }
+        return [self._chunk([choice], None, view)]
 
     def _logprobs(
         self, tokens: Sequence[ScoredToken], offset: int = 0

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from functools import partial
+from itertools import chain
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
 from vdiff_kserve.engine import GenerationEngine, GenerationRequest, GenerationStream, Grammars
 from vdiff_kserve.observability.requests import RequestRecord, count_refusal
-from vdiff_kserve.openai.answers import Answer, Echo, InfillAnswer
+from vdiff_kserve.openai.answers import Answer, Echo, InfillAnswer, Piece
 from vdiff_kserve.openai.candidates import BestOf, EventSource, Nothing
 from vdiff_kserve.openai.cost import diffusion_info, usage
 from vdiff_kserve.openai.errors import (
@@ -29,7 +30,12 @@ from vdiff_kserve.openai.job import Job
 from vdiff_kserve.openai.likelihood import Scores
 from vdiff_kserve.openai.limits import ServingLimits
 from vdiff_kserve.openai.logprobs import TokenTexts
-from vdiff_kserve.openai.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from vdiff_kserve.openai.protocol import (
+    ChatCompletionRequest,
+    Chunk,
+    CompletionRequest,
+    StreamOptions,
+)
 from vdiff_kserve.openai.response_events import ResponseEvents, ResponseWriter
 from vdiff_kserve.openai.response_input import as_chat, in_own_names
 from vdiff_kserve.openai.response_objects import ResponsesRequest
@@ -266,16 +272,22 @@ async def _stream(
     work: Work, writer: Writer, events: Events, options: StreamOptions
 ) -> AsyncGenerator[str, None]:
     """Server-sent events. The first item is empty: it only begins the generator."""
+
+    def told(chunks: Sequence[Chunk]) -> Iterable[str]:
+        return chain.from_iterable(map(events.chunk, chunks))
+
     with work:
         yield ""
         for event in events.begin():
             yield event
         try:
             with told_as_request_error():
-                async with aclosing(_chunks(work, writer, options)) as chunks:
-                    async for chunk in chunks:
-                        for event in events.chunk(chunk):
+                async with aclosing(work.pieces()) as pieces:
+                    async for piece in pieces:
+                        for event in told(_chunks(work, writer, piece, options)):
                             yield event
+                for event in told(_last_chunks(work, writer, options)):
+                    yield event
         except RequestError as error:
             work.record.fail(error.status, error)
             for event in events.error(error):
@@ -284,25 +296,22 @@ async def _stream(
             yield event
 
 
-async def _chunks(
-    work: Work, writer: Writer, options: StreamOptions
-) -> AsyncGenerator[BaseModel, None]:
-    """The chunks of a stream; the last tells what the answers cost."""
-    async with aclosing(work.pieces()) as pieces:
-        async for piece in pieces:
-            if piece.view is not None:
-                for chunk in writer.step(piece.index, piece.view):
-                    yield chunk
-            if not piece.text and piece.finish_reason is None:
-                continue
-            is_last = work.num_unfinished == 0 and not options.include_usage
-            for chunk in writer.chunks(
-                piece,
-                usage(work.job, work.ends) if options.continuous_usage_stats else None,
-                diffusion_info(work.job, work.ends) if is_last else None,
-            ):
-                yield chunk
-    if options.include_usage:
-        cost = usage(work.job, work.ends), diffusion_info(work.job, work.ends)
-        for chunk in writer.chunks(None, *cost):
-            yield chunk
+def _chunks(work: Work, writer: Writer, piece: Piece, options: StreamOptions) -> Sequence[Chunk]:
+    """The chunks of a piece; the last one tells what the answers cost."""
+    if piece.view is not None:
+        return writer.step(piece.index, piece.view)
+    if not piece.text and piece.finish_reason is None:
+        return ()
+    is_last = work.num_unfinished == 0 and not options.include_usage
+    return writer.chunks(
+        piece,
+        usage(work.job, work.ends) if options.continuous_usage_stats else None,
+        diffusion_info(work.job, work.ends) if is_last else None,
+    )
+
+
+def _last_chunks(work: Work, writer: Writer, options: StreamOptions) -> Sequence[Chunk]:
+    """The chunks that tell what the answers cost, for a client that wants it told apart."""
+    if not options.include_usage:
+        return ()
+    return writer.chunks(None, usage(work.job, work.ends), diffusion_info(work.job, work.ends))

@@ -59,7 +59,7 @@ class AnswerDeltas:
     def open(self) -> ChatDelta:
         """The role, before there is any text."""
         self._is_open = True
-        return ChatDelta(role="assistant", content="")
+        return {"role": "assistant", "content": ""}
 
     def of(self, text: str, *, is_last: bool) -> list[ChatDelta]:
         """The deltas that new text comes to; the answer's first one has the role and text, be it
@@ -68,7 +68,7 @@ class AnswerDeltas:
         if not self._is_open and (found or is_last):
             self._is_open = True
             first = found.pop(0).text if found and found[0].call is None else ""
-            opening = [ChatDelta(role="assistant", content=first)]
+            opening: list[ChatDelta] = [{"role": "assistant", "content": first}]
         else:
             opening = []
         return opening + [self._delta(each) for each in found]
@@ -81,7 +81,7 @@ class AnswerDeltas:
 
     def _delta(self, found: Found) -> ChatDelta:
         if found.call is None:
-            return ChatDelta(content=found.text)
+            return {"content": found.text}
         self.has_calls = True
         begins = found.name is not None
         call = ToolCallDelta(
@@ -90,4 +90,4 @@ class AnswerDeltas:
             type="function" if begins else None,
             function=FunctionDelta(name=found.name, arguments=found.text),
         )
-        return ChatDelta(tool_calls=[call])
+        return {"tool_calls": [call]}
