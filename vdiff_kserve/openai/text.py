@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Protocol
+from functools import partial
+
+from transformers import PreTrainedTokenizerFast
 
 BROKEN = "\ufffd"
 """What decoders write for bytes that are not, or not yet, a character."""
 
 
-class Tokenizer(Protocol):
-    """The part of a tokenizer that turns ids into text."""
+Decode = Callable[[list[int]], str]
+"""The text of some tokens."""
 
-    def decode(
-        self,
-        token_ids: list[int],
-        skip_special_tokens: bool = ...,
-        clean_up_tokenization_spaces: bool = ...,
-    ) -> str:
-        """The text of some tokens."""
-        ...
+
+def decode_of(tokenizer: PreTrainedTokenizerFast, *, skip_special_tokens: bool) -> Decode:
+    """A tokenizer's `decode` without cleaning up: that of the Rust tokenizer inside, which is all
+    that the Python class then calls, unless a class of the checkpoint's own has another."""
+    kind, usual = type(tokenizer), PreTrainedTokenizerFast
+    if (kind.decode, kind._decode) == (usual.decode, usual._decode):
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    return partial(
+        tokenizer.decode,
+        skip_special_tokens=skip_special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 class Detokenizer:
@@ -31,9 +37,10 @@ class Detokenizer:
     text differently.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, skip_special_tokens: bool = True
+    ) -> None:
+        self._decode = decode_of(tokenizer, skip_special_tokens=skip_special_tokens)
         self._tokens: list[int] = []
         self._context = 0
         self._whole = 0
@@ -44,12 +51,12 @@ class Detokenizer:
         """Text that became complete with these tokens."""
         self._before = (self._context, self._whole, self._sent)
         self._tokens.extend(token_ids)
-        text = self._decode(self._context)
+        text = self._decode(self._tokens[self._context :])
         complete = text.rstrip(BROKEN)
         piece, self._sent = complete[self._sent :], max(self._sent, len(complete))
         if complete == text:
             self._context, self._whole = self._whole, len(self._tokens)
-            self._sent = len(self._decode(self._context))
+            self._sent = len(self._decode(self._tokens[self._context :]))
         return piece
 
     def take_back(self, count: int) -> Detokenizer:
@@ -61,16 +68,9 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The rest, with `BROKEN` where the answer ended within a character."""
-        text = self._decode(self._context)
+        text = self._decode(self._tokens[self._context :])
         piece, self._sent = text[self._sent :], len(text)
         return piece
-
-    def _decode(self, start: int) -> str:
-        return self._tokenizer.decode(
-            self._tokens[start:],
-            skip_special_tokens=self._skip_special_tokens,
-            clean_up_tokenization_spaces=False,
-        )
 
 
 class AnswerText:
