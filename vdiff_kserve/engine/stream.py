@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
@@ -17,7 +18,8 @@ class GenerationStream:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[GenerationEvent | EngineError] = asyncio.Queue()
+        self._events: deque[GenerationEvent | EngineError] = deque()
+        self._arrival: asyncio.Future[None] | None = None
         self._abort: Callable[[], None] | None = None
 
     def on_abort(self, abort: Callable[[], None]) -> None:
@@ -28,11 +30,13 @@ class GenerationStream:
         """The engine's side; called on its thread."""
         # The loop may close at any moment, with nobody left to tell.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._loop.call_soon_threadsafe(self.put_now, event)
 
     def put_now(self, event: GenerationEvent | EngineError) -> None:
         """As `put`, without the detour; called on the stream's own loop."""
-        self._events.put_nowait(event)
+        self._events.append(event)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     def abort(self) -> None:
         """Stop the row before its next forward pass; from any thread, any number of times."""
@@ -46,7 +50,10 @@ class GenerationStream:
             EngineError: the row failed.
         """
         while True:
-            event = await self._events.get()
+            while not self._events:
+                self._arrival = self._loop.create_future()
+                await self._arrival
+            event = self._events.popleft()
             if isinstance(event, EngineError):
                 raise event
             yield event

@@ -16,7 +16,7 @@ from vdiff_kserve.openai.protocol import FinishReason, StepInfo
 from vdiff_kserve.openai.text import AnswerText
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Piece:
     """New text of one answer.
 
@@ -117,7 +117,9 @@ class Answer:
         self._include_stop = include_stop
         self._texts = texts
         self._read = 0
-        self._waiting: list[GenerationEvent] = []
+        self._spent: GenerationStats | None = None
+        self._waiting: tuple[int, ...] = ()
+        self._waiting_logprobs: tuple[ScoredToken, ...] = ()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer's pieces; one without text when only its cost grew.
@@ -125,19 +127,16 @@ class Answer:
         Raises:
             EngineError: the engine could not finish it.
         """
-        spent = None
         if self._echo is not None:
             logprobs = await self._echo.scored()
-            spent = self._echo.scores.stats
-            yield Piece(self._index, self._echo.text, 0, spent, logprobs=logprobs)
+            self._spent = self._echo.scores.stats
+            yield Piece(self._index, self._echo.text, 0, self._spent, logprobs=logprobs)
         async for event in self._stream:
             if event.view is not None:
                 view = self._step(event.view)
                 yield Piece(self._index, "", self._read, event.stats, view=view)
                 continue
             piece = self._piece(event)
-            if spent is not None:
-                piece = replace(piece, stats=piece.stats.plus(spent))
             yield piece
             if piece.finish_reason is not None:
                 self._stream.abort()
@@ -170,21 +169,38 @@ class Answer:
             event = _cut(event, tokens - self._read)
         elif event.end_token_id in self._extra_end_ids:
             stop = event.end_token_id
-        self._read += len(event.token_ids)
-        self._waiting.append(event)
-        piece = Piece(self._index, text, tokens, event.stats, finish_reason, stop)
-        return self._with_tokens(piece) if text or finish_reason is not None else piece
+        return self._made(event, text, tokens, finish_reason, stop)
 
-    def _with_tokens(self, piece: Piece) -> Piece:
-        events, self._waiting = self._waiting, []
-        texts = self._texts
-        return replace(
-            piece,
-            token_ids=tuple(token for event in events for token in event.token_ids),
-            end_token_id=events[-1].end_token_id,
-            logprobs=tuple(texts.scored(told) for event in events for told in event.logprobs)
-            if texts and self._tells_logprobs
-            else (),
+    def _made(
+        self,
+        event: GenerationEvent,
+        text: str,
+        completion_tokens: int,
+        finish_reason: FinishReason | None,
+        stop_reason: str | int | None = None,
+        holes: tuple[str, ...] | None = None,
+    ) -> Piece:
+        """The piece of an event, with the tokens that waited for its text."""
+        self._read += len(event.token_ids)
+        self._waiting += event.token_ids
+        if self._texts is not None and self._tells_logprobs:
+            self._waiting_logprobs += tuple(map(self._texts.scored, event.logprobs))
+        stats = event.stats if self._spent is None else event.stats.plus(self._spent)
+        if not text and finish_reason is None:
+            return Piece(self._index, text, completion_tokens, stats)
+        token_ids, self._waiting = self._waiting, ()
+        logprobs, self._waiting_logprobs = self._waiting_logprobs, ()
+        return Piece(
+            self._index,
+            text,
+            completion_tokens,
+            stats,
+            finish_reason,
+            stop_reason,
+            token_ids,
+            event.end_token_id,
+            logprobs,
+            holes,
         )
 
 
@@ -217,18 +233,15 @@ class InfillAnswer(Answer):
             self._text = self._text_of_hole()
         if self._text.stop_string is None:
             text += self._fill(self._text.add(event.token_ids))
-        self._read += len(event.token_ids)
-        self._waiting.append(event)
+        holes = None
         if event.finish_reason is not None:
             while len(self._holes) < len(self._between) - 1:
                 text += self._end_hole() + self._between[len(self._holes)]
                 self._holes.append("")
             text += self._end_hole() + self._between[-1]
+            holes = tuple(self._holes)
         tokens = event.stats.completion_tokens
-        piece = Piece(self._index, text, tokens, event.stats, event.finish_reason)
-        if event.finish_reason is not None:
-            piece = replace(piece, holes=tuple(self._holes))
-        return self._with_tokens(piece) if text or event.finish_reason is not None else piece
+        return self._made(event, text, tokens, event.finish_reason, holes=holes)
 
     def _end_hole(self) -> str:
         """What was held back of the hole's text."""
