@@ -41,7 +41,7 @@ STORED_RESPONSE = (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/i
 GENERATION_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
-def only_json(request: Request) -> None:
+async def only_json(request: Request) -> None:
     """Refuse a body that is not declared as JSON.
 
     Raises:
