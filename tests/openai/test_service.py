@@ -76,6 +76,39 @@ async def test_a_stream_is_what_the_sdk_expects() -> None:
     assert "role" not in chunks[1]["choices"][0]["delta"]
 
 
+@pytest.mark.parametrize(
+    ("request_", "first", "last"),
+    [
+        (
+            chat(stream=True, return_token_ids=True),
+            ["index", "delta", "logprobs", "finish_reason", "stop_reason", "token_ids"],
+            ["vdiff"],
+        ),
+        (
+            completion(stream=True, return_token_ids=True, stream_options={"include_usage": True}),
+            [
+                *("index", "text", "logprobs", "finish_reason", "stop_reason"),
+                *("token_ids", "prompt_token_ids"),
+            ],
+            ["usage", "vdiff"],
+        ),
+        (
+            completion(stream=True, prompt="a<|mask:2|>b", infill=True),
+            ["index", "text", "holes", "logprobs", "finish_reason", "stop_reason"],
+            ["vdiff"],
+        ),
+    ],
+)
+async def test_the_fields_of_a_chunk_have_an_order(
+    request_: Any, first: list[str], last: list[str]
+) -> None:
+    chunks = await events(ScriptedEngine(["ab", "c"]), request_)
+    head = ["id", "created", "model", "system_fingerprint", "object", "choices"]
+    assert list(chunks[-1]) == head + last
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert max((list(choice) for choice in choices), key=len) == first
+
+
 async def test_the_piece_with_the_finish_reason_has_text_although_the_end_came_alone() -> None:
     engine = ScriptedEngine(["four", ""], finish_reason="stop")
     first, last = await events(engine, chat(stream=True))

@@ -302,7 +302,8 @@ def _chunks(work: Work, writer: Writer, piece: Piece, options: StreamOptions) ->
         return writer.step(piece.index, piece.view)
     if not piece.text and piece.finish_reason is None:
         return ()
-    is_last = work.num_unfinished == 0 and not options.include_usage
+    ends = piece.finish_reason is not None
+    is_last = ends and work.num_unfinished == 0 and not options.include_usage
     return writer.chunks(
         piece,
         usage(work.job, work.ends) if options.continuous_usage_stats else None,

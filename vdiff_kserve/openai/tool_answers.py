@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import takewhile
 
 from vdiff_kserve.openai.protocol import ChatDelta, ChatMessage, FinishReason
@@ -64,20 +63,18 @@ class AnswerDeltas:
     def of(self, text: str, *, is_last: bool) -> list[ChatDelta]:
         """The deltas that new text comes to; the answer's first one has the role and text, be it
         empty."""
-        found = self._found(text, is_last=is_last)
-        if not self._is_open and (found or is_last):
+        deltas = self._deltas(text, is_last=is_last)
+        if not self._is_open and (deltas or is_last):
             self._is_open = True
-            first = found.pop(0).text if found and found[0].call is None else ""
-            opening: list[ChatDelta] = [{"role": "assistant", "content": first}]
-        else:
-            opening = []
-        return opening + [self._delta(each) for each in found]
+            first = deltas.pop(0)["content"] if deltas and "content" in deltas[0] else ""
+            deltas.insert(0, {"role": "assistant", "content": first})
+        return deltas
 
-    def _found(self, text: str, *, is_last: bool) -> list[Found]:
+    def _deltas(self, text: str, *, is_last: bool) -> list[ChatDelta]:
         if self._parser is None:
-            return [Found(text)]
-        found: Sequence[Found] = self._parser.add(text)
-        return [*found, *self._parser.finish()] if is_last else list(found)
+            return [{"content": text}]
+        found = self._parser.add(text) + (self._parser.finish() if is_last else [])
+        return [self._delta(each) for each in found]
 
     def _delta(self, found: Found) -> ChatDelta:
         if found.call is None:
