@@ -56,7 +56,7 @@ class CancelOnDisconnect:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events from a generator that is closed as soon as the client is gone.
+    """Server-sent events from a generator that is closed when it ends or is cancelled.
 
     A request may wait long in the queue, or for a block to be finished. Meanwhile comments keep
     proxies from cutting the connection.
@@ -72,7 +72,12 @@ class EventStream(StreamingResponse):
         self._events = events
         self._silence = silence
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(
+        self,
+        scope: Scope,  # noqa: ARG002  Starlette's signature
+        receive: Receive,  # noqa: ARG002  `CancelOnDisconnect` watches the client
+        send: Send,
+    ) -> None:
         """Send the stream."""
         clock = asyncio.get_running_loop().time
         latest: float | None = None
@@ -97,7 +102,7 @@ class EventStream(StreamingResponse):
 
         commenting = asyncio.create_task(comment())
         try:
-            await super().__call__(scope, receive, timed_send)
+            await self.stream_response(timed_send)
         finally:
             commenting.cancel()
             await self._events.aclose()
