@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 
-PREFIXES = ("/openai/v1", "/v1")
-"""Where OpenAI's routes are."""
+PREFIXES = ("/v1", "/openai/v1")
+"""Where OpenAI's routes are, the usual place first: routes are compared one after the other."""
 CHAT = "/chat/completions"
 COMPLETIONS = "/completions"
 RESPONSES = "/responses"
@@ -82,4 +82,4 @@ def why_absent(path: str) -> str:
     if why := next((why for names, why in ABSENT.items() if first in names), ""):
         return why
     near = difflib.get_close_matches(inner[:MAX_COMPARED], ROUTES, n=1, cutoff=0.8)
-    return f"Did you mean {PREFIXES[-1]}{near[0]}?" if near and inner not in ROUTES else ""
+    return f"Did you mean {PREFIXES[0]}{near[0]}?" if near and inner not in ROUTES else ""
