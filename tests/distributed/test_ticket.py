@@ -114,7 +114,7 @@ async def test_nothing_follows_the_end() -> None:
     one.put(EngineError("late"))
     assert len(await told(one.stream)) == 1
     await asyncio.sleep(0)
-    assert one.stream._events.empty()
+    assert not one.stream._events
 
 
 async def test_deadlines_travel_as_seconds() -> None:
