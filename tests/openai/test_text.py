@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from tests.server.checkpoint import SPECIAL_TOKENS, make_tokenizer
 from vdiff_kserve.openai.text import AnswerText, Detokenizer
@@ -134,3 +138,26 @@ def test_special_tokens_appear_when_they_are_asked_for() -> None:
 def test_special_tokens_never_appear(token: str) -> None:
     ids = [*encode("ab"), TOKENIZER.convert_tokens_to_ids(token), *encode("cd")]
     assert "".join(run(AnswerText(Detokenizer(TOKENIZER)), [[i] for i in ids])) == "abcd"
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """A tokenizer with a way of decoding of its own."""
+
+    def _decode(self, *arguments: Any, **options: Any) -> str:
+        return super()._decode(*arguments, **options).upper()
+
+
+@pytest.mark.parametrize(("kind", "text"), [(PreTrainedTokenizerFast, "a ."), (Shouting, "A .")])
+def test_a_tokenizer_decodes_its_own_way_but_cleans_nothing_up(
+    kind: type[PreTrainedTokenizerFast], text: str
+) -> None:
+    words = Tokenizer(WordLevel({"a": 0, ".": 1}, unk_token="."))
+    tokenizer = kind(tokenizer_object=words, clean_up_tokenization_spaces=True)
+    assert "".join(run(AnswerText(Detokenizer(tokenizer)), [[0], [1]])) == text
+
+
+def test_a_space_before_a_piece_is_kept_where_only_the_text_loses_its_first() -> None:
+    words = Tokenizer(WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert "".join(run(AnswerText(Detokenizer(tokenizer)), [[0], [1], [0]])) == "a b a"

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from functools import partial
 
+from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 BROKEN = "\ufffd"
 """What decoders write for bytes that are not, or not yet, a character."""
 
 
-Decode = Callable[[list[int]], str]
-"""The text of some tokens."""
-
-
-def decode_of(tokenizer: PreTrainedTokenizerFast, *, skip_special_tokens: bool) -> Decode:
-    """A tokenizer's `decode` without cleaning up: that of the Rust tokenizer inside, which is all
-    that the Python class then calls, unless a class of the checkpoint's own has another."""
+def has_own_decoding(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a tokenizer's class does more than to call the Rust tokenizer inside."""
     kind, usual = type(tokenizer), PreTrainedTokenizerFast
-    if (kind.decode, kind._decode) == (usual.decode, usual._decode):
-        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=skip_special_tokens)
-    return partial(
-        tokenizer.decode,
-        skip_special_tokens=skip_special_tokens,
-        clean_up_tokenization_spaces=False,
-    )
+    return (kind.decode, kind._decode) != (usual.decode, usual._decode)
 
 
 class Detokenizer:
@@ -34,13 +24,20 @@ class Detokenizer:
 
     Bytes that do not yet make a character are kept until the tokens that complete them arrive. Each
     piece is decoded together with the one before it, since some decoders treat the first token of a
-    text differently.
+    text differently; byte-level ones do not. Spaces are never cleaned up.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, *, skip_special_tokens: bool = True
     ) -> None:
-        self._decode = decode_of(tokenizer, skip_special_tokens=skip_special_tokens)
+        options = {"skip_special_tokens": skip_special_tokens}
+        backend = tokenizer.backend_tokenizer
+        if has_own_decoding(tokenizer):
+            self._decode = partial(tokenizer.decode, **options, clean_up_tokenization_spaces=False)
+            self._needs_context = True
+        else:
+            self._decode = partial(backend.decode, **options)
+            self._needs_context = not isinstance(backend.decoder, ByteLevel)
         self._tokens: list[int] = []
         self._context = 0
         self._whole = 0
@@ -54,9 +51,11 @@ class Detokenizer:
         text = self._decode(self._tokens[self._context :])
         complete = text.rstrip(BROKEN)
         piece, self._sent = complete[self._sent :], max(self._sent, len(complete))
-        if complete == text:
+        if complete == text and self._needs_context:
             self._context, self._whole = self._whole, len(self._tokens)
             self._sent = len(self._decode(self._tokens[self._context :]))
+        elif complete == text:
+            self._context, self._sent = len(self._tokens), 0
         return piece
 
     def take_back(self, count: int) -> Detokenizer:
@@ -153,6 +152,8 @@ class AnswerText:
     def _stop_in(self, text: str) -> tuple[int, int, str] | None:
         """End, start and text of the stop string that is complete first; of several, the one that
         starts first."""
+        if not self._stops:
+            return None
         found = [
             (start + len(stop), start, stop)
             for stop in self._stops
