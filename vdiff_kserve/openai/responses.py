@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
-from pydantic import BaseModel
-from pydantic_core import to_json
+from pydantic import BaseModel, TypeAdapter
 
 from vdiff_kserve import __version__
 from vdiff_kserve.openai.answers import Piece
@@ -116,6 +115,8 @@ class Events(Protocol):
         ...
 
 
+JSON = TypeAdapter[Any](Any)
+"""Writes dictionaries as their values' models are written."""
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 """Characters that JSON may hold, and at which some clients (httpx) end a line of a stream."""
 
@@ -134,7 +135,7 @@ class ChunkEvents:
 
     def chunk(self, chunk: Chunk | ErrorResponse) -> Iterable[str]:
         """The chunk."""
-        data = to_json(chunk, inf_nan_mode="null").decode()
+        data = JSON.dump_json(chunk).decode()
         return (f"data: {in_one_line(data)}\n\n",)
 
     def error(self, error: RequestError) -> Iterable[str]:
