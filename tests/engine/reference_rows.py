@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from vdiff_kserve.engine import Engine
 from vdiff_kserve.engine.request import EventSink, GenerationRequest
@@ -47,10 +48,10 @@ class FastDllmMainRow(Row):
         capped = self.params.cache == "dual" and self._block_step >= self._block_steps
         return capped or super()._block_done
 
-    def open_positions(self) -> torch.Tensor:
+    def open_positions(self) -> NDArray[np.int64]:
         if self._block_step > 0:
             return super().open_positions()
-        return self.masked[: self.block_end].nonzero().squeeze(-1)
+        return self._masks[: self.block_end].nonzero()[0]
 
     def next_span(self) -> RowSpan:
         span = super().next_span()
@@ -69,7 +70,7 @@ class FastDllmDreamRow(Row):
     """Fast-dLLM for Dream: a block's full pass writes its first token only; then at least one
     cached pass, whose window begins with the block."""
 
-    def open_positions(self) -> torch.Tensor:
+    def open_positions(self) -> NDArray[np.int64]:
         positions = super().open_positions()
         return positions[:1] if self._block_step == 0 else positions
 
@@ -131,10 +132,8 @@ class FastDllmV2Row(SubBlockRow):
     def _prompt_is_due(self) -> bool:
         return self.is_fresh and self._outer_start > 0 and not self._first_token_is_due
 
-    def open_positions(self) -> torch.Tensor:
-        return (
-            torch.tensor([], dtype=torch.int64) if self._prompt_is_due else super().open_positions()
-        )
+    def open_positions(self) -> NDArray[np.int64]:
+        return np.array([], dtype=np.int64) if self._prompt_is_due else super().open_positions()
 
     def next_span(self) -> RowSpan:
         if not self._prompt_is_due:
@@ -178,7 +177,7 @@ class SdarRow(WholeBlocksRow):
     def _prompt_is_due(self) -> bool:
         return self.is_fresh and self.block_start > 0
 
-    def open_positions(self) -> torch.Tensor:
+    def open_positions(self) -> NDArray[np.int64]:
         return super().open_positions()[: 0 if self._prompt_is_due else None]
 
     def next_span(self) -> RowSpan:

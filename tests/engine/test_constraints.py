@@ -94,7 +94,7 @@ def test_a_presence_penalty_that_outweighs_the_model_forbids_repeating_later(
         engine.generate([request])
     for step in engine.watched[0].steps:
         before = set(step.before[3:][~step.masked_before[3:]].tolist())
-        fresh = step.masked_before[step.decision.positions]
+        fresh = step.masked_before[step.decision.positions].numpy()
         assert not set(step.decision.tokens[fresh].tolist()) & before
 
 

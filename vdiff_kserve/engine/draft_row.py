@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -69,8 +71,8 @@ class DraftRow(Row):
         outputs = len(self) - self.block_start
         return RowSpan(0, len(self), len(self), first, outputs, span.cache_offset)
 
-    def open_positions(self) -> Tensor:
-        return self.masked.nonzero().squeeze(-1) if self._checks else super().open_positions()
+    def open_positions(self) -> NDArray[np.int64]:
+        return self._masks.nonzero()[0] if self._checks else super().open_positions()
 
     def num_committed(self, decision: Decision) -> int:  # noqa: ARG002 - a check takes a part of it
         return self._newly_committed
@@ -90,32 +92,35 @@ class DraftRow(Row):
         """The part of a check's decision that is taken; sets whether another check follows."""
         assert decision.logprobs is not None
         confidence = decision.logprobs.chosen.exp()
-        agrees = self._agrees(decision, confidence >= CONFIDENCE)
+        positions, tokens = map(torch.from_numpy, (decision.positions, decision.tokens))
+        agrees = self._agrees(positions, tokens, confidence >= CONFIDENCE)
         self._accepted += int(agrees.sum())
         self._checks = int(agrees.sum()) >= RUN
         asked = self.request.decoding
         taken = agrees
         if asked.policy == "threshold" and asked.temperature == 0:
-            in_block = decision.positions < self.block_end
+            in_block = positions < self.block_end
             taken = agrees | (in_block & (confidence >= asked.threshold))
             if in_block.any() and not taken.any():
                 taken = in_block & (confidence == confidence[in_block].max())
         return replace(
             decision,
-            positions=decision.positions[taken],
-            tokens=decision.tokens[taken],
+            positions=positions[taken].numpy(),
+            tokens=tokens[taken].numpy(),
             logprobs=None if asked.top_logprobs is None else decision.logprobs.part(taken),
         )
 
-    def _agrees(self, decision: Decision, likely: Tensor) -> Tensor:
+    def _agrees(self, positions: Tensor, tokens: Tensor, likely: Tensor) -> Tensor:
         """Which of the tokens are in a run of the draft's: bool [n].
 
         Args:
+            positions: int64 [n], of the canvas.
+            tokens: int64 [n].
             likely: bool [n], those that are sure enough.
         """
         answer = self.written_answer
-        places = decision.positions - self.prompt_length
-        answer[places[likely]] = decision.tokens[likely]
+        places = positions - self.prompt_length
+        answer[places[likely]] = tokens[likely]
         shifts = torch.arange(-REACH, REACH + 1)
         drafted = torch.arange(len(answer)) - shifts[:, None]  # [shifts, answer]
         inside = (drafted >= 0) & (drafted < len(self._draft))

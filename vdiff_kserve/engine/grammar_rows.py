@@ -202,8 +202,8 @@ class ApdGrammarRow(GrammarRow, ApdRow):
         self._accepted = self.frontier - before
         # The auxiliary model has seen the draft; what the grammar wrote behind it, it has not.
         places = decision.positions
-        same = (self.canvas[places] == decision.tokens) & ~self.masked[places]
-        self._recomputed = before + int(same.long().cumprod(0).sum()) - 1
+        same = (self._ids[places] == decision.tokens) & ~self._masks[places]
+        self._recomputed = before + int(same.cumprod().sum()) - 1
 
 
 def make_grammar_row(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff_kserve.engine.request import (
@@ -67,8 +69,8 @@ class InfillRow(Row):
             return DecodingParams(policy="threshold", threshold=0.0, top_logprobs=0)
         return super().params
 
-    def targets(self, positions: Tensor) -> Tensor | None:
-        return self._text[positions] if self._judging else None
+    def targets(self, positions: NDArray[np.int64]) -> Tensor | None:
+        return self._text[torch.from_numpy(positions)] if self._judging else None
 
     def num_committed(self, decision: Decision) -> int:  # noqa: ARG002 - a judgement commits nothing
         return self._newly_committed
@@ -88,9 +90,9 @@ class InfillRow(Row):
             span.start, queries, len(self), span.output_start, span.outputs, span.cache_offset
         )
 
-    def open_positions(self) -> Tensor:
+    def open_positions(self) -> NDArray[np.int64]:
         if self._judging:
-            return torch.tensor([self.block_start])
+            return np.array([self.block_start])
         return super().open_positions()
 
     def apply(self, decision: Decision) -> None:
@@ -193,14 +195,14 @@ class InfillRow(Row):
 class InfillEditRow(EditRow, InfillRow):
     """The same with decoding that may replace what it wrote while a block is open."""
 
-    def open_positions(self) -> Tensor:
+    def open_positions(self) -> NDArray[np.int64]:
         return InfillRow.open_positions(self) if self._judging else super().open_positions()
 
 
 class InfillRemaskRow(RemaskRow, InfillRow):
     """The same with decoding that takes back what it wrote while a block is open."""
 
-    def open_positions(self) -> Tensor:
+    def open_positions(self) -> NDArray[np.int64]:
         return InfillRow.open_positions(self) if self._judging else super().open_positions()
 
     def num_committed(self, decision: Decision) -> int:

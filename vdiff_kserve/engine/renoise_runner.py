@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,7 +95,7 @@ class RenoiseRunner(ModelRunner):
     def _choose(
         self, rows: Sequence[RenoiseRow], hidden: Tensor, read: Sequence[bool]
     ) -> list[Decision]:
-        opened = OpenPositions.of([torch.arange(row.block_start, row.block_end) for row in rows])
+        opened = OpenPositions.of([np.arange(row.block_start, row.block_end) for row in rows])
         counts = opened.counts
         positions = to_device(opened.joined, self._device)
         step_rows = StepRows(
@@ -123,7 +124,7 @@ class RenoiseRunner(ModelRunner):
             CanvasDecision(
                 row.next_span(),
                 places if yes else places[:0],
-                tokens if yes else tokens[:0],
+                tokens.numpy() if yes else places[:0],
                 logprobs=scores,
                 noisy=torch.where(kept, draw, row.draw_canvas(row.draws)),
                 likeliest=tokens,

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff_kserve.engine.request import (
@@ -49,8 +50,8 @@ class Decision:
     """
 
     span: RowSpan
-    positions: Tensor
-    tokens: Tensor
+    positions: NDArray[np.int64]
+    tokens: NDArray[np.int64]
     evidence: Evidence | None = None
     auxiliary: int = 0
     logprobs: Logprobs | None = None
@@ -229,7 +230,10 @@ class Row:
         request = self.request
         return request.prompt_ids, request.grammar, request.given, request.draft, request.scoring
 
-    def targets(self, positions: Tensor) -> Tensor | None:  # noqa: ARG002 - a row that scores does
+    def targets(
+        self,
+        positions: NDArray[np.int64],  # noqa: ARG002 - a row that scores looks at them
+    ) -> Tensor | None:
         """The tokens whose log probabilities are told in place of the candidates', int64 [n], for
         a row that scores; None for all others."""
         return None
@@ -252,16 +256,16 @@ class Row:
 
     def next_span(self) -> RowSpan:
         """The part of the canvas that the next step runs over."""
-        visible = len(self)
-        if self.params.max_lookahead is not None:
-            visible = min(visible, self.block_end + self.params.max_lookahead)
+        params, visible = self.params, len(self)
+        if params.max_lookahead is not None:
+            visible = min(visible, self.block_end + params.max_lookahead)
         output_start = self.block_start - self.shift
         outputs = self.block_end - self.block_start
         start, end = 0, visible
         if not self._refresh_is_due:
-            start = max(0, min(self.block_start - self.params.vicinity, output_start))
-            if self.params.cache == "dual":
-                end = min(visible, self.block_end + self.params.vicinity)
+            start = max(0, min(self.block_start - params.vicinity, output_start))
+            if params.cache == "dual":
+                end = min(visible, self.block_end + params.vicinity)
         offset = self.cache_offsets[0] if self.cache_offsets else None
         return RowSpan(start, end - start, visible, output_start, outputs, offset)
 
@@ -271,23 +275,22 @@ class Row:
         answer = slice(self.prompt_length, self.answer_end)
         return torch.where(self.masked[answer], -1, self.canvas[answer])
 
-    def open_positions(self) -> Tensor:
+    def open_positions(self) -> NDArray[np.int64]:
         """Positions that the next step may write: int64 [n], absolute, ascending. They are masks,
         but for rows that may change what they wrote."""
         start, end = self.block_start, self.block_end
-        return torch.from_numpy(self._masks[start:end].nonzero()[0] + start)
+        return self._masks[start:end].nonzero()[0] + start
 
     def apply(self, decision: Decision) -> None:
         """Take one step: write its tokens, send what became final, move to the next block."""
-        places = decision.positions.numpy()
-        self._ids[places] = decision.tokens.numpy()
-        self._masks[places] = False
+        self._ids[decision.positions] = decision.tokens
+        self._masks[decision.positions] = False
         if decision.logprobs is not None:
             self._note_logprobs(decision, decision.logprobs)
         self.begun_pass = None
         self._count_pass(decision.span)
         self._auxiliary += decision.auxiliary
-        self._steps += len(places) > 0
+        self._steps += len(decision.positions) > 0
         self._block_step += 1
         self._block_passes += 1
         self.evidence = decision.evidence
@@ -352,14 +355,14 @@ class Row:
         while self.quota == 0 and self._block_step < self._block_steps:
             self._block_step += 1
 
-    def _view(self, written: Tensor) -> StepView:
+    def _view(self, written: NDArray[np.int64]) -> StepView:
         """What a watcher is told of a step."""
         inside = written[written < self.answer_end]
         answer = self.masked[self.prompt_length : self.answer_end]
         return StepView(
             step=self.num_passes,
             positions=tuple((inside - self.prompt_length).tolist()),
-            token_ids=tuple(self.canvas[inside].tolist()),
+            token_ids=tuple(self._ids[inside].tolist()),
             confidence=tuple(self._logprobs.probability(p) for p in inside.tolist()),
             masks=int(answer.sum()),
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from vdiff_kserve.engine.request import EventSink, GenerationRequest, StepView
 from vdiff_kserve.engine.row import Decision, PassKind, Row
@@ -18,13 +19,13 @@ class RevisingRow(Row):
     """Decoding that may change what it wrote while its block is open: nothing of a block is final,
     and so nothing is sent, before that."""
 
-    def open_positions(self) -> Tensor:
+    def open_positions(self) -> NDArray[np.int64]:
         start, end = self.block_start, self.block_end
-        return (~self.fixed[start:end]).nonzero().squeeze(-1) + start
+        return (~self.fixed[start:end]).numpy().nonzero()[0] + start
 
-    def written_at(self, positions: Tensor) -> Tensor:
+    def written_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens that stand at `positions`, -1 for a mask: int64 [n]."""
-        return torch.where(self.masked[positions], -1, self.canvas[positions])
+        return np.where(self._masks[positions], -1, self._ids[positions])
 
 
 class EditRow(RevisingRow):
@@ -41,7 +42,7 @@ class EditRow(RevisingRow):
 
     def apply(self, decision: Decision) -> None:
         masks = int(self.masked[self.block_start : self.block_end].sum())
-        filled = int(self.masked[decision.positions].sum())
+        filled = int(self._masks[decision.positions].sum())
         self._post_edits += masks == 0
         settled = masks == 0 and len(decision.positions) == 0
         spent = masks == filled and self._post_edits >= self.params.max_post_edits
@@ -67,14 +68,14 @@ class RemaskRow(RevisingRow):
 
     def __init__(self, request: GenerationRequest, sink: EventSink, spec: ModelSpec) -> None:
         self._mask = spec.mask_token_id or 0
-        self._taken_back = torch.empty(0, dtype=torch.long)
+        self._taken_back = np.empty(0, dtype=np.int64)
         super().__init__(request, sink, spec)
 
     def apply(self, decision: Decision) -> None:
-        fills = self.masked[decision.positions]
+        fills = self._masks[decision.positions]
         self._taken_back = decision.positions[~fills]
-        self.masked[self._taken_back] = True
-        self.canvas[self._taken_back] = self._mask
+        self._masks[self._taken_back] = True
+        self._ids[self._taken_back] = self._mask
         for position in self._taken_back.tolist():
             self._logprobs.forget(position)
         told = decision.logprobs
@@ -83,7 +84,7 @@ class RemaskRow(RevisingRow):
                 decision,
                 positions=decision.positions[fills],
                 tokens=decision.tokens[fills],
-                logprobs=None if told is None else told.part(fills),
+                logprobs=None if told is None else told.part(torch.from_numpy(fills)),
             )
         )
 
@@ -94,7 +95,7 @@ class RemaskRow(RevisingRow):
         if self._block_done:
             super()._advance_frontier()
 
-    def _view(self, written: Tensor) -> StepView:
+    def _view(self, written: NDArray[np.int64]) -> StepView:
         again = self._taken_back[self._taken_back < self.answer_end] - self.prompt_length
         return replace(super()._view(written), masked_again=tuple(again.tolist()))
 
@@ -235,8 +236,8 @@ class ApdRow(Row):
         offset = self.auxiliary_offset
         return RowSpan(start, end - start, end, self.frontier - 1, self.draft_length, offset)
 
-    def open_positions(self) -> Tensor:
-        return torch.arange(self.frontier, self.frontier + self.draft_length)
+    def open_positions(self) -> NDArray[np.int64]:
+        return np.arange(self.frontier, self.frontier + self.draft_length)
 
     def apply(self, decision: Decision) -> None:
         self._accepted = len(decision.positions)

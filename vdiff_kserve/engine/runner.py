@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -135,17 +136,19 @@ class ModelRunner:
         for i, row in enumerate(rows):
             if isinstance(row, GrammarRow):
                 own = opened.row == i
-                chosen[own] = row.review(opened.of_rows[i], chosen[own], proposed[own])
+                chosen[own] = row.review(opened.joined[own], chosen[own], proposed[own])
         nothing = [None] * len(rows)
         kept = keep_evidence(rows, opened, evidence) if evidence else nothing
         logprobs = logprobs_by_row(told, rows, chosen.split(opened.counts)) if told else nothing
-        taken = chosen.nonzero().squeeze(-1)
-        sizes = opened.row[taken].bincount(minlength=len(rows)).tolist()
-        places, written = opened.joined[taken].split(sizes), proposed[taken].split(sizes)
+        taken = chosen.numpy()
+        places, tokens = opened.joined.numpy()[taken], proposed.numpy()[taken]
+        ends = np.bincount(opened.row.numpy()[taken], minlength=len(rows)).cumsum().tolist()
         return [
-            Decision(span, positions, tokens, credit, int(row.uses_auxiliary), scores)
-            for row, span, positions, tokens, credit, scores in zip(
-                rows, spans, places, written, kept, logprobs, strict=True
+            Decision(
+                span, places[first:end], tokens[first:end], credit, int(row.uses_auxiliary), scores
+            )
+            for row, span, (first, end), credit, scores in zip(
+                rows, spans, pairwise([0, *ends]), kept, logprobs, strict=True
             )
         ]
 

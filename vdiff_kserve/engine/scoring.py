@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff_kserve.engine.request import (
@@ -116,11 +118,11 @@ class ScoringRow(Row):
             end = len(self)
         return RowSpan(0, len(self), len(self), first, end - first)
 
-    def open_positions(self) -> Tensor:
-        return self._probe.scored
+    def open_positions(self) -> NDArray[np.int64]:
+        return self._probe.scored.numpy()
 
-    def targets(self, positions: Tensor) -> Tensor:
-        return torch.tensor(self.request.prompt_ids)[positions]
+    def targets(self, positions: NDArray[np.int64]) -> Tensor:
+        return torch.tensor(self.request.prompt_ids)[torch.from_numpy(positions)]
 
     def num_committed(self, decision: Decision) -> int:  # noqa: ARG002 - it scores
         return 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vdiff_kserve.engine.grammar_rows import GrammarRow
@@ -35,17 +36,17 @@ class OpenPositions:
         joined: int64 [positions], one row's after the other's.
     """
 
-    of_rows: Sequence[Tensor]
+    of_rows: Sequence[NDArray[np.int64]]
     counts: list[int]
     row: Tensor
     joined: Tensor
 
     @classmethod
-    def of(cls, of_rows: list[Tensor]) -> OpenPositions:
+    def of(cls, of_rows: Sequence[NDArray[np.int64]]) -> OpenPositions:
         """Those of each row, side by side."""
         counts = [len(positions) for positions in of_rows]
         row = torch.from_numpy(np.arange(len(counts)).repeat(counts))
-        return cls(of_rows, counts, row, torch.cat(of_rows))
+        return cls(of_rows, counts, row, torch.from_numpy(np.concatenate(of_rows)))
 
 
 def table_of(
@@ -55,7 +56,7 @@ def table_of(
     standing = torch.full_like(opened.joined, -1)
     for i, row in enumerate(rows):
         if isinstance(row, RevisingRow):
-            standing[opened.row == i] = row.written_at(opened.of_rows[i])
+            standing[opened.row == i] = torch.from_numpy(row.written_at(opened.of_rows[i]))
     row_of, position, written = to_device(
         torch.stack([opened.row, opened.joined, standing]), device
     )
@@ -87,7 +88,12 @@ def constraints_of(
             row.token_rules = TokenRules.of(asked, row.request.prompt_ids, vocab_size, device)
         asking.append(
             ConstrainedRow(
-                i, asked, row.token_rules, row.prompt_length, row.written_answer, positions
+                i,
+                asked,
+                row.token_rules,
+                row.prompt_length,
+                row.written_answer,
+                torch.from_numpy(positions),
             )
         )
     return ConstraintTable.of(asking, len(rows), device)
@@ -113,7 +119,7 @@ def _targets(rows: Sequence[Row], opened: OpenPositions, device: torch.device) -
     if all(each is None for each in given):
         return None
     targets = [
-        torch.full_like(positions, -1) if each is None else each
+        torch.full((len(positions),), -1) if each is None else each
         for each, positions in zip(given, opened.of_rows, strict=True)
     ]
     return to_device(torch.cat(targets), device)
@@ -130,7 +136,7 @@ def evidence_of(
         [
             Evidence.none(len(positions), device)
             if row.evidence is None
-            else row.evidence.part(to_device(positions - row.block_start, device))
+            else row.evidence.part(to_device(torch.from_numpy(positions - row.block_start), device))
             for row, positions in zip(rows, opened.of_rows, strict=True)
         ]
     )
@@ -151,7 +157,7 @@ def keep_evidence(
             continue
         shape = (row.block_end - row.block_start, own.token.shape[1])
         block = Evidence(own.token.new_zeros(shape), own.credit.new_zeros(shape))
-        places = to_device(positions - row.block_start, own.token.device)
+        places = to_device(torch.from_numpy(positions - row.block_start), own.token.device)
         block.token[places], block.credit[places] = own.token, own.credit
         kept.append(block)
     return kept

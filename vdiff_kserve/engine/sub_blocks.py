@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from vdiff_kserve.engine.request import EventSink, FinishReason, GenerationRequest
 from vdiff_kserve.engine.row import Decision, PassKind, Row
@@ -68,9 +68,9 @@ class SubBlockRow(Row):
             return "stop"
         return "length" if self.frontier == self.answer_end else None
 
-    def open_positions(self) -> Tensor:
+    def open_positions(self) -> NDArray[np.int64]:
         if self._first_token_is_due:
-            return torch.tensor([self.block_start])
+            return np.array([self.block_start])
         return super().open_positions()
 
     def next_span(self) -> RowSpan:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from vdiff_kserve.engine.request import TokenLogprob
 from vdiff_kserve.sampler import Logprobs
@@ -16,7 +17,13 @@ class ToldLogprobs:
     def __init__(self) -> None:
         self._told: dict[int, TokenLogprob] = {}
 
-    def note(self, positions: Tensor, tokens: Tensor, told: Logprobs, count: int) -> None:
+    def note(
+        self,
+        positions: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        told: Logprobs,
+        count: int,
+    ) -> None:
         """Keep what a step told of the tokens that it wrote.
 
         Args:
