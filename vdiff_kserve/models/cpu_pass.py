@@ -229,14 +229,10 @@ class CpuPass:
 def _runs(batch: ForwardBatch) -> Tensor:
     """int64 [rows, 3], of each row's tokens: the first one's position, how many they are, and
     where the first one's key and value are kept, -1 for nowhere."""
-    runs = [
-        (
-            span.start,
-            span.queries,
-            -1 if span.cache_offset is None else span.cache_offset + span.start,
-        )
-        for span in batch.spans
-    ]
+    runs = []
+    for span in batch.spans:
+        offset = None if batch.store is None else span.cache_offset
+        runs.append((span.start, span.queries, -1 if offset is None else offset + span.start))
     return torch.from_numpy(np.array(runs))
 
 
