@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.device import pack
 from tests.engine.tiny import CONFIG, tiny_decoder
-from vdiff_kserve.models import Decoder, KeyValueStore, RowSpan, split_attention
+from vdiff_kserve.models import Decoder, KeyValueStore, RowSpan, cpu_pass, split_attention
 from vdiff_kserve.models import attention as packed_attention
 from vdiff_kserve.models import decoder as decoder_module
 from vdiff_kserve.models.attention import (
@@ -88,6 +88,7 @@ def use_packed(
         calls.append(args[3])
         return plain_kernel(*args)
 
+    monkeypatch.setattr(cpu_pass, "can_run", lambda *_: False)
     monkeypatch.setattr(decoder_module, "has_kernel", lambda *_: True)
     monkeypatch.setattr(packed_attention, "run_kernel", kernel)
     longest = LONGEST if for_few_queries else 0
