@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 QUESTION = "What is 17 + 25?"
 
+LOOKS = 20_000
+"""How often one of torch's threads looks for work before it sleeps: long enough for most waits
+within a round. OpenMP's own number is 300,000; where other programs want the processors too,
+threads that have work would wait behind threads that only look for some."""
+
 
 def main() -> int:
     """Serve until a signal comes. Returns the process's exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)  # until the server, which ends in order, has its own
+    let_threads_sleep()
     gc.disable()  # all that is imported stays: searching it for garbage takes half a second
     from vdiff_kserve import cpu_library
     from vdiff_kserve.config import parse_args
@@ -52,6 +58,13 @@ def main() -> int:
         os._exit(code)  # Python's own exit can crash under a thread that is inside torch
     gc.freeze()  # the process ends: searching all of it for garbage takes another second
     return code
+
+
+def let_threads_sleep() -> None:
+    """Let threads that wait for work sleep soon, unless the environment says how they wait. This
+    has to be said before torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(LOOKS))
 
 
 def leave(*_: object) -> None:
