@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -252,17 +252,26 @@ class ChatWriter:
         info: DiffusionInfo | StepInfo | None = None,
     ) -> ChatCompletionChunk:
         begun = {**self._head, "object": "chat.completion.chunk", "choices": choices}
-        chunk = cast("ChatCompletionChunk", begun)
-        if usage is not None:
-            chunk["usage"] = usage
-        if info is not None:
-            chunk["vdiff"] = info
-        return chunk
+        return _with_cost(cast("ChatCompletionChunk", begun), usage, info)
 
     def step(self, index: int, view: StepInfo) -> list[ChatCompletionChunk]:
         """A chunk without text, behind those that begin several answers."""
         opening = [self._chunk([choice]) for choice in self._opening()]
         return [*opening, self._chunk([_choice(index, {})], None, view)]
+
+
+AnyChunk = TypeVar("AnyChunk", ChatCompletionChunk, CompletionChunk)
+
+
+def _with_cost(
+    chunk: AnyChunk, usage: Usage | None, info: DiffusionInfo | StepInfo | None
+) -> AnyChunk:
+    """A chunk with what it has to tell beside its choices."""
+    if usage is not None:
+        chunk["usage"] = usage
+    if info is not None:
+        chunk["vdiff"] = info
+    return chunk
 
 
 def _choice(index: int, delta: ChatDelta) -> ChatChunkChoice:
@@ -337,12 +346,7 @@ class CompletionWriter:
         info: DiffusionInfo | StepInfo | None,
     ) -> CompletionChunk:
         begun = {**self._head, "object": "text_completion", "choices": choices}
-        chunk = cast("CompletionChunk", begun)
-        if usage is not None:
-            chunk["usage"] = usage
-        if info is not None:
-            chunk["vdiff"] = info
-        return chunk
+        return _with_cost(cast("CompletionChunk", begun), usage, info)
 
     def step(self, index: int, view: StepInfo) -> list[CompletionChunk]:
         """A chunk without text."""
