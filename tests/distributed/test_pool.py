@@ -269,7 +269,7 @@ async def test_priorities_hold_across_replicas(monkeypatch) -> None:
 async def test_requests_give_up_in_the_queue_and_on_the_replica(monkeypatch) -> None:
     gates = Gated()
     async with replicas(monkeypatch, "1", decoder=gates, max_num_seqs=1) as one:
-        soon = time.monotonic() + 0.2
+        soon = time.monotonic() + 0.5
         streams = one.pool.submit([replace(request_of(), deadline=soon) for _ in range(4)])
         await one.until(lambda: time.monotonic() > soon)
         gates.open()

@@ -63,7 +63,7 @@ async def test_deadline_in_the_queue_and_while_running() -> None:
     gated = GatedDecoder.around(DECODER)
     config = EngineConfig(max_num_seqs=1, max_queue=2)
     with running(gated, config) as engine:
-        late = replace(request_of(max_tokens=24), deadline=time.monotonic() + 0.05)
+        late = replace(request_of(max_tokens=24), deadline=time.monotonic() + 0.5)
         (ran,) = engine.submit([late])
         wait_until(lambda: gated.waiting == 1)
         (waited,) = engine.submit([late])

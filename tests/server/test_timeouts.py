@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.server.process import ServerProcess
+from tests.waiting import post_until_it_runs
 
 LONG: dict[str, Any] = {"prompt": "ten tin", "max_tokens": 200, "ignore_eos": True, "seed": 1}
 ALL_PLACES = {"n": 4, "temperature": 1.0}
@@ -23,8 +24,10 @@ def running(http: httpx.Client) -> float:
     return float(found[1])
 
 
-def test_request_whose_time_is_over_while_it_runs_gets_504(http: httpx.Client) -> None:
-    response = http.post("/v1/completions", json=LONG | {"timeout": 0.05})
+def test_request_whose_time_is_over_while_it_runs_gets_504(
+    server: ServerProcess, http: httpx.Client
+) -> None:
+    response = post_until_it_runs(f"{server.url}/v1/completions", LONG)
     assert response.status_code == 504
     error = response.json()["error"]
     assert (error["type"], error["param"], error["code"]) == ("TimeoutError", "timeout", 504)
