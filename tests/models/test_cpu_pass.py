@@ -175,11 +175,19 @@ def test_layers_of_many_weights_run_one_after_the_other(monkeypatch: pytest.Monk
         assert begins(build(LLADA), 100) is kind
 
 
-def test_few_tokens_and_empty_lanes_go_layer_by_layer() -> None:
+def test_a_few_tokens_of_a_wide_layer_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most threads would have none of them."""
+    narrow, wide = build(LLADA), build(replace(LLADA, hidden_size=1024, intermediate_size=1024))
+    for threads, tokens, of_wide in (
+        (2, 6, LayerwisePass), (2, 7, CpuPass), (16, 48, LayerwisePass), (16, 49, CpuPass)
+    ):  # fmt: skip
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert begins(narrow, 1) is begins(narrow, tokens) is CpuPass
+        assert begins(wide, tokens) is of_wide
+
+
+def test_empty_lanes_go_layer_by_layer() -> None:
     decoder, causal = build(LLADA), build(replace(LLADA, attention_block=1))
-    least = cpu_pass_module.LEAST_TOKENS * torch.get_num_threads()
-    assert begins(decoder, least) is CpuPass
-    assert begins(decoder, least - 1) is LayerwisePass
     assert begins(causal, 100) is LayerwisePass
     last_wanted = ForwardBatch.pack(canvases(100), [RowSpan(0, 100, 100, 99, 1)])
     assert isinstance(causal.begin(last_wanted), LayerwisePass)

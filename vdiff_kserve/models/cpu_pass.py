@@ -28,8 +28,12 @@ from vdiff_kserve.models.panel_linear import LinearStruct, PanelLinear
 if TYPE_CHECKING:
     from vdiff_kserve.models.decoder import Block, Decoder, DecoderConfig
 
-LEAST_TOKENS = 16
-"""Of a pass for each thread: all of them read all weights, which is too much for fewer."""
+GROUP = 6
+"""Tokens that one thread takes at least, as far as there are so many: the library's `GROUP`."""
+
+LARGEST_LOSS = 10_000_000
+"""Products of a layer that each thread may do more than if all had tokens: about what it costs to
+call the layer's parts through torch, where threads share a product by its outputs instead."""
 
 LARGEST_LAYER = 1 << 23
 """Weights of a layer that threads read for few tokens at a time; larger ones are better read once
@@ -156,9 +160,12 @@ def _layer_struct(block: Block) -> LayerStruct | None:
     return LayerStruct(**structs, **{name: own.data_ptr() for name, own in weights.items()})
 
 
-def can_run(decoder: Decoder, batch: ForwardBatch) -> bool:
+def can_run(decoder: Decoder, layers: CpuLayers, batch: ForwardBatch) -> bool:
     """Whether `CpuPass` takes this batch, and is faster than layer by layer."""
-    if len(batch.input_ids) < LEAST_TOKENS * torch.get_num_threads() or torch.is_grad_enabled():
+    products = len(batch.input_ids) * layers.structs[0].weights
+    threads = torch.get_num_threads()
+    busy = min(threads, -(-len(batch.input_ids) // GROUP))
+    if products / busy - products / threads > LARGEST_LOSS or torch.is_grad_enabled():
         return False
     config = decoder.config
     seen = batch.seen_keys(config.attention_block, False)

@@ -271,8 +271,9 @@ class Decoder(nn.Module):
 
     def begin(self, batch: ForwardBatch) -> LayerwisePass | CpuPass:
         """A pass of which no layer has run."""
-        if self._cpu_layers is not None and cpu_pass.can_run(self, batch):
-            return CpuPass(self, self._cpu_layers, batch)
+        layers = self._cpu_layers
+        if layers is not None and cpu_pass.can_run(self, layers, batch):
+            return CpuPass(self, layers, batch)
         return LayerwisePass(self, batch)
 
     @cached_property
