@@ -32,7 +32,7 @@ WORKERS_REASON = (
     "each further worker is a process that would need the whole model, and KServe cannot hand a "
     "loaded model to it. Requests are batched inside the one worker; for more, run more servers"
 )
-WITHOUT_EFFECT = ("max_asyncio_workers", "event-loop")
+WITHOUT_EFFECT = ("max_asyncio_workers",)
 """Options that KServe itself, with one worker, reads and does not use."""
 
 
@@ -775,10 +775,10 @@ def render_docs() -> str:
         default = "none" if action.default is None else f"`{action.default}`"
         lines.append(f"| `{flag}` | {variable} | {default} | {action.help} |")
     lines += ["", f"`--workers` must stay 1: {WORKERS_REASON}."]
-    idle = " and ".join(f"`--{name}`" for name in WITHOUT_EFFECT)
+    (idle,) = WITHOUT_EFFECT
     lines += [
         "",
-        f"{idle} change nothing, here as in KServe itself with one worker, and so do the options "
+        f"`--{idle}` changes nothing, here as in KServe itself with one worker, nor do the options "
         "of predictors: those are for programs that call a server like this.",
     ]
     return "\n".join(lines) + "\n"

@@ -78,6 +78,23 @@ def check_access_log(line_format: str | None) -> None:
         raise ServerError(f"--access_log_format {line_format} cannot be used: {error}") from error
 
 
+def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes the event loop of `--event-loop`; None makes asyncio's own.
+
+    Raises:
+        ServerError: uvloop is asked for and missing.
+    """
+    if name == "asyncio":
+        return None
+    if find_spec("uvloop") is None:
+        if name == "uvloop":
+            raise ServerError("--event-loop uvloop needs the package uvloop: pip install uvloop")
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
 def warn_of_slashes(names: Sequence[str]) -> None:
     """Say so when no name of the model fits into a path of V1 and V2."""
     if all("/" in name for name in names):
@@ -140,7 +157,8 @@ class Server(ModelServer):  # type: ignore[misc]
         allow_connections()
         grpc_port = self.grpc_port if self.enable_grpc else None
         check_ports(self._config.host, self.http_port, grpc_port)
-        asyncio.run(self._serve_until_signal(on_ready))
+        with asyncio.Runner(loop_factory=loop_factory(self._config.kserve.event_loop)) as runner:
+            runner.run(self._serve_until_signal(on_ready))
 
     async def _serve_until_signal(self, on_ready: Callable[[str], None]) -> None:
         rest = HttpServer(self, self.access, self._config, self._model)

@@ -26,7 +26,12 @@ from vdiff_kserve.observability import logs, metrics
 from vdiff_kserve.openai.errors import RequestError
 from vdiff_kserve.openai.protocol import ChatCompletionRequest
 from vdiff_kserve.ports import ServerError
-from vdiff_kserve.server import check_access_log, check_certificate, warn_of_slashes
+from vdiff_kserve.server import (
+    check_access_log,
+    check_certificate,
+    loop_factory,
+    warn_of_slashes,
+)
 from vdiff_kserve.setting import ConfigError
 
 CHAT = ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
@@ -236,3 +241,27 @@ def test_a_name_that_no_path_can_hold_is_warned_of(caplog: pytest.LogCaptureFixt
     (told,) = [record.message for record in caplog.records]
     assert "the slash of org/model" in told
     assert "--served_model_name" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "has_uvloop", "package"),
+    [
+        ("auto", True, "uvloop"),
+        ("uvloop", True, "uvloop"),
+        ("asyncio", True, "asyncio"),
+        ("auto", False, "asyncio"),
+    ],
+)
+def test_the_event_loop_is_the_one_asked_for(
+    monkeypatch: pytest.MonkeyPatch, name: str, has_uvloop: bool, package: str
+) -> None:
+    if not has_uvloop:
+        monkeypatch.setattr("vdiff_kserve.server.find_spec", lambda _: None)
+    with asyncio.Runner(loop_factory=loop_factory(name)) as runner:
+        assert type(runner.get_loop()).__module__.partition(".")[0] == package
+
+
+def test_an_event_loop_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vdiff_kserve.server.find_spec", lambda _: None)
+    with pytest.raises(ServerError, match="--event-loop uvloop needs the package uvloop"):
+        loop_factory("uvloop")
