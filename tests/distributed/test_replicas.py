@@ -77,6 +77,12 @@ def test_a_client_that_leaves_frees_its_place_on_the_replica(server: ReplicatedS
     assert server.metric("vdiff_outstanding_tokens") == 0
 
 
+def test_replicas_are_no_less_urgent_than_the_server(server: ReplicatedServer) -> None:
+    """Ray's own niceness lets any busy program on the machine stop them."""
+    own = os.getpriority(os.PRIO_PROCESS, server.process.pid)
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in server.pids()] == [own, own]
+
+
 def test_deadlines_reach_the_replica(server: ReplicatedServer) -> None:
     body = {"prompt": "x", "max_tokens": 240, "block_length": 8, "ignore_eos": True}
     assert post_until_it_runs(f"{server.url}/v1/completions", body).status_code == 504

@@ -70,6 +70,7 @@ def _join(config: ServerConfig) -> None:
         ConfigError: there is no such cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else every other program comes first
     own: dict[str, Any] = {}
     if _is_own(config):
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"} & os.environ.keys():
