@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +24,12 @@ def arguments(checkpoint: str) -> tuple[str, ...]:
     """What every server here is started with."""
     batch = ("--max_num_seqs", "10", "--max_queue", "256", "--replica_cpus", "0.5")
     return (*COMMON, "--model_dir", checkpoint, *TINY, *batch, "--enable_grpc", "false")
+
+
+@pytest.fixture(scope="session")
+def ray_token() -> None:
+    """A token for clusters that tests start. Ray reads it once in a process and keeps it."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.fixture(scope="module")

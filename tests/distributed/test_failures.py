@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import secrets
 import signal
 from collections.abc import Iterator
 
@@ -99,9 +98,8 @@ async def test_a_replica_whose_engine_hangs_is_replaced_with_all_its_processes(
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(ray_token: None) -> Iterator[Cluster]:
     """A Ray of three nodes, the head without cores."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     memory = {"object_store_memory": 100 * 2**20}
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory})
     for _ in range(2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,9 +51,8 @@ def _cable() -> Iterator[None]:
 
 
 @pytest.fixture
-def cluster(_cable: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(_cable: None, ray_token: None) -> Iterator[Cluster]:
     """The head, at the near end."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     own = {"num_cpus": 1, "node_ip_address": NEAR, "object_store_memory": MEMORY}
     nodes = Cluster(initialize_head=True, head_node_args=own)
     yield nodes
