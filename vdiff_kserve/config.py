@@ -32,8 +32,8 @@ WORKERS_REASON = (
     "each further worker is a process that would need the whole model, and KServe cannot hand a "
     "loaded model to it. Requests are batched inside the one worker; for more, run more servers"
 )
-WITHOUT_EFFECT = ("max_asyncio_workers",)
-"""Options that KServe itself, with one worker, reads and does not use."""
+WITHOUT_EFFECT = "max_asyncio_workers"
+"""An option that KServe itself, with one worker, reads and does not use."""
 
 
 def _setting(kind: Kind, default: Any, **facts: Any) -> Any:
@@ -775,11 +775,10 @@ def render_docs() -> str:
         default = "none" if action.default is None else f"`{action.default}`"
         lines.append(f"| `{flag}` | {variable} | {default} | {action.help} |")
     lines += ["", f"`--workers` must stay 1: {WORKERS_REASON}."]
-    (idle,) = WITHOUT_EFFECT
     lines += [
         "",
-        f"`--{idle}` changes nothing, here as in KServe itself with one worker, nor do the options "
-        "of predictors: those are for programs that call a server like this.",
+        f"`--{WITHOUT_EFFECT}` changes nothing, here as in KServe itself with one worker, nor do "
+        "the options of predictors: those are for programs that call a server like this.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 
 from tests.device import needs_cpu_library
+from vdiff_kserve import cpu_library
 from vdiff_kserve.models import (
     Decoder,
     DecoderConfig,
@@ -184,6 +186,11 @@ def test_a_few_tokens_of_a_wide_layer_go_layer_by_layer(monkeypatch: pytest.Monk
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert begins(narrow, 1) is begins(narrow, tokens) is CpuPass
         assert begins(wide, tokens) is of_wide
+
+
+def test_tokens_are_grouped_as_the_library_groups_them() -> None:
+    header = Path(cpu_library.__file__).with_name("linear.h").read_text(encoding="utf-8")
+    assert f"constexpr int GROUP = {cpu_pass_module.GROUP};" in header
 
 
 def test_empty_lanes_go_layer_by_layer() -> None:
